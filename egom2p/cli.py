@@ -1,0 +1,262 @@
+"""`egom2p COMMAND`. Each command parses its arguments and calls one function elsewhere."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from egom2p.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake prints one line and returns 2."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    _set_up_logging()
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"egom2p: {error}", file=sys.stderr)
+        return 2
+
+
+def _set_up_logging() -> None:
+    import os
+
+    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "matplotlib", "PIL", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="egom2p", description="One masked transformer over egocentric video, depth, camera motion and gaze.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_world(commands)
+    _add_tokenizer(commands)
+    _add_shards(commands)
+    _add_train(commands)
+    _add_generate(commands)
+    _add_eval(commands)
+    _add_quickstart(commands)
+    return parser
+
+
+def _add_world(commands) -> None:
+    parser = commands.add_parser("world", help="write procedural clips")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the clip tars")
+    parser.add_argument("--clips", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first clip")
+    parser.add_argument("--size", type=int, default=64, help="side of the frames in pixels")
+    parser.add_argument("--dataset", default="world", help="data set name written into the clips")
+    parser.add_argument("--without", default="", help="signals to leave out, for instance depth,gaze")
+    parser.add_argument("--processes", type=int, default=None)
+    parser.set_defaults(run=_world)
+
+
+def _world(args) -> None:
+    from egom2p.data.world import write_world
+
+    without = tuple(s for s in args.without.split(",") if s)
+    write_world(args.out, args.clips, args.seed, args.size, args.dataset, without, args.processes, args.first)
+
+
+def _add_tokenizer(commands) -> None:
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, encode clips, measure reconstruction")
+    verbs = tokenizer.add_subparsers(dest="verb", required=True, metavar="VERB")
+    train = verbs.add_parser("train", help="train from a config")
+    _add_config(train)
+    train.set_defaults(run=_tokenizer_train)
+    encode = verbs.add_parser("encode", help="clips -> token shards")
+    encode.add_argument("tokenizers", nargs="+", help="tokenizer folders or Hub names")
+    encode.add_argument("--clips", required=True, help="pattern of clip tars")
+    encode.add_argument("--out", type=Path, required=True, help="root of the token shards")
+    encode.add_argument("--dataset", default="", help="data set name, instead of the one in the clips")
+    encode.set_defaults(run=_tokenizer_encode)
+
+
+def _tokenizer_train(args) -> None:
+    from egom2p.config import load
+    from egom2p.training.tasks import TokenizerConfig, train_tokenizer
+
+    train_tokenizer(load(TokenizerConfig, args.config, args.overrides))
+
+
+def _tokenizer_encode(args) -> None:
+    from egom2p.tokenizers import load
+    from egom2p.tokenizers.encode import encode_clips
+
+    written = encode_clips([load(t) for t in args.tokenizers], args.clips, args.out, args.dataset)
+    print(", ".join(f"{name}: {count} clips" for name, count in written.items()))
+
+
+def _add_train(commands) -> None:
+    parser = commands.add_parser("train", help="train the masked transformer")
+    _add_config(parser)
+    parser.set_defaults(run=_train)
+
+
+def _train(args) -> None:
+    from egom2p.config import load
+    from egom2p.training.tasks import PretrainConfig, pretrain
+
+    pretrain(load(PretrainConfig, args.config, args.overrides))
+
+
+def _add_shards(commands) -> None:
+    shards = commands.add_parser("shards", help="check, describe, index, convert or invent token shards")
+    verbs = shards.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in (("check", "read every token file and list what is wrong"), ("stats", "clips, ids and sizes by folder"),
+                       ("index", "write index.json beside the shards")):
+        parser = verbs.add_parser(verb, help=text)
+        parser.add_argument("pattern", help="for instance 'tokens/[rgb,cam]/rooms/shard-{000000..000004}.tar' or a folder")
+        parser.add_argument("--config", type=Path, help="train config whose modalities the tokens must fit")
+        parser.set_defaults(run={"check": _shards_check, "stats": _shards_stats, "index": _shards_index}[verb])
+    convert = verbs.add_parser("convert", help="rewrite released or loose token files in the compact form")
+    convert.add_argument("pattern")
+    convert.add_argument("--out", type=Path, required=True)
+    convert.set_defaults(run=_shards_convert)
+    random = verbs.add_parser("random", help="random tokens in the layout a config expects")
+    _add_config(random)
+    random.add_argument("--out", type=Path, required=True)
+    random.add_argument("--count", type=int, required=True, help="clips of each data set")
+    random.add_argument("--seed", type=int, default=0)
+    random.set_defaults(run=_shards_random)
+
+
+def _shards_check(args) -> int:
+    from egom2p.data.shardtools import check
+
+    problems, files = check(args.pattern, _modalities_of(args.config))
+    for p in problems:
+        print(f"{p['file']}{': ' + p['key'] if p['key'] else ''}: {p['problem']}")
+    print(f"{files} token files read, {len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'}")
+    return 1 if problems else 0
+
+
+def _shards_stats(args) -> None:
+    from egom2p.data.shardtools import stats
+
+    columns = ("folder", "shards", "clips", "bytes", "dtype", "shape", "distinct_ids", "commonest_share", "unobserved")
+    print("\t".join(columns))
+    for row in stats(args.pattern):
+        print("\t".join(f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
+
+
+def _shards_index(args) -> None:
+    from egom2p.data.clips import expand_paths
+    from egom2p.data.tarindex import index_tars
+
+    entries = index_tars([p for p in expand_paths(args.pattern) if p.suffix == ".tar"])
+    print(f"{len(entries)} shards, {sum(len(e.keys) for e in entries)} files indexed, {sum(bool(e.damage) for e in entries)} damaged")
+
+
+def _shards_convert(args) -> None:
+    from egom2p.data.shardtools import convert
+
+    print(f"{convert(args.pattern, args.out)} token files written below {args.out}")
+
+
+def _shards_random(args) -> None:
+    from egom2p.config import load
+    from egom2p.data.shardtools import write_random
+    from egom2p.modalities import ModalitySet
+    from egom2p.training.tasks import PretrainConfig
+
+    if args.count < 1:
+        raise UserError(f"--count must be at least 1, not {args.count}")
+    config = load(PretrainConfig, args.config, args.overrides)
+    held_out = config.eval.datasets if not config.eval.root else ()
+    write_random(config.data, held_out, ModalitySet.from_config(config.modalities), args.out, args.count, args.seed)
+
+
+def _modalities_of(config: Path | None):
+    if config is None:
+        return None
+    from egom2p.config import load
+    from egom2p.modalities import ModalitySet
+    from egom2p.training.tasks import PretrainConfig
+
+    return ModalitySet.from_config(load(PretrainConfig, config).modalities)
+
+
+def _add_generate(commands) -> None:
+    parser = commands.add_parser("generate", help="predict modalities from videos or token files")
+    parser.add_argument("model", help="run folder, export folder or Hub repository")
+    parser.add_argument("--inputs", nargs="+", type=Path, required=True, metavar="FILE", help="videos, or token files (.npz, .npy)")
+    parser.add_argument("--targets", required=True, help="modalities to predict, in order: cam,depth")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--modality", default="", help="what the inputs are (default: the model's first picture modality)")
+    parser.add_argument("--recipe", type=Path, help="YAML with recipes by target (cfgs/generate/)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_generate)
+
+
+def _generate(args) -> None:
+    from egom2p.generation.pipeline import Pipeline, generate_files
+
+    pipeline = Pipeline.from_pretrained(args.model, _device())
+    targets = [t for t in args.targets.split(",") if t]
+    for folder in generate_files(pipeline, args.inputs, targets, args.out, args.modality, _recipes(args.recipe), args.seed):
+        print(folder)
+
+
+def _add_eval(commands) -> None:
+    parser = commands.add_parser("eval", help="measure tasks on held-out clips")
+    parser.add_argument("model", help="run folder, export folder or Hub repository")
+    parser.add_argument("--tasks", required=True, help="for instance rgb2cam,rgb2gaze,rgb2depth,depth2rgb")
+    parser.add_argument("--data", required=True, help="pattern of clip tars")
+    parser.add_argument("--recipe", type=Path, help="YAML with recipes by target (cfgs/generate/)")
+    parser.add_argument("--limit", type=int, default=0, help="at most so many clips")
+    parser.add_argument("--out", type=Path, help="folder for results.json (default: MODEL/eval)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_eval)
+
+
+def _eval(args) -> None:
+    from egom2p.evaluation.run import evaluate, table, write_results
+    from egom2p.model.egom2p import EgoM2P
+
+    model = EgoM2P.from_pretrained(args.model, _device())
+    evaluation = evaluate(model, args.tasks.split(","), args.data, _recipes(args.recipe), args.limit, args.seed)
+    out = args.out or Path(args.model) / "eval"
+    write_results(out, evaluation)
+    print(f"{table(evaluation.summary)}\nresults: {out / 'results.json'}")
+
+
+def _recipes(path: Path | None) -> dict:
+    from egom2p.config import load
+    from egom2p.generation.schedule import RecipeConfig
+
+    return load(RecipeConfig, path).targets if path else {}
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _add_quickstart(commands) -> None:
+    parser = commands.add_parser("quickstart", help="the whole job on a CPU, from a made-up world to a report")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--config", type=Path, default=Path("cfgs/quickstart.yaml"))
+    parser.add_argument("--inputs", nargs="*", type=Path, default=[], metavar="FILE", help="real videos to run the trained model on")
+    parser.set_defaults(run=_quickstart)
+
+
+def _quickstart(args) -> None:
+    from egom2p.quickstart import quickstart
+
+    quickstart(args.out, args.config, args.inputs)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, for instance train.steps=100")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Official EgoM2P checkpoints -> our exports, without ever running a pickle's code.
+
+A released file is a pickled dict: `model` (state dict), `args` (an argparse.Namespace) and training state.
+It is read by torch's restricted unpickler, which admits tensors, plain containers and that Namespace and
+nothing else. Sizes come from tensor shapes, the number of heads from the model's name in `args`.
+"""
+
+import argparse
+import math
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from egom2p.errors import UserError
+from egom2p.modalities import Modality, ModalitySet
+from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.model.positions import position_table
+from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
+
+# Heads of the released sizes, by the size's name in `args.model` and the width.
+HEADS = {("tiny", 384): 6, ("small", 512): 8, ("base", 768): 12, ("large", 1024): 16, ("large", 1020): 15,
+         ("xlarge", 2048): 32, ("xlarge", 2046): 31}
+
+# Released modality -> our name and kind of signal.
+MODALITIES = {"tok_rgb": ("rgb", "rgb"), "tok_depth": ("depth", "depth"), "tok_cam": ("cam", "pose"), "tok_gaze": ("gaze", "gaze")}
+
+CAMERA_MEAN = (0.93305040, 0.00441131, -0.00474551, -0.00403111, 0.96702217, 0.01229744, 0.00253670, -0.00253452, 0.03687088)
+CAMERA_STD = (0.22410283, 0.15409595, 0.23538763, 0.15159239, 0.09890854, 0.17871061, 0.16229750, 0.11305995, 0.22450156)
+# Channels of a motion tokenizer -> modality, kind, mean, std. The constants are not in the released files.
+MOTIONS = {9: ("cam", "pose", CAMERA_MEAN, CAMERA_STD), 2: ("gaze", "gaze", (0.5, 0.5), (0.5, 0.5))}
+
+_MODEL_NAMES = (("decoder_proj_context", "context_projection"), (".q_norm", ".qk_norm.q_norm"), (".k_norm", ".qk_norm.k_norm"))
+_MOTION_NAMES = (("encoder.conv.", "conv."), (".norm_mlp.", ".norm."), (".post_mlp.", "."), ("post_quant_proj.", "from_latent."),
+                 ("quant_proj.", "to_latent."), ("quantize._codebook.", "quantizer."), ("decoder.out_proj.", "out."))
+_MOTION_DERIVED = ("encoder.position_embeddings", "decoder.position_embeddings", "quantize._codebook.initted")
+
+
+def import_released(path: Path, out: Path, num_heads: int | None = None, tokenizers: dict[str, str] | None = None) -> str:
+    """Convert the main checkpoint or a camera or gaze tokenizer into an export folder; returns one line about it.
+
+    num_heads overrides what the file's model name says; tokenizers {modality: folder} are written into the
+    model's config. Raises UserError for files that are not what they should be.
+    """
+    state, args = read_checkpoint(path)
+    if "mask_token" in state:
+        module = convert_model(state, _size_name(args), num_heads, tokenizers or {}, path)
+        line = f"EgoM2P: {', '.join(f'{m.name} {list(m.grid)} of {m.vocab_size}' for m in module.modalities)}; {module.args}"
+    elif "quantize._codebook.embed" in state:
+        module = convert_motion(state, num_heads, path)
+        line = f"tokenizer '{module.modality.name}': {list(module.modality.grid)} tokens of {module.modality.vocab_size} ids; dim {module.args.dim}"
+    else:
+        raise UserError(f"{path}: neither an EgoM2P checkpoint (no 'mask_token') nor a motion tokenizer (no 'quantize._codebook.embed')")
+    module.save_pretrained(out)
+    return line
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
+    """State dict and arguments of a released file, by the restricted unpickler."""
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(f"{path}: refused, it holds more than tensors and an argparse.Namespace ({_first_line(error)})") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a whole torch checkpoint ({_first_line(error)}); expected a pickled dict with 'model' and 'args'") from error
+    state = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: expected a dict with 'model' (a state dict of tensors) and 'args'; found "
+                        f"{sorted(content) if isinstance(content, dict) else type(content).__name__}")
+    args = content.get("args", argparse.Namespace())
+    return state, args if isinstance(args, argparse.Namespace) else argparse.Namespace()
+
+
+def convert_model(state: dict[str, Tensor], size_name: str, num_heads: int | None, tokenizers: dict[str, str], path: Path | str) -> EgoM2P:
+    """A released state dict -> EgoM2P. Sizes come from tensor shapes."""
+    names = sorted({m[1] for k in state if (m := re.match(r"encoder_embeddings\.(\w+)\.", k))}, key=lambda n: [*MODALITIES, n].index(n))
+    if not names or "encoder.0.mlp.fc1.weight" not in state:
+        raise UserError(f"{path}: no 'encoder_embeddings' or no encoder block in it; the file is cut off or of another model")
+    dim = state["mask_token"].shape[-1]
+    heads = num_heads or next((h for (name, width), h in HEADS.items() if name == size_name and width == dim), None)
+    if heads is None:
+        raise UserError(f"{path}: the number of heads of a '{size_name or 'nameless'}' model {dim} wide is not known; give --num-heads")
+    gated = "encoder.0.mlp.fc3.weight" in state
+    variant = "gelu" if not gated else "swiglu_qknorm" if "encoder.0.attn.q_norm.weight" in state else "swiglu"
+    hidden = state["encoder.0.mlp.fc1.weight"].shape[0]
+    ratio = hidden / dim if not gated else 4.0
+    if gated and hidden != int(2 * int(dim * ratio) / 3):
+        raise UserError(f"{path}: SwiGLU of hidden width {hidden} at dim {dim}; the released models have {int(2 * int(dim * 4) / 3)}")
+    depths = [1 + max(int(m[1]) for k in state if (m := re.match(rf"{side}\.(\d+)\.", k))) for side in ("encoder", "decoder")]
+    modalities = ModalitySet(_modality(name, state, dim, tokenizers, path) for name in names)
+    model = EgoM2P(modalities, ModelArgs(dim, heads, *depths, mlp_ratio=ratio, variant=variant))
+    _load(model, {new: v for k, v in state.items() if (new := _model_name(k))}, path)
+    return model
+
+
+def convert_motion(state: dict[str, Tensor], num_heads: int | None, path: Path | str) -> MotionTokenizer:
+    """A released camera or gaze VQ-VAE -> MotionTokenizer. Codes keep their norms."""
+    try:
+        dim, channels, stride = state["encoder.conv.weight"].shape
+        codes = state["quantize._codebook.embed"].reshape(-1, state["quant_proj.weight"].shape[0])
+        tokens = state["encoder.position_embeddings"].shape[1]
+        depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"encoder\.blocks\.(\d+)\.", k)))
+        ratio = state["encoder.blocks.0.mlp.fc1.weight"].shape[0] / dim
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a whole motion tokenizer ({_first_line(error)} is missing or misshapen)") from error
+    if channels not in MOTIONS:
+        raise UserError(f"{path}: a motion of {channels} channels; the released tokenizers have 9 (camera) or 2 (gaze)")
+    name, kind, mean, std = MOTIONS[channels]
+    args = MotionArgs(tokens * stride, mean, std, dim, depth, num_heads or max(1, dim // 64), ratio, codes.shape[1], stride, stride)
+    tokenizer = MotionTokenizer(Modality(name, len(codes), (tokens,), kind), args)
+    renamed = {}
+    for key, value in state.items():
+        if key not in _MOTION_DERIVED:
+            for old, new in _MOTION_NAMES:
+                key = key.replace(old, new)
+            renamed[key] = value
+    renamed["quantizer.embed_sum"] = codes * renamed["quantizer.cluster_size"].reshape(-1, 1)
+    _load(tokenizer, renamed, path)
+    return tokenizer
+
+
+def _modality(name: str, state: dict[str, Tensor], dim: int, tokenizers: dict[str, str], path: Path | str) -> Modality:
+    ours, kind = MODALITIES.get(name, (name.removeprefix("tok_"), "motion"))
+    vocab_size = state[f"encoder_embeddings.{name}.token_emb.weight"].shape[0]
+    table = state.get(f"encoder_embeddings.{name}.pos_emb")
+    if table is None:
+        raise UserError(f"{path}: no position table 'encoder_embeddings.{name}.pos_emb'")
+    return Modality(ours, vocab_size, _grid(table.reshape(-1, dim)), kind, tokenizer=tokenizers.get(ours, ""))
+
+
+def _grid(table: Tensor) -> tuple[int, ...]:
+    """(n,) for a 1-D table, else 5 x sqrt(n / 5) x sqrt(n / 5)."""
+    count, dim = table.shape
+    if torch.allclose(table, position_table((count,), dim), atol=1e-4):
+        return (count,)
+    side = math.isqrt(count // 5)
+    return (5, side, side) if 5 * side * side == count else (count,)
+
+
+def _model_name(key: str) -> str:
+    """Our name of a released parameter; "" for those derived (position tables, tied and zero-bias buffers)."""
+    match = re.match(r"(encoder|decoder)_embeddings\.(\w+)\.(.*)", key)
+    if match:
+        side, released, rest = match.groups()
+        name = MODALITIES.get(released, (released.removeprefix("tok_"), ""))[0]
+        return {("encoder", "mod_emb"): f"embeddings.{name}.modality", ("encoder", "token_emb.weight"): f"embeddings.{name}.token.weight",
+                ("decoder", "to_logits.weight"): f"heads.{name}.weight"}.get((side, rest), "")
+    for old, new in _MODEL_NAMES:
+        key = key.replace(old, new)
+    return key
+
+
+def _load(module: torch.nn.Module, weights: dict[str, Tensor], path: Path | str) -> None:
+    """Strict, but a norm's all-zero bias buffer may be left out where our norm has none."""
+    own = module.state_dict()
+    for name, value in list(weights.items()):
+        if name not in own:
+            if name.endswith("bias") and not value.any():
+                del weights[name]
+                continue
+            raise UserError(f"{path}: holds '{name}', which this model has no place for")
+        if value.numel() != own[name].numel():
+            raise UserError(f"{path}: '{name}' has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+        weights[name] = value.reshape(own[name].shape).to(own[name].dtype)
+    for name in own.keys() - weights.keys():
+        raise UserError(f"{path}: lacks '{name}'; the file is cut off or of another model")
+    module.load_state_dict(weights)
+
+
+def _size_name(args: argparse.Namespace) -> str:
+    """`base` of `fm_base_12e_12d_swiglu_nobias` and the like; "" when there is none."""
+    match = re.search(r"xlarge|large|base|small|tiny", str(getattr(args, "model", "")))
+    return match[0] if match else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

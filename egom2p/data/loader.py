@@ -1,0 +1,165 @@
+"""Token shards -> packed micro-batches, one list an optimiser step.
+
+`TokenStream` answers "what is global sample number i"; `StepLoader` turns steps into this rank's
+micro-batches, in worker processes when asked. A step's samples are a pure function of (seed, step): no
+state but the step is needed to go on.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from egom2p.data.batch import MaskedSample, PackedBatch, pack
+from egom2p.data.masking import MaskArgs, Masker
+from egom2p.data.order import MixtureOrder, PassOrder
+from egom2p.data.tokens import DamagedClip, TokenDataset
+from egom2p.errors import UserError
+from egom2p.modalities import ModalitySet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DatasetArgs:
+    """weight: sampling weight. modalities: those to use, all when empty. input_only: never asked for in this
+    data set. path: below data.root when it is not `[MODALITIES]/NAME`; `[a,b]` lists name modalities."""
+
+    weight: float = 1.0
+    modalities: tuple[str, ...] = ()
+    input_only: tuple[str, ...] = ()
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """root: folder of the token shards. workers: loader processes a rank (0 = in the training process).
+    shuffle_shards: shards whose clips are mixed together. max_damaged: share of unreadable clips that ends the run."""
+
+    root: str
+    datasets: dict[str, DatasetArgs]
+    workers: int = 0
+    shuffle_shards: int = 16
+    max_damaged: float = 0.01
+
+
+@dataclass
+class StepBatch:
+    """One rank's part of a global batch: micro-batches, and the samples that could not be read."""
+
+    step: int
+    micro_batches: list[PackedBatch]
+    damaged: list[str] = field(default_factory=list)
+
+
+class TokenStream:
+    """Global sample number -> MaskedSample."""
+
+    def __init__(self, args: DataArgs, modalities: ModalitySet, masking: MaskArgs, seed: int, redraw: bool = True) -> None:
+        self.args, self.modalities = args, modalities
+        for name, entry in args.datasets.items():
+            unknown = set(entry.modalities + entry.input_only) - set(modalities.names)
+            if unknown:
+                raise UserError(f"data set '{name}' names an unknown modality '{sorted(unknown)[0]}'")
+        if not args.datasets or not sum(d.weight for d in args.datasets.values()) > 0:
+            raise UserError("data.datasets needs at least one data set with a weight above 0")
+        self.datasets = [TokenDataset.open(Path(args.root), name, entry.path, modalities, entry.modalities)
+                         for name, entry in args.datasets.items()]
+        self.mixture = MixtureOrder([d.weight for d in args.datasets.values()], seed)
+        self.passes = [PassOrder(d.shard_sizes, args.shuffle_shards, seed, salt) for salt, d in enumerate(self.datasets)]
+        self.maskers = [Masker(masking, _with_input_only(modalities, entry.input_only), seed, redraw)
+                        for entry in args.datasets.values()]
+
+    def fingerprint(self) -> str:
+        """Hash of the index; a resumed run must see the same one."""
+        return hashlib.sha256("".join(d.fingerprint() for d in self.datasets).encode()).hexdigest()
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """(data set index, clip number) of a global sample number."""
+        dataset, draw = self.mixture.locate(number)
+        return dataset, self.passes[dataset].element(draw)
+
+    def sample(self, number: int, group: int = 0) -> MaskedSample:
+        """Raises DamagedClip."""
+        dataset, element = self.locate(number)
+        tokens = self.datasets[dataset].read(element).tokens
+        return MaskedSample(number, *self.maskers[dataset].mask(tokens, number), group)
+
+
+class FixedSet:
+    """A fixed list of held-out clips with fixed masks, the same at every evaluation.
+
+    Clips are spread evenly over the data sets; masks depend on the position in the list only.
+    """
+
+    def __init__(self, datasets: list[TokenDataset], modalities: ModalitySet, masking: MaskArgs, samples: int) -> None:
+        self.datasets, self.samples = datasets, samples
+        self.masker = Masker(masking, modalities, seed=0)
+
+    def sample(self, number: int, group: int = 0) -> MaskedSample:
+        dataset = self.datasets[number % len(self.datasets)]
+        share = -(-self.samples // len(self.datasets))
+        element = (number // len(self.datasets)) * len(dataset) // share
+        return MaskedSample(number, *self.masker.mask(dataset.read(element).tokens, number), group)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is dealt out: sample j goes to rank j mod world, then into micro-batches in order."""
+
+    batch_size: int
+    micro_batch_size: int
+    group_samples: int
+    rank: int = 0
+    world: int = 1
+
+    def numbers(self, step: int) -> np.ndarray:
+        """Global sample numbers of this rank in `step` (steps count from 0)."""
+        return np.arange(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
+
+    def group(self, number: int) -> int:
+        return (number % self.batch_size) // self.group_samples
+
+    @property
+    def num_groups(self) -> int:
+        return -(-self.batch_size // self.group_samples)
+
+
+class StepDataset(Dataset):
+    """Step -> StepBatch; the index of a torch DataLoader is the step itself."""
+
+    def __init__(self, stream: TokenStream | FixedSet, num_modalities: int, plan: BatchPlan) -> None:
+        self.stream, self.num_modalities, self.plan = stream, num_modalities, plan
+
+    def __getitem__(self, step: int) -> StepBatch:
+        samples, damaged = [], []
+        for number in self.plan.numbers(step).tolist():
+            try:
+                samples.append(self.stream.sample(number, self.plan.group(number)))
+            except DamagedClip as error:
+                damaged.append(f"sample {number}: {error}")
+        size = self.plan.micro_batch_size
+        num_micro = -(-len(self.plan.numbers(step)) // size)
+        micro = [pack(samples[i * size : (i + 1) * size], self.num_modalities) for i in range(num_micro)]
+        return StepBatch(step, micro, damaged)
+
+
+def step_loader(dataset: StepDataset, steps: range, workers: int) -> Iterator[StepBatch]:
+    """Steps in order, read ahead by `workers` processes (0 = here)."""
+    options = {"prefetch_factor": 4, "multiprocessing_context": "fork", "persistent_workers": False} if workers else {}
+    loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
+                        worker_init_fn=_start_worker if workers else None, **options)
+    return iter(loader)
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _with_input_only(modalities: ModalitySet, names: tuple[str, ...]) -> ModalitySet:
+    return ModalitySet(replace(m, target=False) if m.name in names else m for m in modalities)

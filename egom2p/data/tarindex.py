@@ -1,0 +1,119 @@
+"""Random access into tars: keys and byte offsets, kept in `index.json` beside the shards.
+
+An entry is rebuilt when its tar's size or modification time changes. A tar that breaks off is indexed up
+to the break and the damage is written down, so that nothing is lost in silence.
+"""
+
+import json
+import logging
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+INDEX_FILE = "index.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TarEntry:
+    """Members of one tar. keys and suffixes (M,) str; offsets (M,) of the data; sizes (M,) bytes; damage "" if none."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    keys: list[str]
+    suffixes: list[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    damage: str
+
+
+def index_tars(paths: list[Path]) -> list[TarEntry]:
+    """Entries of `paths`, read from the `index.json` of their folders and rebuilt where those are stale."""
+    stored = {folder: _read_index(folder) for folder in {p.parent for p in paths}}
+    entries, stale = [], set()
+    for path in paths:
+        stat = path.stat()
+        record = stored[path.parent].get(path.name)
+        if not record or (record["size"], record["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
+            record = _scan(path)
+            stored[path.parent][path.name] = record
+            stale.add(path.parent)
+        entries.append(_to_entry(path, record))
+    for folder in stale:
+        _write_index(folder, stored[folder])
+    return entries
+
+
+def _to_entry(path: Path, record: dict) -> TarEntry:
+    suffixes = record["suffixes"]
+    if isinstance(suffixes, str):
+        suffixes = [suffixes] * len(record["keys"])
+    return TarEntry(path, record["size"], record["mtime_ns"], record["keys"], suffixes,
+                    np.array(record["offsets"], np.int64), np.array(record["sizes"], np.int64), record["damage"])
+
+
+def _scan(path: Path) -> dict:
+    """Walk the tar's headers; never reads the data itself."""
+    stat = path.stat()
+    keys, suffixes, offsets, sizes, damage = [], [], [], [], ""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                if member.offset_data + member.size > stat.st_size:
+                    damage = f"truncated inside {member.name}"
+                    break
+                folder, _, name = member.name.removeprefix("./").rpartition("/")
+                stem, _, suffix = name.partition(".")
+                keys.append(f"{folder}/{stem}" if folder else stem)
+                suffixes.append(suffix)
+                offsets.append(member.offset_data)
+                sizes.append(member.size)
+            else:
+                damage = _missing_end(tar, stat.st_size)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        damage = _describe(error, stat.st_size, len(keys))
+    if len(set(zip(keys, suffixes, strict=True))) < len(keys):
+        damage = damage or "holds a key twice"
+    if damage:
+        log.warning("%s: %s; the %d files before that are used", path, damage, len(keys))
+    compact = suffixes[0] if suffixes and len(set(suffixes)) == 1 else suffixes
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "keys": keys, "suffixes": compact,
+            "offsets": offsets, "sizes": sizes, "damage": damage}
+
+
+def _describe(error: Exception, size: int, files: int) -> str:
+    if not size:
+        return "is empty (0 bytes)"
+    if "unexpected end" in str(error):
+        return f"truncated after {files} files"
+    return f"not a readable tar after {files} files ({error})"
+
+
+def _missing_end(tar: tarfile.TarFile, size: int) -> str:
+    """A whole tar ends with two zero blocks; one that just stops after a member was cut there."""
+    return "ends without the closing zero blocks, so files may be missing" if tar.offset + tarfile.BLOCKSIZE > size else ""
+
+
+def _read_index(folder: Path) -> dict[str, dict]:
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text())
+        return index["shards"] if index.get("version") == VERSION else {}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}
+
+
+def _write_index(folder: Path, shards: dict[str, dict]) -> None:
+    aside = folder / f".{INDEX_FILE}.{os.getpid()}"
+    try:
+        aside.write_text(json.dumps({"version": VERSION, "shards": shards}, separators=(",", ":")))
+        aside.replace(folder / INDEX_FILE)
+    except OSError as error:
+        log.warning("%s: the index cannot be written (%s); it will be rebuilt at every start", folder, error)

@@ -1,0 +1,226 @@
+"""Token shards as random-access data sets.
+
+`ROOT/MODALITY/DATASET/shard-000000.tar` holds `KEY.npy` (ours) or `KEY.npz` with `arr_0` (released); a
+folder of loose `KEY.npz` / `KEY.npy` files is one shard. Modalities pair by shard name and key, and by
+nothing else. A clip that lacks a modality is simply without it.
+"""
+
+import ast
+import hashlib
+import io
+import logging
+import os
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from egom2p.data.clips import expand_pattern
+from egom2p.data.tarindex import TarEntry, index_tars
+from egom2p.errors import UserError
+from egom2p.modalities import Modality, ModalitySet
+
+log = logging.getLogger(__name__)
+
+MAX_HEADER = 4096
+
+
+class DamagedClip(Exception):
+    """A clip's tokens cannot be used; the message names file, key and cause."""
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """key, dataset and `{modality index: (n,) int32 ids}`, -1 where a position carries no observation."""
+
+    key: str
+    dataset: str
+    tokens: dict[int, np.ndarray]
+
+
+class TokenDataset:
+    """One data set of token shards: element e is clip `keys[e]`, its shard the range that holds e.
+
+    shard_sizes (S,): clips a shard. Reading is by position in the file; nothing is unpacked ahead.
+    """
+
+    def __init__(self, name: str, files: dict[int, list[Path]], modalities: ModalitySet) -> None:
+        self.name, self.modalities = name, modalities
+        self.paths: list[Path] = []
+        self.damages: list[tuple[Path, str]] = []
+        shards: dict[str, dict[int, dict[str, tuple[int, int, int]]]] = {}
+        for index, paths in files.items():
+            for shard, entry in self._entries(paths):
+                members = self._members(entry)
+                known = shards.setdefault(shard, {}).setdefault(index, {})
+                known.update(members)
+        self._build(shards)
+
+    @classmethod
+    def open(cls, root: Path, name: str, pattern: str, modalities: ModalitySet, only: tuple[str, ...] = ()) -> "TokenDataset":
+        """The data set `name` under `root`; `pattern` overrides the default `[MODALITIES]/NAME`."""
+        files: dict[int, list[Path]] = {}
+        for index, modality in enumerate(modalities):
+            if not only or modality.name in only:
+                paths = _modality_files(root, name, pattern, modality, modalities)
+                if paths:
+                    files[index] = paths
+        if not files:
+            where = root / (pattern or f"{{{','.join(modalities.names)}}}/{name}")
+            raise UserError(f"data set '{name}': no token shard at {where}; write some with `egom2p tokenizer encode` or "
+                            "`egom2p shards random`, or correct data.root")
+        return cls(name, files, modalities)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def fingerprint(self) -> str:
+        """Hash of what the data order depends on: keys, shard sizes and where each modality is present."""
+        digest = hashlib.sha256(f"{self.name} {self.shard_sizes.tolist()}".encode())
+        digest.update("\n".join(self.keys).encode())
+        digest.update(np.ascontiguousarray(self._file >= 0).tobytes())
+        return digest.hexdigest()
+
+    def read(self, element: int) -> TokenSample:
+        """Tokens of one clip. Raises DamagedClip with file, key and cause."""
+        tokens = {}
+        for index in np.flatnonzero(self._file[:, element] >= 0):
+            path = self.paths[self._file[index, element]]
+            try:
+                data = _pread(path, int(self._offset[index, element]), int(self._size[index, element]))
+                tokens[int(index)] = decode_tokens(data, self.modalities[index])
+            except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                raise DamagedClip(f"{path}: key {self.keys[element]}: {error}") from error
+        return TokenSample(self.keys[element], self.name, tokens)
+
+    def present(self) -> np.ndarray:
+        """(M, N) bool: which modality each clip has."""
+        return self._file >= 0
+
+    def _entries(self, paths: list[Path]) -> list[tuple[str, TarEntry]]:
+        tars = [p for p in paths if p.suffix == ".tar"]
+        loose = [p for p in paths if p.suffix != ".tar"]
+        entries = [(e.path.name, e) for e in index_tars(tars)]
+        for path in loose:
+            size = path.stat().st_size
+            entries.append(("", TarEntry(path, size, 0, [path.name.partition(".")[0]], [path.suffix[1:]],
+                                         np.zeros(1, np.int64), np.array([size]), "")))
+        return entries
+
+    def _members(self, entry: TarEntry) -> dict[str, tuple[int, int, int]]:
+        if entry.damage:
+            self.damages.append((entry.path, entry.damage))
+        self.paths.append(entry.path)
+        file = len(self.paths) - 1
+        rows = zip(entry.keys, entry.suffixes, entry.offsets.tolist(), entry.sizes.tolist(), strict=True)
+        return {key: (file, offset, size) for key, suffix, offset, size in rows if suffix in ("npy", "npz")}
+
+    def _build(self, shards: dict) -> None:
+        self.keys: list[str] = []
+        sizes, columns = [], []
+        for shard in sorted(shards):
+            by_modality = shards[shard]
+            keys = sorted(set().union(*by_modality.values()))
+            absent = (-1, 0, 0)
+            columns += [[by_modality.get(m, {}).get(key, absent) for m in range(len(self.modalities))] for key in keys]
+            self.keys += keys
+            sizes.append(len(keys))
+        table = np.array(columns, np.int64).reshape(-1, len(self.modalities), 3).transpose(2, 1, 0)
+        self._file, self._offset, self._size = table[0].astype(np.int32), table[1], table[2]
+        self.shard_sizes = np.array([s for s in sizes if s], np.int64)
+        if not self.keys:
+            raise UserError(f"data set '{self.name}': its shards hold no clip ({', '.join(str(p) for p in self.paths[:3])})")
+
+
+def decode_tokens(data: bytes, modality: Modality) -> np.ndarray:
+    """Bytes of a .npy or .npz file -> (n,) int32 ids, -1 where not observed. ValueError when they do not fit."""
+    array = _parse_npy(data) if data[:6] == b"\x93NUMPY" else _parse_npz(data)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"tokens are {array.dtype}, expected integers")
+    if array.size != modality.num_tokens or (array.ndim > 1 and array.shape[-len(modality.grid):] != modality.grid):
+        raise ValueError(f"shape {array.shape} does not fit the grid {list(modality.grid)} of '{modality.name}'")
+    ids = array.reshape(-1).astype(np.int32)
+    if array.dtype == np.uint16 and modality.vocab_size <= 65535:
+        ids[ids == 65535] = -1
+    if ids.size and (ids.min() < -1 or ids.max() >= modality.vocab_size):
+        raise ValueError(f"token id {ids.max() if ids.max() >= modality.vocab_size else ids.min()} lies outside "
+                         f"0 .. {modality.vocab_size - 1} of '{modality.name}'")
+    return ids
+
+
+def encode_tokens(ids: np.ndarray, observed: np.ndarray, modality: Modality) -> np.ndarray:
+    """Ids of a grid -> the stored array: uint16 with 65535, or int32 with -1, where not observed."""
+    missing = 65535 if modality.token_dtype == np.uint16 else -1
+    return np.where(observed, ids, missing).astype(modality.token_dtype)
+
+
+_HEADERS: dict[bytes, tuple[np.dtype, tuple[int, ...], int]] = {}
+
+
+def _parse_npy(data: bytes) -> np.ndarray:
+    """np.load for the plain case, with the parsed header remembered: shards repeat one header a million times."""
+    length = int.from_bytes(data[8:10], "little") + 10 if data[6] == 1 else int.from_bytes(data[8:12], "little") + 12
+    if length > min(len(data), MAX_HEADER):
+        raise ValueError("npy header is cut off or absurdly long")
+    header = data[:length]
+    if header not in _HEADERS:
+        fields = ast.literal_eval(header[10 if data[6] == 1 else 12 :].decode("latin1"))
+        dtype = np.dtype(fields["descr"])
+        if dtype.hasobject or fields["fortran_order"]:
+            raise ValueError("npy file is pickled or in Fortran order")
+        if len(_HEADERS) < 64:
+            _HEADERS[header] = (dtype, tuple(fields["shape"]), length)
+        else:
+            return np.load(io.BytesIO(data), allow_pickle=False)
+    dtype, shape, start = _HEADERS[header]
+    return np.frombuffer(data, dtype, count=int(np.prod(shape)), offset=start).reshape(shape)
+
+
+def _parse_npz(data: bytes) -> np.ndarray:
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        if not isinstance(archive, np.lib.npyio.NpzFile) or "arr_0" not in archive:
+            raise ValueError("npz file without 'arr_0'")
+        return archive["arr_0"]
+
+
+_FILES: dict[Path, int] = {}
+_FILES_PID = [os.getpid()]
+MAX_OPEN = 256
+
+
+def _pread(path: Path, offset: int, size: int) -> bytes:
+    """Bytes of an open file; descriptors are kept, at most MAX_OPEN, and never shared across a fork."""
+    if _FILES_PID[0] != os.getpid():
+        _FILES.clear()
+        _FILES_PID[0] = os.getpid()
+    descriptor = _FILES.get(path)
+    if descriptor is None:
+        while len(_FILES) >= MAX_OPEN:
+            os.close(_FILES.pop(next(iter(_FILES))))
+        descriptor = _FILES[path] = os.open(path, os.O_RDONLY)
+    data = os.pread(descriptor, size, offset)
+    if len(data) < size:
+        raise EOFError(f"file ends {size - len(data)} bytes early; it changed since it was indexed")
+    return data
+
+
+def _modality_files(root: Path, name: str, pattern: str, modality: Modality, modalities: ModalitySet) -> list[Path]:
+    """Shards (or loose files) of one modality, sorted."""
+    pattern = pattern or f"[{','.join(modalities.names)}]/{name}"
+    chosen = re.sub(r"\[([^\[\]]*)\]", lambda m: modality.name if modality.name in m[1].split(",") else "\0", pattern)
+    if "\0" in chosen:
+        return []
+    paths: list[Path] = []
+    for text in expand_pattern(chosen):
+        path = root / text
+        if path.is_dir():
+            paths += sorted(path.glob("*.tar")) or sorted([*path.glob("*.npz"), *path.glob("*.npy")])
+        elif any(c in text for c in "*?"):
+            paths += sorted(root.glob(text))
+        elif path.is_file():
+            paths.append(path)
+        else:
+            log.warning("data set '%s': %s does not exist; clips of that shard lack '%s'", name, path, modality.name)
+    return paths

@@ -1,0 +1,33 @@
+"""Depth metrics. Eigen et al., "Depth Map Prediction from a Single Image", NeurIPS 2014.
+
+Predictions are inverse depth up to scale and shift; the alignment (Ranftl et al., MiDaS, 2020) is a
+least-squares scale and shift in inverse depth over all pixels of the clip with a reading.
+"""
+
+import numpy as np
+
+MIN_INVERSE = 1e-3  # metres^-1: a fitted inverse depth below it counts as 1 km
+
+
+def align_inverse_depth(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Relative inverse depth -> metres, by the scale and shift that fit 1 / reference best.
+
+    predicted (T, H, W) in any linear units of inverse depth; reference (T, H, W) metres, 0 = no reading.
+    """
+    seen = reference > 0
+    x, y = predicted[seen].astype(np.float64), 1 / reference[seen].astype(np.float64)
+    spread = x.var()
+    scale = ((x - x.mean()) * (y - y.mean())).mean() / spread if spread > 1e-12 else 0.0
+    inverse = scale * predicted.astype(np.float64) + y.mean() - scale * x.mean()
+    return 1 / np.maximum(inverse, MIN_INVERSE)
+
+
+def depth_errors(metres: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """abs_rel, rmse_m and delta_1.25^k (share of pixels whose ratio is below) over pixels with a reading."""
+    seen = reference > 0
+    if not seen.any():
+        return dict.fromkeys(("abs_rel", "rmse_m", "delta1", "delta2", "delta3"), float("nan"))
+    p, r = metres[seen].astype(np.float64), reference[seen].astype(np.float64)
+    ratio = np.maximum(p / r, r / p)
+    return {"abs_rel": float((np.abs(p - r) / r).mean()), "rmse_m": float(np.sqrt(((p - r) ** 2).mean())),
+            **{f"delta{k}": float((ratio < 1.25**k).mean()) for k in (1, 2, 3)}}

@@ -1,0 +1,170 @@
+"""Predict any modalities from any others, one implementation for every scheme and modality.
+
+A target's tokens are decoded in steps. Each step encodes what is visible (the condition and the target's
+tokens so far), predicts some hidden positions, and makes a few of them visible. Guidance adds, in the same
+pack, a second copy of every clip that sees no condition but the same target tokens. Chained targets join
+the condition of those after them.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from egom2p.data.batch import FlatTokens, MaskedSample, pack
+from egom2p.errors import UserError
+from egom2p.generation.schedule import TargetArgs
+from egom2p.model.egom2p import EgoM2P
+
+
+@dataclass
+class Generated:
+    """Per target modality: tokens (B, *grid) int64; confidence (B, n), the probability the model gave the
+    chosen id before filtering; expected (B, n, L), mean code vectors, where codes were given."""
+
+    tokens: dict[str, np.ndarray] = field(default_factory=dict)
+    confidence: dict[str, np.ndarray] = field(default_factory=dict)
+    expected: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def generate(model: EgoM2P, tokens: dict[str, np.ndarray], targets: dict[str, TargetArgs], seed: int = 0,
+             keys: list[str] | None = None, known: dict[str, np.ndarray] | None = None,
+             codes: dict[str, Tensor] | None = None) -> Generated:
+    """Generate `targets`, in order, for a batch of clips.
+
+    tokens: {modality: (B, *grid) ids}, the condition; negative ids are unknown. A target may be in `tokens`
+    too: with `known` {target: (B, n) bool} those positions are given and the rest is filled in.
+    keys: B names; a clip's random numbers depend on (seed, key) only, not on the batch. codes: {target:
+    (vocab, L)} code vectors whose expectation is wanted.
+    """
+    num_clips = len(next(iter(tokens.values())))
+    keys = keys or [str(i) for i in range(num_clips)]
+    for name in [*tokens, *targets]:
+        if name not in model.modalities.names:
+            raise UserError(f"the model has no modality '{name}'; it has {', '.join(model.modalities.names)}")
+    state = {name: np.full((num_clips, m.num_tokens), -1) for name, m in zip(model.modalities.names, model.modalities, strict=True)}
+    for name, grid in tokens.items():
+        ids = np.asarray(grid).reshape(num_clips, -1)
+        state[name] = np.where(known[name].reshape(num_clips, -1), ids, -1) if name in (known or {}) else ids.copy()
+    out = Generated()
+    for number, (name, args) in enumerate(targets.items()):
+        decoder = _TargetDecoder(model, name, args, state, [_clip_rng(seed, key, number) for key in keys])
+        decoder.run((codes or {}).get(name))
+        modality = model.modalities.by_name(name)
+        out.tokens[name] = state[name].reshape(num_clips, *modality.grid)
+        out.confidence[name] = decoder.confidence
+        if decoder.expected is not None:
+            out.expected[name] = decoder.expected
+    return out
+
+
+class _TargetDecoder:
+    """Decodes one target for all clips; writes its ids into `state[name]`."""
+
+    def __init__(self, model: EgoM2P, name: str, args: TargetArgs, state: dict[str, np.ndarray], rngs: list[np.random.Generator]) -> None:
+        self.model, self.name, self.args, self.state, self.rngs = model, name, args, state, rngs
+        self.hidden = [np.flatnonzero(row < 0) for row in state[name]]
+        if args.order == "roar":
+            self.hidden = [rng.permutation(h) for rng, h in zip(rngs, self.hidden, strict=True)]
+        self.confidence = np.where(state[name] < 0, 0.0, 1.0)
+        self.expected: Tensor | None = None
+
+    def run(self, codes: Tensor | None) -> None:
+        sizes = [self.args.sizes(len(h)) if len(h) else [] for h in self.hidden]
+        if codes is not None:
+            shown = torch.from_numpy(np.maximum(self.state[self.name], 0)).to(codes.device)
+            self.expected = codes[shown].clone()
+        for step, temperature in enumerate(self.args.temperatures()):
+            take = [s[step] if step < len(s) else 0 for s in sizes]
+            if not any(take):
+                break
+            asked = [h if self.args.order == "maskgit" else h[:n] for h, n in zip(self.hidden, take, strict=True)]
+            logits = self._logits([np.sort(a) for a in asked]).float()
+            self._commit([np.sort(a) for a in asked], take, logits, temperature, codes)
+
+    def _logits(self, asked: list[np.ndarray]) -> Tensor:
+        """(sum of asked, vocab), guided."""
+        samples = [self._sample(i, positions, with_condition=True) for i, positions in enumerate(asked)]
+        guided = self.args.guidance != 1.0
+        if guided:
+            samples += [self._sample(i, positions, with_condition=False) for i, positions in enumerate(asked)]
+        batch = pack(samples, len(self.model.modalities)).to(self.model.device)
+        hidden = self.model(batch)
+        logits = self.model.heads[self.name](hidden)
+        if not guided:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + self.args.guidance * (conditional - unconditional)
+
+    def _sample(self, clip: int, positions: np.ndarray, with_condition: bool) -> MaskedSample:
+        index = self.model.modalities.index_of(self.name)
+        parts = []
+        for m, name in enumerate(self.model.modalities.names):
+            if with_condition or name == self.name:
+                shown = np.flatnonzero(self.state[name][clip] >= 0)
+                parts.append((np.full(len(shown), m), shown, self.state[name][clip][shown]))
+        inputs = FlatTokens(*(np.concatenate(p) for p in zip(*parts, strict=True)))
+        asked = FlatTokens(np.full(len(positions), index), positions, np.zeros(len(positions), np.int64))
+        return MaskedSample(clip, inputs, asked)
+
+    def _commit(self, asked: list[np.ndarray], take: list[int], logits: Tensor, temperature: float, codes: Tensor | None) -> None:
+        """Sample ids for the asked positions and keep `take` of each clip."""
+        uniform = torch.from_numpy(np.concatenate([rng.random(len(a)) for rng, a in zip(self.rngs, asked, strict=True)]))
+        probabilities = logits.softmax(-1)
+        ids = sample_ids(logits, uniform.to(logits.device), temperature, self.args.top_p, self.args.top_k)
+        confidence = probabilities.gather(1, ids[:, None])[:, 0]
+        expected = probabilities @ codes.to(probabilities) if codes is not None else None
+        start = 0
+        for clip, (positions, num) in enumerate(zip(asked, take, strict=True)):
+            rows = np.arange(start, start + len(positions))
+            start += len(positions)
+            if num < len(positions):
+                surest = confidence[torch.from_numpy(rows).to(ids.device)].cpu().numpy()
+                chosen = np.sort(np.argsort(-surest, kind="stable")[:num])
+                rows, positions = rows[chosen], positions[chosen]
+            picked = torch.from_numpy(rows).to(ids.device)
+            self.state[self.name][clip][positions] = ids[picked].cpu().numpy()
+            self.confidence[clip][positions] = confidence[picked].cpu().numpy()
+            if expected is not None:
+                self.expected[clip][torch.from_numpy(positions).to(self.expected.device)] = expected[picked].to(self.expected)
+            self.hidden[clip] = self.hidden[clip][~np.isin(self.hidden[clip], positions)]
+
+
+def sample_ids(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """One id a row of (N, vocab) logits, by inverse transform of `uniform` (N,) in [0, 1).
+
+    The filters look at the logits before the temperature divides them (as the released sampler does).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k:
+        smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if top_p < 1:
+        logits = _keep_nucleus(logits, top_p)
+    cumulative = (logits / temperature).softmax(-1).double().cumsum(-1)
+    threshold = uniform.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _keep_nucleus(logits: Tensor, top_p: float, first_look: int = 1024) -> Tensor:
+    """Mask all but the smallest set of ids whose probability reaches top_p (Holtzman et al. 2020).
+
+    The set is looked for among the `first_look` likeliest ids before the whole vocabulary is sorted.
+    """
+    probabilities = logits.softmax(-1)
+    for count in (min(first_look, logits.shape[-1]), logits.shape[-1]):
+        values, order = probabilities.topk(count, dim=-1)
+        before = values.cumsum(-1) - values
+        if count == logits.shape[-1] or bool((before[:, -1] >= top_p).all()):
+            break
+    kept = torch.where(before < top_p, logits.gather(1, order), torch.full_like(values, float("-inf")))
+    return torch.full_like(logits, float("-inf")).scatter(1, order, kept)
+
+
+def _clip_rng(seed: int, key: str, target: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}|{key}|{target}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))

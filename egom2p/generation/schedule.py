@@ -1,0 +1,59 @@
+"""How a target is generated: in how many steps, in what order, with what temperature and guidance."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TargetArgs:
+    """One target modality's recipe.
+
+    order: roar (random order), maskgit (most confident first, Chang et al. 2022) or raster.
+    step_sizes: linear or cosine shares of the tokens a step. temperature 0 = the likeliest id, otherwise it
+    starts at `temperature` and stays (constant), falls to 0 (linear) or as 1/step (inverse).
+    guidance: classifier-free scale s, uncond + s * (cond - uncond); 1 = none.
+    expected: decode the mean code over the predicted distribution instead of the sampled code.
+    """
+
+    steps: int = 1
+    order: Literal["roar", "maskgit", "raster"] = "roar"
+    step_sizes: Literal["linear", "cosine"] = "linear"
+    temperature: float = 1.0
+    temperature_schedule: Literal["constant", "linear", "inverse"] = "constant"
+    top_p: float = 1.0
+    top_k: int = 0
+    guidance: float = 1.0
+    expected: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError("steps must be at least 1, temperature and top_k at least 0, top_p in (0, 1]")
+
+    def sizes(self, num_tokens: int) -> list[int]:
+        """Tokens decoded in each step; they sum to num_tokens.
+
+        linear: differences of an integer linspace, the largest first (the released schedule). cosine: few
+        tokens first, many last.
+        """
+        steps = min(self.steps, num_tokens)
+        if self.step_sizes == "linear":
+            bounds = np.linspace(0, num_tokens, steps + 1).astype(int)
+            return sorted(np.diff(bounds).tolist(), reverse=True)
+        left = np.round(num_tokens * np.cos(np.linspace(0, np.pi / 2, steps + 1))).astype(int)
+        left = np.minimum(left, np.arange(num_tokens, num_tokens - steps - 1, -1))
+        left[-1] = 0
+        return (-np.diff(left)).tolist()
+
+    def temperatures(self) -> list[float]:
+        steps = np.arange(self.steps)
+        share = {"constant": np.ones(self.steps), "linear": 1 - steps / self.steps, "inverse": 1 / (1 + steps)}
+        return (self.temperature * share[self.temperature_schedule]).tolist()
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """A YAML below cfgs/generate/: how each target is generated."""
+
+    targets: dict[str, TargetArgs] = field(default_factory=dict)

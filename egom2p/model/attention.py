@@ -1,0 +1,132 @@
+"""Attention over segments laid end to end: no padding and no dense mask.
+
+Shapes: T tokens of the whole pack, H heads, D channels a head. Segment s of the queries sees segment s of
+the keys and nothing else. Lengths are known on the host, so nothing here waits for the device.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Lengths (S,) int64 on the host of the query and key segments, in pack order."""
+
+    query_lengths: np.ndarray
+    key_lengths: np.ndarray
+    device: torch.device
+
+    @cached_property
+    def cu_queries(self) -> Tensor:
+        """(S + 1,) int32 offsets on the device."""
+        return _offsets(self.query_lengths, self.device)
+
+    @cached_property
+    def cu_keys(self) -> Tensor:
+        return _offsets(self.key_lengths, self.device)
+
+    @cached_property
+    def max_lengths(self) -> tuple[int, int]:
+        return int(self.query_lengths.max(initial=0)), int(self.key_lengths.max(initial=0))
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int, int]]:
+        """(segments, query length, key length) of each distinct pair of lengths, in the order of `sorted_*`."""
+        pairs, counts = np.unique(self._pairs, axis=0, return_counts=True)
+        return [(int(n), int(q), int(k)) for (q, k), n in zip(pairs, counts, strict=True)]
+
+    @cached_property
+    def sorted_queries(self) -> tuple[Tensor, Tensor] | None:
+        """Permutation of query tokens that brings segments of equal lengths together, and its inverse."""
+        return self._permutation(self.query_lengths)
+
+    @cached_property
+    def sorted_keys(self) -> tuple[Tensor, Tensor] | None:
+        return self._permutation(self.key_lengths)
+
+    @property
+    def _pairs(self) -> np.ndarray:
+        return np.stack([self.query_lengths, self.key_lengths], 1)
+
+    def _permutation(self, lengths: np.ndarray) -> tuple[Tensor, Tensor] | None:
+        order = np.lexsort((self.key_lengths, self.query_lengths))
+        if np.array_equal(order, np.arange(len(order))):
+            return None
+        starts = np.cumsum(lengths) - lengths
+        sorted_lengths = lengths[order]
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(sorted_lengths) - sorted_lengths, sorted_lengths)
+        forward = np.repeat(starts[order], sorted_lengths) + within
+        inverse = np.empty_like(forward)
+        inverse[forward] = np.arange(len(forward))
+        return torch.from_numpy(forward).to(self.device), torch.from_numpy(inverse).to(self.device)
+
+
+def segment_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> Tensor:
+    """Softmax attention inside each segment, scaled by D ** -0.5. (Tq, H, D) -> (Tq, H, D).
+
+    A query whose segment has no keys gets zeros. Fused variable-length attention on CUDA in half
+    precision; elsewhere one scaled_dot_product_attention for each distinct pair of lengths.
+    """
+    if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16) and len(k_THD):
+        return _fused(q_THD, k_THD, v_THD, segments)
+    return _grouped(q_THD, k_THD, v_THD, segments)
+
+
+def _fused(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    max_q, max_k = segments.max_lengths
+    out = varlen_attn(q_THD.contiguous(), k_THD.contiguous(), v_THD.contiguous(),
+                      segments.cu_queries, segments.cu_keys, max_q, max_k)
+    if segments.key_lengths.min(initial=1) == 0:
+        keyless = np.repeat(segments.key_lengths == 0, segments.query_lengths)
+        out = torch.where(torch.from_numpy(keyless).to(out.device)[:, None, None], torch.zeros_like(out), out)
+    return out
+
+
+def _grouped(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> Tensor:
+    queries, keys = segments.sorted_queries, segments.sorted_keys
+    if queries is not None:
+        q_THD = _Permute.apply(q_THD, *queries)
+    if keys is not None:
+        k_THD, v_THD = _Permute.apply(k_THD, *keys), _Permute.apply(v_THD, *keys)
+    sizes_q = [n * q for n, q, _ in segments.groups]
+    sizes_k = [n * k for n, _, k in segments.groups]
+    parts = [_dense(q, k, v, *group) for q, k, v, group in zip(
+        q_THD.split(sizes_q), k_THD.split(sizes_k), v_THD.split(sizes_k), segments.groups, strict=True)]
+    out_THD = torch.cat(parts) if parts else q_THD
+    return out_THD if queries is None else _Permute.apply(out_THD, queries[1], queries[0])
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, num: int, len_q: int, len_k: int) -> Tensor:
+    """Attention of `num` segments of equal lengths: (num * len_q, H, D) -> the same."""
+    if not len_q or not len_k:
+        # Keep the graph whole: these queries depend on nothing but are differentiable all the same.
+        return q * 0
+    q, k, v = (x.unflatten(0, (num, length)).transpose(1, 2) for x, length in ((q, len_q), (k, len_k), (v, len_k)))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+class _Permute(torch.autograd.Function):
+    """Row permutation whose backward is the inverse permutation (a gather, not a scatter-add)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, forward: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, forward)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.contiguous().index_select(0, ctx.saved_tensors[0]), None, None
+
+
+permute_rows = _Permute.apply
+
+
+def _offsets(lengths: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)

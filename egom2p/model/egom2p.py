@@ -1,0 +1,196 @@
+"""The network: encoder over visible tokens, decoder over masked positions, one head a modality.
+
+Shapes: E visible tokens and D target tokens of a whole pack, `dim` channels.
+Encoder input = token embedding + (position + modality); decoder query = mask token + the same sum;
+context = linear(encoder output) + the same sum of the inputs. Modality embeddings are shared by both sides.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from egom2p.data.batch import FlatTokens, MaskedSample, PackedBatch, PackedTokens, pack
+from egom2p.modalities import ModalitySet
+from egom2p.model.attention import Segments, permute_rows
+from egom2p.model.blocks import STYLES, DecoderBlock, EncoderBlock, init_weights, layer_norm
+from egom2p.model.export import Exportable
+from egom2p.model.loss import weighted_cross_entropy
+from egom2p.model.positions import position_table
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Any size; `variant` gelu (with biases), swiglu (without) or swiglu_qknorm. embedding_std: of the token
+    tables at the start; 0.02 as released, nearer 1 (the size of the position table) for short trainings."""
+
+    dim: int
+    num_heads: int
+    encoder_depth: int
+    decoder_depth: int
+    mlp_ratio: float = 4.0
+    variant: Literal["gelu", "swiglu", "swiglu_qknorm"] = "swiglu"
+    activation_checkpointing: bool = False
+    embedding_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or self.dim % 2:
+            raise ValueError(f"dim {self.dim} must be even and divide by num_heads {self.num_heads}")
+
+
+class ModalityEmbedding(nn.Module):
+    """Token table (vocab, dim) of the encoder, modality vector (dim,) and fixed position table (n, dim)."""
+
+    def __init__(self, vocab_size: int, grid: tuple[int, ...], dim: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocab_size, dim)
+        self.modality = nn.Parameter(torch.empty(dim))
+        self.register_buffer("position", position_table(grid, dim), persistent=False)
+
+    @torch.no_grad()
+    def reset(self, token_std: float) -> None:
+        """Normal; the modality vector with std 0.02, as in 4M."""
+        nn.init.normal_(self.token.weight, std=token_std)
+        nn.init.normal_(self.modality, std=0.02)
+
+
+class EgoM2P(Exportable):
+    """See the module's docstring. Build from `ModalitySet` and `ModelArgs`, or `from_pretrained(folder)`."""
+
+    def __init__(self, modalities: ModalitySet, args: ModelArgs) -> None:
+        super().__init__()
+        self.modalities, self.args = modalities, args
+        style = STYLES[args.variant]
+        sizes = (args.dim, args.num_heads, args.mlp_ratio, style)
+        self.embeddings = nn.ModuleDict({m.name: ModalityEmbedding(m.vocab_size, m.grid, args.dim) for m in modalities})
+        self.mask_token = nn.Parameter(torch.empty(args.dim))
+        self.encoder = nn.ModuleList(EncoderBlock(*sizes) for _ in range(args.encoder_depth))
+        self.encoder_norm = layer_norm(args.dim, style)
+        self.context_projection = nn.Linear(args.dim, args.dim)
+        self.decoder = nn.ModuleList(DecoderBlock(*sizes) for _ in range(args.decoder_depth))
+        self.decoder_norm = layer_norm(args.dim, style)
+        self.heads = nn.ModuleDict({m.name: nn.Linear(args.dim, m.vocab_size, bias=False) for m in modalities})
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Initialise in place: blocks as `init_weights`, embeddings, heads and mask token normal with std 0.02."""
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for embedding, head in zip(self.embeddings.values(), self.heads.values(), strict=True):
+            embedding.reset(self.args.embedding_std)
+            nn.init.normal_(head.weight, std=0.02)
+
+    @torch.no_grad()
+    def start_from_codes(self, codes: dict[str, Tensor], seed: int = 0) -> None:
+        """Initialise token tables and heads from {modality: (vocab, L)} code vectors of the tokenizers.
+
+        Ids with near codes start with near embeddings: a fixed random projection of the standardised codes
+        and their first harmonics, scaled to the usual standard deviations. Short trainings gain most.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, table in codes.items():
+            z = (table.cpu().float() - table.cpu().float().mean(0)) / table.cpu().float().std(0).clamp(min=1e-6)
+            features = torch.cat([z, (2 * z).cos(), (2 * z).sin()], 1)
+            for weight, std in ((self.embeddings[name].token.weight, self.args.embedding_std), (self.heads[name].weight, 0.02)):
+                projected = features @ torch.randn(features.shape[1], weight.shape[1], generator=generator)
+                weight.copy_((projected - projected.mean(0)) * std / projected.std())
+
+    @property
+    def device(self) -> torch.device:
+        return self.mask_token.device
+
+    def forward(self, batch: PackedBatch, scale: Tensor | None = None):
+        """Hidden states (D, dim) of the targets sorted by modality; with `scale` (D,), the loss of `loss`.
+
+        (The loss is reachable from `forward` because DistributedDataParallel only wraps that.)
+        """
+        place_E, place_D = self._place(batch.inputs), self._place(batch.targets)
+        context_ED = self.encode_packed(batch, place_E)
+        context_ED = self.context_projection(context_ED) + place_E
+        hidden_D = self._decode(batch, self.mask_token + place_D, context_ED)
+        hidden_D = permute_rows(hidden_D, batch.targets.by_modality, batch.targets.to_pack)
+        return hidden_D if scale is None else self.loss(hidden_D, batch, scale)
+
+    def encode_packed(self, batch: PackedBatch, place_E: Tensor | None = None) -> Tensor:
+        """Encoder features (E, dim) of the visible tokens, in pack order."""
+        place_E = self._place(batch.inputs) if place_E is None else place_E
+        x_ED = self._embed_tokens(batch.inputs) + place_E
+        lengths = batch.inputs.lengths.sum(1)
+        segments = Segments(lengths, lengths, x_ED.device)
+        for block in self.encoder:
+            x_ED = self._run(block, x_ED, segments)
+        return self.encoder_norm(x_ED)
+
+    def loss(self, hidden_D: Tensor, batch: PackedBatch, scale_D: Tensor) -> tuple[Tensor, Tensor]:
+        """sum of scale * CE over the targets, and each target's CE (D,), both sorted by modality.
+
+        hidden_D as `forward` returns it; scale_D (D,) in the same order.
+        """
+        token = batch.targets.token[batch.targets.by_modality]
+        parts = zip(self.heads.values(), *(x.split(batch.targets.modality_counts) for x in (hidden_D, token, scale_D)), strict=True)
+        totals, losses = zip(*(weighted_cross_entropy(h, head.weight, t, s) for head, h, t, s in parts), strict=True)
+        return torch.stack(totals).sum(), torch.cat(losses)
+
+    def logits(self, hidden_D: Tensor, counts: list[int]) -> list[Tensor]:
+        """[(targets of modality m, vocab)] from hidden states sorted by modality; counts: targets a modality."""
+        return [head(h) for head, h in zip(self.heads.values(), hidden_D.split(counts), strict=True)]
+
+    def masked_logits(self, tokens: dict[str, Tensor], is_input: dict[str, Tensor],
+                      is_target: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{modality: (targets, vocab)}, rows by sample, then position.
+
+        tokens {modality: (B, *grid) ids}; is_input and is_target {modality: (B, n) bool}.
+        """
+        samples = samples_from_grids(self.modalities, tokens, is_input, is_target)
+        batch = pack(samples, len(self.modalities)).to(self.device)
+        logits = self.logits(self(batch), batch.targets.modality_counts)
+        return {m.name: rows for m, rows in zip(self.modalities, logits, strict=True) if m.name in tokens}
+
+    def _place(self, tokens: PackedTokens) -> Tensor:
+        """Position + modality embedding of each token, (N, dim)."""
+        counts, device = tokens.modality_counts, self.device
+        position = tokens.position[tokens.by_modality].split(counts)
+        parts = [e.position[p] + e.modality for e, p in zip(self.embeddings.values(), position, strict=True)]
+        return permute_rows(torch.cat(parts).to(device), tokens.to_pack, tokens.by_modality)
+
+    def _embed_tokens(self, tokens: PackedTokens) -> Tensor:
+        ids = tokens.token[tokens.by_modality].split(tokens.modality_counts)
+        parts = [e.token(i) for e, i in zip(self.embeddings.values(), ids, strict=True)]
+        return permute_rows(torch.cat(parts), tokens.to_pack, tokens.by_modality)
+
+    def _decode(self, batch: PackedBatch, x_DD: Tensor, context_ED: Tensor) -> Tensor:
+        by_modality = batch.targets.lengths.reshape(-1)
+        by_modality = by_modality[by_modality > 0]
+        self_segments = Segments(by_modality, by_modality, x_DD.device)
+        cross_segments = Segments(batch.targets.lengths.sum(1), batch.inputs.lengths.sum(1), x_DD.device)
+        for block in self.decoder:
+            x_DD = self._run(block, x_DD, context_ED, self_segments, cross_segments)
+        return self.decoder_norm(x_DD)
+
+    def _run(self, block: nn.Module, *args):
+        if self.args.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+def samples_from_grids(modalities: ModalitySet, tokens: dict, is_input: dict, is_target: dict) -> list[MaskedSample]:
+    """Dense (B, *grid) ids and (B, n) masks -> MaskedSamples. Modalities missing from a dictionary are unused."""
+    names = [m.name for m in modalities if m.name in tokens]
+    num_samples = len(next(iter(tokens.values())))
+    ids = {n: np.asarray(torch.as_tensor(tokens[n]).cpu()).reshape(num_samples, -1) for n in names}
+    masks = [{n: np.asarray(torch.as_tensor(side[n]).cpu()).reshape(num_samples, -1) for n in names if n in side}
+             for side in (is_input, is_target)]
+    return [MaskedSample(i, *(_select(modalities, ids, side, i) for side in masks)) for i in range(num_samples)]
+
+
+def _select(modalities: ModalitySet, ids: dict, masks: dict, sample: int) -> FlatTokens:
+    parts = [(index, np.flatnonzero(masks[m.name][sample]), ids[m.name][sample])
+             for index, m in enumerate(modalities) if m.name in masks]
+    if not parts:
+        return FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
+    return FlatTokens(np.concatenate([np.full(len(p), index) for index, p, _ in parts]),
+                      np.concatenate([p for _, p, _ in parts]), np.concatenate([t[p] for _, p, t in parts]))

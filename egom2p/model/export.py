@@ -1,0 +1,102 @@
+"""Folders with `config.json` and `model.safetensors`, from disk or the Hugging Face Hub.
+
+A subclass of `Exportable` says how it becomes a plain config (`to_config`) and how it is rebuilt from one
+(`from_config`). Nothing here runs code from a file: weights are safetensors, configs are JSON.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from egom2p.config import build, read_json, to_plain
+from egom2p.errors import UserError
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Exportable(nn.Module):
+    """A module that saves itself to a folder and comes back from it."""
+
+    def to_config(self) -> dict[str, Any]:
+        """Plain JSON values from which `from_config` rebuilds an equal module."""
+        modalities = {m.name: {k: v for k, v in to_plain(m).items() if k != "name"} for m in self.modalities}
+        return {"modalities": modalities, "model": to_plain(self.args)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], source: str) -> "Exportable":
+        import typing
+
+        from egom2p.modalities import ModalityArgs, ModalitySet
+
+        if not {"modalities", "model"} <= config.keys():
+            raise UserError(f"{source}: not an {cls.__name__} export (no 'modalities' and 'model' in {CONFIG})")
+        entries = build(dict[str, ModalityArgs], config["modalities"], "modalities", source)
+        args_type = typing.get_type_hints(cls.__init__)["args"]
+        return cls(ModalitySet.from_config(entries), build(args_type, config["model"], "model", source))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder` (made if needed)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(self.to_config(), indent=1))
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str = "cpu"):
+        """Load a folder written by `save_pretrained`, a run (its latest checkpoint) or a Hub repository, in eval mode."""
+        folder = resolve_folder(source)
+        module = cls.from_config(read_json(folder / CONFIG), str(folder / CONFIG))
+        load_weights(module, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+        return module.to(device).eval()
+
+    def push_to_hub(self, repo: str, private: bool = True) -> str:
+        """Upload the export to the Hub repository `owner/name`; returns its address."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            huggingface_hub.create_repo(repo, private=private, exist_ok=True)
+            return huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
+
+
+def resolve_folder(source: str | Path) -> Path:
+    """The folder that holds the export `source` names: a folder, a run with checkpoints, or a Hub repository."""
+    path = Path(source)
+    for candidate in (path, path / "checkpoints" / "latest", path / "export"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise UserError(f"{source}: no export or checkpoint there (expected {CONFIG} and {WEIGHTS})")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jit"]))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(f"{source}: neither a folder here nor a Hub repository that can be fetched ({type(error).__name__}); "
+                        "check the name, the network, and for gated repositories `hf auth login`") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no weights {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged safetensors file ({error})") from error
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Strict: every name and shape must fit, or one line says which does not."""
+    own = module.state_dict()
+    for name in own.keys() ^ weights.keys():
+        raise UserError(f"{path}: weight '{name}' is {'missing' if name in own else 'not part of this model'}")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise UserError(f"{path}: weight '{name}' is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}")
+    with torch.no_grad():
+        module.load_state_dict(weights)

@@ -1,0 +1,214 @@
+"""`egom2p quickstart`: the whole job on a CPU. World, tokenizers, shards, training, predictions, evaluation, report.
+
+Every stage is the ordinary command's function with the ordinary YAML; this file only puts them in order,
+times them, and keeps the two cores busy (the tokenizers are independent, so two train side by side).
+"""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from egom2p.config import load, to_plain
+from egom2p.data.shardtools import check
+from egom2p.data.world import write_world
+from egom2p.errors import UserError
+from egom2p.evaluation.run import evaluate, table, write_results
+from egom2p.generation.pipeline import Pipeline, generate_files
+from egom2p.generation.schedule import TargetArgs
+from egom2p.model.egom2p import EgoM2P
+from egom2p.training.log import read_metrics
+from egom2p.training.tasks import PretrainConfig, TokenizerConfig, pretrain
+from egom2p.visualize import plots
+from egom2p.visualize.report import write_report
+
+log = logging.getLogger(__name__)
+
+EVAL_TASKS = ("rgb2cam", "rgb2gaze", "rgb2depth", "depth2rgb")
+
+
+@dataclass(frozen=True)
+class WorldSet:
+    """One data set of procedural clips."""
+
+    clips: int
+    seed: int
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """size: side of the frames. train: training sets by name. held_out: clips for the token loss during
+    training; test: clips for the result table, seen by nothing before. lanes: tokenizer configs trained side
+    by side. training: the train YAML. recipes: how each target is generated. tokenizer_overrides: key=value."""
+
+    size: int
+    train: dict[str, WorldSet]
+    held_out: WorldSet
+    test: WorldSet
+    lanes: tuple[tuple[str, ...], ...]
+    training: str
+    recipes: dict[str, TargetArgs] = field(default_factory=dict)
+    tokenizer_overrides: tuple[str, ...] = ()
+    train_overrides: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = EVAL_TASKS
+
+
+def quickstart(out: Path, config_path: Path, inputs: list[Path]) -> Path:
+    """Run every stage below `out`; finished stages are kept when it is run again. Returns the report's path."""
+    config = load(QuickstartConfig, config_path)
+    out.mkdir(parents=True, exist_ok=True)
+    stages = Stages(out / "stages.json", to_plain(config))
+    with stages.run("world"):
+        _make_world(config, out / "clips")
+    with stages.run("tokenizers"):
+        names = _train_tokenizers(config, out)
+    with stages.run("encode"):
+        _encode(config, out, names)
+    with stages.run("train"):
+        training = load(PretrainConfig, config.training, _train_overrides(config, out, names))
+        pretrain(training)
+    with stages.run("evaluate"):
+        model = EgoM2P.from_pretrained(out / "model")
+        evaluation = evaluate(model, config.tasks, str(out / "clips/test/*.tar"), config.recipes, shown=3)
+    print(table(evaluation.summary))
+    with stages.run("generate"):
+        folders = generate_files(Pipeline(model), inputs, ["cam", "gaze", "depth"], out / "generated", recipes=config.recipes) if inputs else []
+    with stages.run("report"):
+        _report(config, out, evaluation, stages.seconds, [(f.name, f / "preview.png") for f in folders])
+    write_results(out, evaluation, {"seconds": stages.seconds})
+    print(f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
+    return out / "report.html"
+
+
+class Stages:
+    """Times the stages and remembers what earlier runs of the same configuration spent on them."""
+
+    def __init__(self, path: Path, config: dict) -> None:
+        self.path, self.config = path, config
+        known = json.loads(path.read_text()) if path.exists() else {"config": config, "seconds": {}}
+        if known["config"] != config:
+            raise UserError(f"{path.parent} holds a quickstart with another configuration; choose another --out or remove it")
+        self.seconds: dict[str, float] = known["seconds"]
+
+    @contextmanager
+    def run(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        print(f"--- {name}" + (f" (took {self.seconds[name]:.0f} s last time)" if name in self.seconds else ""), flush=True)
+        yield
+        spent = time.perf_counter() - started
+        self.seconds[name] = max(spent, self.seconds.get(name, 0.0))
+        self.path.write_text(json.dumps({"config": self.config, "seconds": self.seconds}))
+
+
+def _make_world(config: QuickstartConfig, clips: Path) -> None:
+    sets = {**{f"train/{name}": s for name, s in config.train.items()}, "held_out": config.held_out, "test": config.test}
+    for name, entry in sets.items():
+        if not (clips / name / "done").exists():
+            write_world(clips / name, entry.clips, entry.seed, config.size, Path(name).name, entry.without)
+            (clips / name / "done").touch()
+
+
+def _train_tokenizers(config: QuickstartConfig, out: Path) -> dict[str, str]:
+    """Train the lanes side by side, one thread each; returns {modality: export folder}."""
+    overrides = [f"data.clips={out}/clips/train/*/*.tar", f"eval.clips={out}/clips/held_out/*.tar", *config.tokenizer_overrides]
+    lanes, folders, totals = [], {}, {}
+    for number, lane in enumerate(config.lanes):
+        commands = []
+        for path in lane:
+            entry = load(TokenizerConfig, path, overrides)
+            folder = out / "tokenizers" / entry.tokenizer.name
+            folders[entry.tokenizer.name] = str(folder)
+            totals[folder] = entry.train.steps
+            commands.append([sys.executable, "-m", "egom2p", "tokenizer", "train", path, f"run.dir={folder}", "train.threads=1", *overrides])
+        lanes.append(_Lane(commands, out / f"tokenizers-{number}.log"))
+    with tqdm(total=sum(totals.values()), desc="tokenizers", unit="step") as bar:
+        while not _all_done(lanes):
+            time.sleep(0.5)
+            last = {f.name: read_metrics(f)[-1:] for f in totals}
+            bar.n = sum(records[0]["step"] for records in last.values() if records)
+            bar.set_postfix_str(", ".join(f"{n} {r[0]['error']:.3f}" for n, r in last.items() if r and "error" in r[0]))
+    return folders
+
+
+class _Lane:
+    """Commands run one after the other in the background."""
+
+    def __init__(self, commands: list[list[str]], log_path: Path) -> None:
+        self.commands, self.log_path = commands, log_path
+        self.process: subprocess.Popen | None = None
+
+    def advance(self) -> bool:
+        """Start the next command when the last one ended; True when all are done."""
+        if self.process is not None:
+            if self.process.poll() is None:
+                return False
+            if self.process.returncode:
+                lines = self.log_path.read_text().splitlines()[-1:] or ["no output"]
+                raise UserError(f"{' '.join(self.process.args[2:6])} failed: {lines[0]} (all of it in {self.log_path})")
+        if not self.commands:
+            return True
+        with self.log_path.open("a") as output:
+            self.process = subprocess.Popen(self.commands.pop(0), stdout=output, stderr=output)
+        return False
+
+
+def _all_done(lanes: list[_Lane]) -> bool:
+    done = [lane.advance() for lane in lanes]
+    return all(done)
+
+
+def _encode(config: QuickstartConfig, out: Path, folders: dict[str, str]) -> None:
+    """Encode the training sets side by side and the held-out set, then check every shard."""
+    def command(name: str) -> list[str]:
+        return [sys.executable, "-m", "egom2p", "tokenizer", "encode", *folders.values(), "--clips", f"{out}/clips/{name}/*.tar", "--out", f"{out}/tokens"]
+
+    names = [f"train/{name}" for name in config.train]
+    lanes = [_Lane([command(n) for n in names[i::2] + (["held_out"] if i else [])], out / f"encode-{i}.log") for i in range(2)]
+    expected = len(folders) * (sum(-(-s.clips // 1000) for s in config.train.values()) + 1)
+    with tqdm(total=expected, desc="encode", unit="shard") as bar:
+        while not _all_done(lanes):
+            time.sleep(0.5)
+            bar.n = len(list((out / "tokens").glob("*/*/*.tar")))
+            bar.refresh()
+    problems, files = check(f"{out}/tokens/*/*/*.tar")
+    if problems:
+        raise UserError(f"{len(problems)} problems in the shards, the first: {problems[0]}")
+    print(f"shards check: {files} token files, no problem")
+
+
+def _train_overrides(config: QuickstartConfig, out: Path, folders: dict[str, str]) -> list[str]:
+    return [f"run.dir={out}/model", f"data.root={out}/tokens", *(f"modalities.{n}.tokenizer={f}" for n, f in folders.items()), *config.train_overrides]
+
+
+def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, float], pictures: list[tuple[str, Path]]) -> None:
+    model_dir = out / "model"
+    environment = json.loads((model_dir / "environment.json").read_text())
+    metrics = read_metrics(model_dir)
+    training = load(PretrainConfig, model_dir / "config.yaml")
+    kinds = {n: m.signal for n, m in training.modalities.items()}
+    steps = training.train.num_steps(training.masking.input_tokens + training.masking.target_tokens)
+    facts = [("clips", f"{sum(s.clips for s in config.train.values())} for training, {config.test.clips} held out"),
+             ("samples seen", f"{steps * training.train.batch_size:,}"), ("device", f"{environment['device']}, {environment['threads']} threads"),
+             ("torch", environment["torch"]), ("commit", (environment["commit"] or "none")[:10])]
+    sheets = [(f"clip {clip.key}", plots.clip_sheet(clip.signals["rgb"], clip.signals, predicted, kinds, ""))
+              for clip, predicted in _merge_shown(evaluation.shown)]
+    write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds, facts, pictures)
+
+
+def _merge_shown(shown: dict) -> list[tuple]:
+    """Predictions of all tasks for the clips that have every one of them."""
+    clips: dict[str, tuple] = {}
+    for pairs in shown.values():
+        for clip, predicted in pairs:
+            known = clips.setdefault(clip.key, (clip, {}))
+            known[0].signals.update(clip.signals)
+            known[1].update({k: v for k, v in predicted.items() if k != "ceiling"})
+    return sorted(clips.values(), key=lambda pair: -len(pair[1]))[:3]

@@ -1,0 +1,145 @@
+"""One VQ-VAE for every T x C signal: camera motion, gaze, or any series of numbers.
+
+Shapes: B clips, T frames, N = T / stride tokens, C channels, D width, L latent channels.
+Conv1d(kernel = stride) -> sine-cosine positions -> transformer -> tanh MLP -> latent -> quantiser, and the
+mirror image back. The network is that of the released camera and gaze tokenizers (facts of EgoM2P's
+configs); `quantizer: fsq` swaps the EMA codebook for finite scalar quantisation.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from egom2p.modalities import Modality
+from egom2p.model.attention import Segments
+from egom2p.model.blocks import STYLES, EncoderBlock, init_weights
+from egom2p.model.positions import position_table
+from egom2p.tokenizers.base import Tokenizer
+from egom2p.tokenizers.quantize import FSQ_INIT_SCALE, make_quantizer
+from egom2p.tokenizers.signals import Series
+
+
+@dataclass(frozen=True)
+class MotionArgs:
+    """num_frames and channels of the signal; mean and std z-score it; channel_weights scale its squared error.
+
+    channel_weights: empty for plain MSE in network units.
+    """
+
+    num_frames: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    latent_dim: int = 32
+    stride: int = 2
+    kernel: int = 2
+    quantizer: Literal["ema", "fsq"] = "ema"
+    levels: tuple[int, ...] = (8, 6, 5)
+    channel_weights: tuple[float, ...] = ()
+    commitment_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_frames % self.stride or self.dim % self.num_heads or (self.kernel - self.stride) % 2:
+            raise ValueError("num_frames must divide by stride, dim by num_heads, and kernel - stride by 2")
+        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
+            raise ValueError("mean and std need one entry a channel, std above 0")
+
+
+class MotionTokenizer(Tokenizer):
+    """(B, T, C) -> (B, N) ids -> (B, T, C); signals with validity carry it as a last input channel."""
+
+    kind = "motion"
+
+    def __init__(self, modality: Modality, args: MotionArgs) -> None:
+        super().__init__(modality, args)
+        self.signal = Series(modality.signal, args.mean, args.std)
+        self.channels = len(args.mean)
+        padding = (args.kernel - args.stride) // 2
+        self.conv = nn.Conv1d(self.channels, args.dim, args.kernel, args.stride, padding)
+        self.encoder = _Trunk(args)
+        latent = len(args.levels) if args.quantizer == "fsq" else args.latent_dim
+        self.to_latent = nn.Linear(args.dim, latent)
+        self.quantizer = make_quantizer(args.quantizer, modality.vocab_size, latent, args.levels)
+        if self.quantizer.codebook_size != modality.vocab_size:
+            raise ValueError(f"levels {list(args.levels)} make {self.quantizer.codebook_size} codes, "
+                             f"but modality '{modality.name}' has vocab_size {modality.vocab_size}")
+        self.from_latent = nn.Linear(latent, args.dim)
+        self.decoder = _Trunk(args)
+        self.out = nn.Linear(args.dim, args.stride * self.channels)
+        weights = args.channel_weights or (1.0,) * self.channels
+        self.register_buffer("channel_weights", torch.tensor(weights), persistent=False)
+        self.apply(init_weights)
+        if args.quantizer == "fsq":
+            with torch.no_grad():
+                self.to_latent.weight.mul_(FSQ_INIT_SCALE)
+
+    def latents(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C[+1]) network units -> (B, N, L) before quantisation."""
+        if self.signal.has_validity:
+            x_BTC = x_BTC[..., :-1] * x_BTC[..., -1:]
+        tokens_BND = self.conv(x_BTC.transpose(1, 2)).transpose(1, 2)
+        return self.to_latent(self.encoder(tokens_BND))
+
+    def encode_normalized(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C[+1]) -> (B, N) ids."""
+        return self.quantizer(self.latents(x_BTC))[1]
+
+    def decode_normalized(self, ids_BN: Tensor) -> Tensor:
+        """(B, N) ids -> (B, T, C)."""
+        return self.decode_codes(F.embedding(ids_BN, self.codes()))
+
+    def codes(self) -> Tensor:
+        """(vocab, L): what the decoder receives for each id."""
+        return self.quantizer.codes()
+
+    def decode_codes(self, codes_BNL: Tensor) -> Tensor:
+        out = self.out(self.decoder(self.from_latent(codes_BNL)))
+        return out.unflatten(-1, (self.channels, self.args.stride)).transpose(2, 3).flatten(1, 2)
+
+    def training_loss(self, x_BTC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted MSE over observed frames plus the commitment term; figures: error, ids (B, N)."""
+        codes, ids, commitment = self.quantizer(self.latents(x_BTC))
+        error = (self.decode_codes(codes) - x_BTC[..., : self.channels]) ** 2 * self.channel_weights
+        if self.signal.has_validity:
+            valid = x_BTC[..., -1:]
+            error = (error * valid).sum() / (valid.sum() * self.channels).clamp(min=1)
+        error = error.mean()
+        return error + self.args.commitment_weight * commitment, {"error": error.detach(), "ids": ids}
+
+    def observed(self, signal: np.ndarray) -> np.ndarray:
+        """A token is observed when at least one of its frames is (validity), or all are (no validity)."""
+        frames = self.signal.is_observed(signal).reshape(-1, self.args.stride)
+        if self.signal.has_validity:
+            return frames.any(1)
+        return np.full(self.modality.grid, bool(frames.all()))
+
+    def after_step(self, seed: int, step: int) -> None:
+        self.quantizer.update(seed, step)
+
+
+class _Trunk(nn.Module):
+    """Positions, transformer blocks and a residual tanh MLP over (B, N, D)."""
+
+    def __init__(self, args: MotionArgs) -> None:
+        super().__init__()
+        style = STYLES["gelu"]
+        self.register_buffer("position", position_table((args.num_frames // args.stride,), args.dim), persistent=False)
+        self.blocks = nn.ModuleList(EncoderBlock(args.dim, args.num_heads, args.mlp_ratio, style) for _ in range(args.depth))
+        self.norm = nn.LayerNorm(args.dim, eps=1e-6)
+        self.fc1, self.fc2 = nn.Linear(args.dim, int(args.dim * args.mlp_ratio)), nn.Linear(int(args.dim * args.mlp_ratio), args.dim)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        lengths = np.full(x_BND.shape[0], x_BND.shape[1])
+        segments = Segments(lengths, lengths, x_BND.device)
+        x = (x_BND + self.position).flatten(0, 1)
+        for block in self.blocks:
+            x = block(x, segments)
+        x = x + self.fc2(torch.tanh(self.fc1(self.norm(x))))
+        return x.unflatten(0, x_BND.shape[:2])

@@ -1,0 +1,112 @@
+"""Vector quantisers: latents (B, N, L) -> ids (B, N) and the codes the decoder receives.
+
+`EmaCodebook` is ours because the released tokenizers hand the decoder codes that EMA leaves unnormalised,
+which vector-quantize-pytorch does not do. Finite scalar quantisation is that library's.
+"""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vector_quantize_pytorch import FSQ
+
+
+class FiniteScalar(nn.Module):
+    """Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", ICLR 2024. No codebook to learn."""
+
+    def __init__(self, levels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.fsq = FSQ(list(levels))
+        self.latent_dim, self.codebook_size = len(levels), self.fsq.codebook_size
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, ids = self.fsq(latents)
+        return codes, ids.long(), latents.new_zeros(())
+
+    def codes(self) -> Tensor:
+        """(K, L): what the decoder receives for each id."""
+        return self.fsq.implicit_codebook
+
+    def update(self, seed: int, step: int) -> None:
+        """Nothing to learn."""
+
+
+class EmaCodebook(nn.Module):
+    """Cosine-similarity codebook with exponential moving averages (van den Oord et al. 2017, appendix A.1;
+    Yu et al., "Vector-quantized Image Modeling with Improved VQGAN", 2022, for the normalised lookup).
+
+    id = argmax of normalised latent . normalised code; the decoder gets the stored code as it is. During
+    training each micro-batch adds to the statistics; `update`, once an optimiser step, sums them over all
+    processes, moves the codes, and replaces codes whose average count fell below `dead_below` by latents
+    of the batch. The draw depends on (seed, step) and the global batch only.
+    """
+
+    def __init__(self, codebook_size: int, latent_dim: int, decay: float = 0.99, dead_below: float = 2.0) -> None:
+        super().__init__()
+        self.codebook_size, self.latent_dim = codebook_size, latent_dim
+        self.decay, self.dead_below = decay, dead_below
+        embed = F.normalize(torch.randn(codebook_size, latent_dim), dim=-1)
+        self.register_buffer("embed", embed)
+        self.register_buffer("embed_sum", embed.clone())
+        self.register_buffer("cluster_size", torch.ones(codebook_size))
+        self.pending: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        unit = F.normalize(latents, dim=-1)
+        ids = (unit @ F.normalize(self.embed, dim=-1).T).argmax(-1)
+        codes = F.embedding(ids, self.embed)
+        if self.training:
+            self.pending.append((unit.detach().flatten(0, 1), ids.flatten()))
+        commitment = F.mse_loss(unit, codes)
+        return unit + (codes - unit).detach(), ids, commitment
+
+    def codes(self) -> Tensor:
+        return self.embed
+
+    @torch.no_grad()
+    def update(self, seed: int, step: int) -> None:
+        if not self.pending:
+            return
+        unit, ids = (torch.cat(parts) for parts in zip(*self.pending, strict=True))
+        self.pending.clear()
+        counts = torch.zeros_like(self.cluster_size).index_add_(0, ids, torch.ones_like(unit[:, 0]))
+        sums = torch.zeros_like(self.embed).index_add_(0, ids, unit)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.cluster_size.lerp_(counts, 1 - self.decay)
+        self.embed_sum.lerp_(sums, 1 - self.decay)
+        self.embed.copy_(self.embed_sum / self.cluster_size.clamp(min=1e-5)[:, None])
+        self._replace_dead(unit, seed, step)
+
+    def _replace_dead(self, unit: Tensor, seed: int, step: int) -> None:
+        """Give dead codes a latent of the global batch; the choice ignores how the batch was dealt out."""
+        dead = (self.cluster_size < self.dead_below).nonzero().flatten()
+        if not len(dead):
+            return
+        if dist.is_initialized():
+            parts = [torch.empty_like(unit) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, unit.contiguous())
+            unit = torch.cat(parts)
+        unit = unit[_canonical_order(unit)]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        chosen = unit[torch.randint(len(unit), (len(dead),), generator=generator).to(unit.device)]
+        self.embed[dead] = chosen
+        self.embed_sum[dead] = chosen * self.dead_below
+        self.cluster_size[dead] = self.dead_below
+
+
+def _canonical_order(rows: Tensor) -> Tensor:
+    """An order of the rows that does not depend on the order they came in."""
+    keys = (rows.double() * 1e6).round() @ torch.linspace(1, 2, rows.shape[1], dtype=torch.float64, device=rows.device)
+    return keys.argsort(stable=True)
+
+
+FSQ_INIT_SCALE = 0.1  # of the projection to the latent: larger latents saturate the bounding tanh, and the codes collapse
+
+
+def make_quantizer(kind: Literal["ema", "fsq"], codebook_size: int, latent_dim: int, levels: tuple[int, ...]) -> nn.Module:
+    """The quantiser a tokenizer's config names."""
+    return FiniteScalar(levels) if kind == "fsq" else EmaCodebook(codebook_size, latent_dim)

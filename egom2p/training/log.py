@@ -1,0 +1,108 @@
+"""Where figures go: `metrics.jsonl` always, Weights & Biases when asked, a progress bar on rank 0."""
+
+import json
+import logging
+import platform
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class LogArgs:
+    """every: steps between logged steps. wandb: also log to Weights & Biases (WANDB_MODE=offline works)."""
+
+    every: int = 10
+    wandb: bool = False
+    project: str = "egom2p"
+
+
+class MetricsLog:
+    """Appends one JSON object a logged step. On resume, lines after `step` are cut off."""
+
+    def __init__(self, run_dir: Path, args: LogArgs, step: int, total: int, config: dict[str, Any], active: bool) -> None:
+        self.active, self.wandb = active, None
+        if not active:
+            return
+        path = run_dir / METRICS
+        cut_after(path, step)
+        self.file = path.open("a")
+        self.bar = tqdm(total=total, initial=step, desc=run_dir.name, unit="step", smoothing=0.05)
+        if args.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project=args.project, name=run_dir.name, id=run_dir.resolve().name, dir=str(run_dir),
+                                    config=config, resume="allow")
+
+    def write(self, figures: dict[str, float]) -> None:
+        if not self.active:
+            return
+        self.file.write(json.dumps(figures) + "\n")
+        self.file.flush()
+        if "loss" in figures:
+            self.bar.set_postfix_str(f"loss {figures['loss']:.4f}, {figures['samples_per_s']:.0f} samples/s")
+        if self.wandb:
+            self.wandb.log({k: v for k, v in figures.items() if k != "step"}, step=int(figures["step"]))
+
+    def advance(self) -> None:
+        if self.active:
+            self.bar.update(1)
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            self.bar.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the lines of a metrics file that lie after `step`, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if (record := _parse(line)) and record["step"] <= step]
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text("".join(f"{line}\n" for line in kept))
+    aside.replace(path)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The logged objects of a run, in order."""
+    path = run_dir / METRICS
+    return [r for line in path.read_text().splitlines() if (r := _parse(line))] if path.exists() else []
+
+
+def environment(index_hash: str) -> dict[str, Any]:
+    """What `environment.json` records: commit, versions, host, index hash."""
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = git.stdout.strip() if git.returncode == 0 else None
+    return {"command": sys.argv, "commit": commit, "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__, "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+            "host": socket.gethostname(), "threads": torch.get_num_threads(), "index_hash": index_hash}
+
+
+def _processor() -> str:
+    """The CPU's name where /proc tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record, dict) and "step" in record else None
+    except ValueError:
+        return None

@@ -1,0 +1,319 @@
+"""The two trainings: the masked transformer on tokens, and a tokenizer on raw signals."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from egom2p.data.batch import PackedBatch
+from egom2p.data.loader import BatchPlan, DataArgs, FixedSet, StepBatch, StepDataset, TokenStream, step_loader
+from egom2p.data.masking import MaskArgs
+from egom2p.data.order import PassOrder
+from egom2p.data.rawclips import RawSignalDataset
+from egom2p.data.tokens import DamagedClip, TokenDataset
+from egom2p.errors import UserError
+from egom2p.modalities import Modality, ModalityArgs, ModalitySet
+from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.tokenizers import load as load_tokenizer
+from egom2p.tokenizers.base import Tokenizer
+from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
+from egom2p.tokenizers.statistics import gather_statistics
+from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
+from egom2p.training.checkpoint import CheckpointArgs
+from egom2p.training.distributed import World, sum_over_ranks
+from egom2p.training.log import LogArgs
+from egom2p.training.loop import EvalArgs, ResumeArgs, RunArgs, TrainArgs, run_training
+from egom2p.training.optim import OptimArgs
+
+
+@dataclass(frozen=True)
+class LossArgs:
+    """group_samples: consecutive samples whose targets are averaged together, 0 = the whole global batch.
+    4 restores the weights of the released run, where each GPU averaged its own 4 samples."""
+
+    group_samples: int = 0
+
+
+@dataclass(frozen=True)
+class InitArgs:
+    """from: export, run or Hub repository whose weights to start from. Modalities are matched by name; what the
+    source lacks starts fresh, what it has more is left out. codes: start token tables and heads from the code
+    vectors of the modalities' tokenizers (see EgoM2P.start_from_codes). freeze: nothing, the trunk (everything
+    but the modalities' embeddings and heads), or all but those of the modalities in `unfreeze`."""
+
+    from_: str = ""
+    codes: bool = False
+    freeze: Literal["none", "trunk", "all"] = "none"
+    unfreeze: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything `egom2p train` reads."""
+
+    run: RunArgs
+    modalities: dict[str, ModalityArgs]
+    data: DataArgs
+    model: ModelArgs
+    train: TrainArgs
+    masking: MaskArgs = MaskArgs()
+    loss: LossArgs = LossArgs()
+    optim: OptimArgs = OptimArgs()
+    eval: EvalArgs = EvalArgs()
+    checkpoint: CheckpointArgs = CheckpointArgs()
+    log: LogArgs = LogArgs()
+    resume: ResumeArgs = ResumeArgs()
+    init: InitArgs = InitArgs()
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train EgoM2P; returns the run's folder."""
+    return run_training(config, PretrainTask)
+
+
+class PretrainTask:
+    """Masked modelling of token shards.
+
+    The loss is a mean per modality over the targets of a group of consecutive global samples, divided by the
+    number of output modalities, averaged over groups (design invariant 2). Each target's weight follows from
+    counts over the whole global batch, so micro-batches and ranks add up to it exactly.
+    """
+
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        self.modalities = ModalitySet.from_config(config.modalities)
+        self.config, self.world = config, world
+        self.stream = TokenStream(config.data, self.modalities, config.masking, config.train.seed)
+        self.model = EgoM2P(self.modalities, config.model)
+        start_model(self.model, config.init, config.train.seed)
+        self.plan = BatchPlan(config.train.batch_size, config.train.micro_batch(world.size),
+                              config.loss.group_samples or config.train.batch_size, world.rank, world.size)
+        self.tokens_per_sample = config.masking.input_tokens + config.masking.target_tokens
+        self.num_outputs = sum(m.target for m in self.modalities)
+        self.scale_GM = torch.empty(0)
+        self.held_out = self._open_held_out() if config.eval.every else None
+        self._fingerprint = self.stream.fingerprint()
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def steps(self, steps: range) -> Iterator[StepBatch]:
+        return step_loader(StepDataset(self.stream, len(self.modalities), self.plan), steps, self.config.data.workers)
+
+    def begin_step(self, batch: StepBatch) -> None:
+        """Targets of the global batch by group and modality -> the weight of one such target, (G, M)."""
+        counts = np.zeros((self.plan.num_groups, len(self.modalities)))
+        for micro in batch.micro_batches:
+            np.add.at(counts, micro.groups, micro.targets.lengths)
+        counts_GM = sum_over_ranks(torch.from_numpy(counts).to(self.world.device, non_blocking=True))
+        self.scale_GM = 1 / (counts_GM.clamp(min=1) * self.num_outputs * self.plan.num_groups)
+
+    def loss(self, micro: PackedBatch, forward: nn.Module) -> tuple[Tensor, Tensor]:
+        counts = micro.targets.lengths
+        group = torch.from_numpy(np.repeat(micro.groups, counts.sum(1))).to(self.world.device, non_blocking=True)
+        scale = self.scale_GM[group, micro.targets.modality].float()[micro.targets.by_modality]
+        total, losses = forward(micro, scale)
+        return total, self._sums(micro, total, losses)
+
+    def _sums(self, micro: PackedBatch, total: Tensor, losses: Tensor) -> Tensor:
+        """[loss, tokens, sum of CE by modality, targets by modality] in float64."""
+        counts = micro.targets.modality_counts
+        by_modality = [part.double().sum() for part in losses.split(counts)]
+        host = torch.tensor([len(micro.inputs) + len(micro.targets), *counts], dtype=torch.float64).to(total.device, non_blocking=True)
+        return torch.cat([total.detach().double()[None], host[:1], torch.stack(by_modality), host[1:]])
+
+    def figures(self, sums: Tensor) -> dict[str, float]:
+        total, tokens, *rest = sums.tolist()
+        sums_m, counts = rest[: len(self.modalities)], rest[len(self.modalities) :]
+        by_modality = {f"loss/{m.name}": s / n for m, s, n in zip(self.modalities, sums_m, counts, strict=True) if n}
+        return {"loss": total, **by_modality, "tokens": tokens}
+
+    def after_step(self, step: int) -> None:
+        """Nothing to do."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss per modality, mean over the targets of fixed clips under fixed masks."""
+        plan = BatchPlan(self.config.eval.samples, self.plan.micro_batch_size, self.config.eval.samples, self.world.rank, self.world.size)
+        batch = StepDataset(self.held_out, len(self.modalities), plan)[0]
+        sums = torch.zeros(2 + 2 * len(self.modalities), dtype=torch.float64, device=self.world.device)
+        for micro in batch.micro_batches:
+            micro = micro.to(self.world.device)
+            scale = torch.ones(len(micro.targets), device=self.world.device)
+            sums += self._sums(micro, *self.model(micro, scale))
+        figures = self.figures(sum_over_ranks(sums))
+        return {f"eval/{k}": v for k, v in figures.items() if k.startswith("loss/")}
+
+    def export(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def _open_held_out(self) -> FixedSet:
+        args = self.config.eval
+        if not args.datasets:
+            raise UserError("eval.every is set but eval.datasets names no held-out data set; name some, or set eval.every=0")
+        root = Path(args.root or self.config.data.root)
+        sets = [TokenDataset.open(root, name, "", self.modalities) for name in args.datasets]
+        return FixedSet(sets, self.modalities, self.config.masking, args.samples)
+
+
+def start_model(model: EgoM2P, args: InitArgs, seed: int) -> None:
+    """Starting weights and frozen parts, as `init` says."""
+    if args.codes:
+        model.start_from_codes({m.name: load_tokenizer(m.tokenizer).codes() for m in model.modalities if m.tokenizer}, seed)
+    if args.from_:
+        source = EgoM2P.from_pretrained(args.from_).state_dict()
+        own = model.state_dict()
+        for name in own:
+            modality = name.split(".")[1] if name.startswith(("embeddings.", "heads.")) else ""
+            if name in source and source[name].shape == own[name].shape:
+                own[name] = source[name]
+            elif not modality:
+                raise UserError(f"init.from={args.from_}: its '{name}' does not fit this model; use the same model section")
+            elif name in source:
+                raise UserError(f"init.from={args.from_}: modality '{modality}' has another vocabulary there; rename it here to start it fresh")
+        model.load_state_dict(own)
+    unknown = set(args.unfreeze) - set(model.modalities.names)
+    if unknown:
+        raise UserError(f"init.unfreeze names an unknown modality '{sorted(unknown)[0]}'")
+    for name, parameter in model.named_parameters():
+        modality = name.split(".")[1] if name.startswith(("embeddings.", "heads.")) else ""
+        parameter.requires_grad = args.freeze == "none" or (bool(modality) if args.freeze == "trunk" else modality in args.unfreeze)
+
+
+@dataclass(frozen=True)
+class ClipsArgs:
+    """clips: pattern of the clip tars. max_damaged: share of unreadable clips that ends the run."""
+
+    clips: str
+    workers: int = 0
+    shuffle_shards: int = 4
+    max_damaged: float = 0.01
+
+
+@dataclass(frozen=True)
+class TokenizerArgs:
+    """name and entry of the modality, and exactly one of `motion` and `video`: the network."""
+
+    name: str
+    modality: ModalityArgs
+    motion: MotionArgs | None = None
+    video: VideoArgs | None = None
+
+    def __post_init__(self) -> None:
+        if (self.motion is None) == (self.video is None):
+            raise ValueError("give exactly one of motion and video")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Everything `egom2p tokenizer train` reads."""
+
+    run: RunArgs
+    tokenizer: TokenizerArgs
+    data: ClipsArgs
+    train: TrainArgs
+    optim: OptimArgs = OptimArgs()
+    eval: EvalArgs = EvalArgs()
+    checkpoint: CheckpointArgs = CheckpointArgs()
+    log: LogArgs = LogArgs()
+    resume: ResumeArgs = ResumeArgs()
+
+
+def train_tokenizer(config: TokenizerConfig) -> Path:
+    """Train a tokenizer; returns the run's folder, whose latest checkpoint is the finished tokenizer."""
+    return run_training(config, TokenizerTask)
+
+
+def make_tokenizer(args: TokenizerArgs) -> Tokenizer:
+    modality = Modality(args.name, **vars(args.modality))
+    return MotionTokenizer(modality, args.motion) if args.motion else VideoTokenizer(modality, args.video)
+
+
+@dataclass(frozen=True)
+class SignalBatch:
+    """x (B, ...) in the network's units; samples: clips in it."""
+
+    x: Tensor
+    samples: int
+
+    def to(self, device: torch.device) -> "SignalBatch":
+        return SignalBatch(self.x.to(device, non_blocking=True), self.samples)
+
+
+class SignalSteps(torch.utils.data.Dataset):
+    """Step -> this rank's micro-batches of normalised signals, in the data order of one data set."""
+
+    def __init__(self, dataset: RawSignalDataset, signal: Any, plan: BatchPlan, order: PassOrder | None) -> None:
+        self.dataset, self.signal, self.plan, self.order = dataset, signal, plan, order
+
+    def __getitem__(self, step: int) -> StepBatch:
+        rows, damaged = [], []
+        for number in self.plan.numbers(step).tolist():
+            element = self.order.element(number) if self.order else number % len(self.dataset)
+            try:
+                raw = self.dataset.read(element)
+                if np.any(self.signal.is_observed(raw)):
+                    rows.append(torch.from_numpy(self.signal.normalize(raw)))
+            except DamagedClip as error:
+                damaged.append(str(error))
+        size = self.plan.micro_batch_size
+        micro = [SignalBatch(torch.stack(rows[i : i + size]), len(rows[i : i + size])) for i in range(0, len(rows), size)]
+        return StepBatch(step, micro, damaged)
+
+
+class TokenizerTask:
+    """Reconstruction of one signal. The loss is the mean over the clips of the global batch."""
+
+    tokens_per_sample = 1
+
+    def __init__(self, config: TokenizerConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.model = make_tokenizer(config.tokenizer)
+        self.dataset = RawSignalDataset(config.data.clips, self.model.modality.clip_signal)
+        self.order = PassOrder(self.dataset.shard_sizes, config.data.shuffle_shards, config.train.seed, salt=0)
+        micro = config.train.micro_batch(world.size)
+        self.plan = BatchPlan(config.train.batch_size, micro, config.train.batch_size, world.rank, world.size)
+        self.samples = torch.ones(())
+        self.model.statistics = gather_statistics(self.model.modality.signal, self.dataset)
+
+    def fingerprint(self) -> str:
+        return f"{len(self.dataset)} clips {self.dataset.shard_sizes.tolist()}"
+
+    def steps(self, steps: range) -> Iterator[StepBatch]:
+        return step_loader(SignalSteps(self.dataset, self.model.signal, self.plan, self.order), steps, self.config.data.workers)
+
+    def begin_step(self, batch: StepBatch) -> None:
+        count = torch.tensor(float(sum(m.samples for m in batch.micro_batches)), device=self.world.device)
+        self.samples = sum_over_ranks(count)
+
+    def loss(self, micro: SignalBatch, forward: nn.Module) -> tuple[Tensor, Tensor]:
+        loss, figures = forward(micro.x)
+        used = torch.bincount(figures["ids"].flatten(), minlength=self.model.modality.vocab_size).double()
+        share = micro.samples / self.samples
+        sums = torch.stack([loss.detach() * share, figures["error"] * share]).double()
+        return loss * share, torch.cat([sums, used])
+
+    def figures(self, sums: Tensor) -> dict[str, float]:
+        """loss, reconstruction error, share of codes used and perplexity of the codebook in this batch."""
+        used = sums[2:]
+        p = used / used.sum().clamp(min=1)
+        perplexity = torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
+        return {"loss": sums[0].item(), "error": sums[1].item(), "tokens": used.sum().item(),
+                "codes_used": (used > 0).double().mean().item(), "perplexity": perplexity.item()}
+
+    def after_step(self, step: int) -> None:
+        self.model.after_step(self.config.train.seed, step)
+
+    def evaluate(self) -> dict[str, float]:
+        """Reconstruction error on held-out clips."""
+        held_out = RawSignalDataset(self.config.eval.clips or self.config.data.clips, self.model.modality.clip_signal)
+        samples = min(self.config.eval.samples, len(held_out))
+        batch = SignalSteps(held_out, self.model.signal, BatchPlan(samples, 32, samples), None)[0]
+        self.samples = torch.tensor(float(sum(m.samples for m in batch.micro_batches)), device=self.world.device)
+        sums = sum(self.loss(m.to(self.world.device), self.model)[1] for m in batch.micro_batches)
+        return {f"eval/{k}": v for k, v in self.figures(sums).items() if k in ("error", "codes_used", "perplexity")}
+
+    def export(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)

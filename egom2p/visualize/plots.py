@@ -1,0 +1,127 @@
+"""Pictures of clips, predictions and training, as matplotlib figures. Colours follow the signal everywhere."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from egom2p import geometry
+from egom2p.tokenizers.signals import relative_inverse_depth
+
+TRUE, PREDICTED, CEILING = "#222222", "#d1495b", "#8d96a3"
+MODALITY_COLOURS = ["#00798c", "#edae49", "#d1495b", "#66a182", "#2e4057", "#8d96a3"]
+DEPTH_MAP = "magma"
+
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110,
+                     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False})
+
+
+def loss_curves(metrics: list[dict[str, Any]]) -> plt.Figure:
+    """Training loss and held-out loss by modality over steps; nats a token."""
+    train = [m for m in metrics if "loss" in m]
+    held = [m for m in metrics if "eval_s" in m]
+    names = sorted({k[5:] for m in train for k in m if k.startswith("loss/")})
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    for axis, records, prefix, title in ((axes[0], train, "loss/", "training (each step's batch)"), (axes[1], held, "eval/loss/", "held out, fixed masks")):
+        for name, colour in zip(names, MODALITY_COLOURS, strict=False):
+            points = [(m["step"], m[prefix + name]) for m in records if prefix + name in m]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, label=name, lw=1.6)
+        axis.set(xlabel="step", title=title)
+        axis.legend()
+    axes[0].set_ylabel("cross-entropy, nats a token")
+    fig.tight_layout()
+    return fig
+
+
+def trajectory_3d(axis: Any, truth: np.ndarray, predicted: np.ndarray) -> None:
+    """(T, 4, 4) poses in the first camera's frame, x right, z forward, height up; both from the origin."""
+    for poses, colour, label in ((truth, TRUE, "true"), (predicted, PREDICTED, "predicted")):
+        points = geometry.relative_to_first(poses.astype(np.float64))[:, :3, 3]
+        axis.plot(points[:, 0], points[:, 2], -points[:, 1], color=colour, lw=2, label=label)
+        axis.scatter(*points[-1, [0, 2]], -points[-1, 1], color=colour, s=18)
+    limits = np.array([axis.get_xlim3d(), axis.get_ylim3d(), axis.get_zlim3d()])
+    centre, half = limits.mean(1), max(0.25, np.ptp(limits, axis=1).max() / 2)
+    axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half), zlim=(centre[2] - half, centre[2] + half))
+    axis.set_xlabel("right, m", labelpad=-6)
+    axis.set_ylabel("forward, m", labelpad=-6)
+    axis.set_zlabel("up, m", labelpad=-6)
+    axis.tick_params(labelsize=6, pad=-3)
+
+
+def clip_sheet(rgb: np.ndarray, truth: dict[str, np.ndarray], predicted: dict[str, np.ndarray], kinds: dict[str, str], title: str) -> plt.Figure:
+    """One clip: frames with gaze drawn on them, depth and rgb rows true and predicted, the trajectory in 3-D.
+
+    truth and predicted are {modality: raw signal}; kinds {modality: signal kind}. Truth may be absent.
+    """
+    by_kind = {kind: name for name, kind in kinds.items() if name in predicted}
+    picture_rows = [("rgb, gaze" if "gaze" in by_kind else "rgb", rgb, None)]
+    for kind, colours in (("depth", DEPTH_MAP), ("rgb", None)):
+        name = by_kind.get(kind)
+        if name:
+            if name in truth and truth[name] is not rgb:
+                picture_rows.append((f"{name}, true", _displayable(truth[name], kind), colours))
+            picture_rows.append((f"{name}, predicted", _displayable(predicted[name], kind), colours))
+    frames = np.linspace(0, len(rgb) - 1, 5).astype(int)
+    with_path = "pose" in by_kind
+    fig = plt.figure(figsize=(1.7 * (5 + 2.2 * with_path), 1.75 * len(picture_rows) + 0.4))
+    grid = fig.add_gridspec(len(picture_rows), 6 if with_path else 5, width_ratios=[1] * 5 + [2.2] * with_path, wspace=0.05, hspace=0.08)
+    for row, (label, video, colours) in enumerate(picture_rows):
+        for column, frame in enumerate(frames):
+            axis = fig.add_subplot(grid[row, column])
+            limits = {"vmin": 0, "vmax": 1} if colours else {}
+            axis.imshow(video[min(frame, len(video) - 1)], cmap=colours, interpolation="nearest", **limits)
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            if column == 0:
+                axis.set_ylabel(label)
+            if row == 0 and "gaze" in by_kind:
+                name = by_kind["gaze"]
+                draw_gaze(axis, video.shape[1], frame / max(1, len(rgb) - 1), truth.get(name), predicted[name])
+    if with_path:
+        axis = fig.add_subplot(grid[:, 5], projection="3d")
+        name = by_kind["pose"]
+        trajectory_3d(axis, truth.get(name, predicted[name]), predicted[name])
+        if name in truth:
+            axis.legend(loc="upper left", fontsize=8)
+    fig.suptitle(title, x=0.02, ha="left", fontsize=10)
+    return fig
+
+
+def draw_gaze(axis: Any, side: int, moment: float, truth: np.ndarray | None, predicted: np.ndarray) -> None:
+    """Gaze at `moment` in [0, 1] of the clip: true as a white ring, predicted as a cross."""
+    for gaze, style in ((truth, {"marker": "o", "mec": "white", "mfc": "none", "ms": 9, "mew": 1.6}),
+                        (predicted, {"marker": "x", "mec": "#00e5ff", "ms": 8, "mew": 2})):
+        if gaze is not None:
+            x, y, valid = gaze[round(moment * (len(gaze) - 1))]
+            if valid:
+                axis.plot(x * side - 0.5, y * side - 0.5, **style)
+    axis.set(xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5))
+
+
+def gaze_figure(times: np.ndarray, gaze: np.ndarray) -> plt.Figure:
+    """x and y of a (T, 3) gaze over time."""
+    fig, axis = plt.subplots(figsize=(6, 2.4))
+    for column, label, colour in ((0, "x", "#00798c"), (1, "y", "#d1495b")):
+        axis.plot(times, np.where(gaze[:, 2] > 0, gaze[:, column], np.nan), label=label, color=colour)
+    axis.set(xlabel="seconds", ylabel="frame sides", ylim=(-0.2, 1.2))
+    axis.legend()
+    fig.tight_layout()
+    return fig
+
+
+def _displayable(video: np.ndarray, kind: str) -> np.ndarray:
+    """Depth as relative inverse depth in [0, 1] (metres are converted), rgb as it is."""
+    if kind == "depth" and (video.dtype == np.float16 or video.max(initial=0) > 1.0 + 1e-6):
+        return relative_inverse_depth(video)
+    return video
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,131 @@
+"""`report.html`: one self-contained page about a run. Pictures are inlined; nothing is fetched."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from egom2p.evaluation.measures import HIGHER_IS_BETTER
+from egom2p.visualize import plots
+
+STYLE = """
+:root { --ink: #1d2433; --soft: #6b7486; --line: #e3e6ec; --good: #15803d; --bad: #b42318; --accent: #00798c; }
+body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); max-width: 1060px;
+       margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
+p, li { max-width: 46rem; } .soft { color: var(--soft); } .num { text-align: right; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: .84rem; } th { text-align: left; font-weight: 600; color: var(--soft); }
+th, td { padding: .36rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap; } th.num { text-align: right; }
+tr.main td { font-weight: 600; } .good { color: var(--good); } .bad { color: var(--bad); }
+.cards { display: flex; gap: .9rem; flex-wrap: wrap; margin: 1.4rem 0; }
+.card { flex: 1 1 190px; border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; }
+.card b { display: block; font-size: 1.55rem; line-height: 1.25; } .card span { color: var(--soft); font-size: .86rem; }
+img { max-width: 100%; height: auto; display: block; margin: .6rem 0 1.3rem; } code { background: #f3f4f7; padding: .1em .35em; border-radius: 4px; }
+.scroll { overflow-x: auto; }
+"""
+
+MAIN_METRICS = {"ate_m": "trajectory error, m", "gaze_mse": "gaze error (MSE)", "abs_rel": "relative depth error", "psnr_db": "picture PSNR, dB"}
+
+
+def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], metrics: list[dict[str, Any]], sheets: list[tuple[str, plt.Figure]],
+                 seconds: dict[str, float], facts: list[tuple[str, str]], pictures: list[tuple[str, Path]] | None = None) -> None:
+    """Write the page. sheets: (caption, figure); facts: (name, value); pictures: (caption, PNG file)."""
+    parts = [f"<h1>{html.escape(title)}</h1>", _lead(facts), _cards(summary),
+             "<h2>Results on held-out clips</h2>", _RESULT_NOTE, _result_table(summary),
+             "<h2>Training</h2>", _image(plots.loss_curves(metrics)), "<h2>Clips</h2>", _CLIP_NOTE]
+    for caption, figure in sheets:
+        parts += [f'<p class="soft">{html.escape(caption)}</p>', _image(figure)]
+    if pictures:
+        parts.append("<h2>Recordings from outside the world</h2><p>The same model on real videos it was never trained for: "
+                     "shown because the path from a plain file to trajectory, gaze and depth works, not because the predictions are good.</p>")
+        parts += [f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}' for caption, file in pictures]
+    parts += ["<h2>What each stage cost</h2>", _cost_table(seconds)]
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>' \
+           f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
+    path.write_text(page)
+
+
+_RESULT_NOTE = """<p>Every row sets the model beside the strongest trivial prediction, beside itself with its inputs taken from
+another clip (if that were no worse, the input would not be used), and beside the tokenizer's own reconstruction, which no
+prediction in these tokens is expected to beat. Brackets are 95&nbsp;% bootstrap intervals over clips. ATE is taken after a rigid
+SE(3) fit, depth errors after a scale-and-shift fit in inverse depth per clip.</p>"""
+
+_CLIP_NOTE = """<p>Held-out clips, not chosen: the first of the set. White ring: true gaze, cyan cross: predicted. Depth is
+relative inverse depth, bright is near.</p>"""
+
+
+def _lead(facts: list[tuple[str, str]]) -> str:
+    return '<p class="soft">' + " &middot; ".join(f"{html.escape(k)} {html.escape(v)}" for k, v in facts) + "</p>"
+
+
+def _cards(summary: dict) -> str:
+    cards = []
+    for task, metrics in summary.items():
+        for metric, label in MAIN_METRICS.items():
+            if metric in metrics:
+                f = metrics[metric]
+                gain = _gain(metric, f)
+                tone = "good" if gain > 0 else "bad"
+                cards.append(f'<div class="card"><span>{task}: {label}</span><b>{_number(f["value"])}</b>'
+                             f'<span class="{tone}">{_versus(metric, f)} the strongest trivial prediction</span></div>')
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _gain(metric: str, f: dict) -> float:
+    return f["value"] - f["baseline"] if metric in HIGHER_IS_BETTER else f["baseline"] - f["value"]
+
+
+def _versus(metric: str, f: dict) -> str:
+    if metric == "psnr_db":
+        return f"{f['value'] - f['baseline']:+.2f} dB against"
+    change = f["value"] / f["baseline"] - 1 if f["baseline"] else 0.0
+    return f"{abs(change):.0%} {'below' if change < 0 else 'above'}"
+
+
+def _result_table(summary: dict) -> str:
+    head = ("<tr><th>task<th>metric<th class=num>model<th class=num>95 % interval<th class=num>baseline<th>which"
+            "<th class=num>inputs shuffled<th class=num>ceiling<th class=num>clips</tr>")
+    rows = []
+    for task, metrics in summary.items():
+        for metric, f in metrics.items():
+            tone = "good" if _gain(metric, f) > 0 else "bad"
+            low, high = f["ci95"]
+            rows.append(f'<tr class="{"main" if metric in MAIN_METRICS else ""}"><td>{task}<td>{metric}<td class="num {tone}">{_number(f["value"])}'
+                        f'<td class=num>[{_number(low)}, {_number(high)}]<td class=num>{_number(f["baseline"])}<td>{html.escape(f["baseline_name"])}'
+                        f'<td class=num>{_number(f["shuffled"])}<td class=num>{_number(f["ceiling"])}<td class=num>{f["clips"]}</tr>')
+    return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _cost_table(seconds: dict[str, float]) -> str:
+    total = max(sum(seconds.values()), 1e-9)
+    rows = "".join(f'<tr><td>{html.escape(stage)}<td class=num>{_duration(s)}<td style="width:55%"><div style="background:var(--accent);height:.7rem;'
+                   f'border-radius:3px;width:{100 * s / total:.1f}%"></div></tr>' for stage, s in seconds.items())
+    return f"<table><tr><th>stage<th class=num>time<th></tr>{rows}<tr class=main><td>all<td class=num>{_duration(total)}<td></tr></table>"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def _image(figure: plt.Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    plt.close(figure)
+    return _inline(buffer.getvalue())
+
+
+def _inline(png: bytes) -> str:
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def read_summary(path: Path) -> dict[str, dict[str, dict]]:
+    """The tasks of a `results.json`."""
+    return {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}

@@ -1,0 +1,14 @@
+# Sourced by the other scripts: makes .venv from req.txt and setup.py when it is missing or they changed, and enters it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-python3}
+stamp=.venv/.installed
+wanted=$(cat req.txt setup.py | sha256sum)
+if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
+    echo "making .venv (PyTorch is large: a few minutes the first time)"
+    [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+    .venv/bin/python -m pip install --quiet --upgrade pip
+    .venv/bin/python -m pip install --quiet --editable ".[dev]"
+    echo "$wanted" > $stamp
+fi
+export PATH="$PWD/.venv/bin:$PATH"

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The whole job on a laptop: environment, world, tokenizers, shards, training, predictions, evaluation, report.
+# Arguments go to `egom2p quickstart`, for instance --out DIR or --inputs VIDEO.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+exec egom2p quickstart "$@"
