@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_generate(commands)
     _add_eval(commands)
+    _add_import(commands)
     _add_quickstart(commands)
     return parser
 
@@ -251,6 +252,24 @@ def _quickstart(args) -> None:
     from egom2p.quickstart import quickstart
 
     quickstart(args.out, args.config, args.inputs)
+
+
+def _add_import(commands) -> None:
+    parser = commands.add_parser("import-released", help="official checkpoints -> our export folders")
+    parser.add_argument("file", type=Path, help="the main checkpoint, or the camera or gaze tokenizer's .pth")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--num-heads", type=int, help="attention heads, when the file's model name does not tell")
+    parser.add_argument("--tokenizers", default="", metavar="NAME=FOLDER,...", help="tokenizer folders to write into the model's config")
+    parser.set_defaults(run=_import)
+
+
+def _import(args) -> None:
+    from egom2p.compat.released import import_released
+
+    pairs = [item.partition("=") for item in args.tokenizers.split(",") if item]
+    if not all(name and folder for name, _, folder in pairs):
+        raise UserError(f"--tokenizers {args.tokenizers}: write NAME=FOLDER,NAME=FOLDER")
+    print(import_released(args.file, args.out, args.num_heads, {name: folder for name, _, folder in pairs}))
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

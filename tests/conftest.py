@@ -1,5 +1,7 @@
 """Fixtures shared by all tests. References outside the repository are used when present, and skips say so."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -23,13 +25,24 @@ def examples() -> Path:
     return folder
 
 
-def run_cli(*args: object, cwd: Path = ROOT, check: bool = True, **env: str) -> subprocess.CompletedProcess:
-    """`egom2p ARGS` in a process of its own."""
-    command = [sys.executable, "-m", "egom2p", *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} exited {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done
+def run_cli(*args: object, check: bool = True) -> subprocess.CompletedProcess:
+    """`egom2p ARGS` through the real entry point, in this process (importing torch takes seconds)."""
+    from egom2p.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(a) for a in args])
+    if check and code:
+        raise AssertionError(f"egom2p {' '.join(map(str, args))} returned {code}:\n{out.getvalue()[-2000:]}\n{err.getvalue()[-4000:]}")
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
+def start_cli(*args: object, torchrun: int = 0, **env: str) -> subprocess.Popen:
+    """`egom2p ARGS` as a process of its own, or under torchrun with so many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)] if torchrun else []
+    command = [sys.executable, *launcher, "-m", "egom2p", *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
 @pytest.fixture(scope="session")

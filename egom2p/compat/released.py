@@ -8,6 +8,7 @@ nothing else. Sizes come from tensor shapes, the number of heads from the model'
 import argparse
 import math
 import re
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -62,7 +63,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise UserError(f"{path}: refused, it holds more than tensors and an argparse.Namespace ({_first_line(error)})") from error

@@ -114,7 +114,7 @@ class PretrainTask:
     def loss(self, micro: PackedBatch, forward: nn.Module) -> tuple[Tensor, Tensor]:
         counts = micro.targets.lengths
         group = torch.from_numpy(np.repeat(micro.groups, counts.sum(1))).to(self.world.device, non_blocking=True)
-        scale = self.scale_GM[group, micro.targets.modality].float()[micro.targets.by_modality]
+        scale = self.scale_GM[group, micro.targets.modality].to(self.model.mask_token.dtype)[micro.targets.by_modality]
         total, losses = forward(micro, scale)
         return total, self._sums(micro, total, losses)
 

@@ -35,7 +35,7 @@ def contents(micro_batches):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_same_global_batches_for_any_ranks_and_workers(debug_tokens, world, workers):
-    source, modalities = stream(debug_tokens)
+    source, _ = stream(debug_tokens)
     reference = {b.step: contents(b.micro_batches) for b in step_loader(StepDataset(source, 4, BatchPlan(8, 8, 8)), range(3, 6), 0)}
     seen: dict[int, dict] = {3: {}, 4: {}, 5: {}}
     for rank in range(world):

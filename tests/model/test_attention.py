@@ -1,0 +1,112 @@
+"""Invariant 3: packing changes nothing. Segments against padded sequences with dense masks, in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from egom2p.data.batch import FlatTokens, MaskedSample, pack
+from egom2p.modalities import Modality, ModalitySet
+from egom2p.model.attention import Segments, segment_attention
+from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.model.loss import weighted_cross_entropy
+
+MODALITIES = ModalitySet([Modality("a", 40, (3, 2, 2)), Modality("b", 20, (9,)), Modality("c", 20, (4, 3))])
+
+
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [
+    ([3, 5, 3], [4, 4, 4]), ([1, 1, 7], [1, 9, 1]), ([4, 4, 4, 4], [6, 6, 6, 6]), ([5, 0, 2], [3, 4, 0]), ([2], [0]), ([2, 3, 2], [5, 1, 5])])
+def test_segments_equal_a_dense_mask(lengths_q, lengths_k):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(n), 2, 8, dtype=torch.float64, requires_grad=True) for n in (lengths_q, lengths_k, lengths_k))
+    segments = Segments(np.array(lengths_q), np.array(lengths_k), q.device)
+    out = segment_attention(q, k, v, segments)
+    owner_q, owner_k = (torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (lengths_q, lengths_k))
+    mask = owner_q[:, None] == owner_k[None]
+    scores = torch.einsum("qhd,khd->hqk", q, k) / 8**0.5
+    weights = torch.nan_to_num(scores.masked_fill(~mask, float("-inf")).softmax(-1), nan=0.0) if sum(lengths_k) else scores
+    dense = torch.einsum("hqk,khd->qhd", weights, v)
+    assert torch.allclose(out, dense, atol=1e-12)
+    pick = torch.randn_like(out)
+    ours = torch.autograd.grad((out * pick).sum(), (q, k, v), allow_unused=True)
+    theirs = torch.autograd.grad((dense * pick).sum(), (q, k, v), allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        b = torch.zeros(1, dtype=torch.float64) if b is None else torch.nan_to_num(b)
+        assert torch.allclose(torch.zeros(1, dtype=torch.float64) if a is None else a, b, atol=1e-12)
+
+
+def sample(number, inputs, targets, seed):
+    rng = np.random.default_rng(seed)
+
+    def side(counts, skip):
+        parts = [(np.full(n, m), np.sort(np.arange(MODALITIES[m].num_tokens)[skip[m] : skip[m] + n]), rng.integers(0, MODALITIES[m].vocab_size, n))
+                 for m, n in enumerate(counts)]
+        return FlatTokens(*(np.concatenate(p) for p in zip(*parts, strict=True)))
+
+    return MaskedSample(number, side(inputs, [0, 0, 0]), side(targets, inputs))
+
+
+SAMPLES = [sample(0, (4, 3, 0), (3, 2, 5), 1), sample(1, (0, 0, 0), (6, 1, 0), 2), sample(2, (12, 0, 1), (0, 9, 0), 3), sample(3, (1, 0, 0), (0, 0, 12), 4)]
+
+
+@pytest.mark.parametrize("variant", ["gelu", "swiglu", "swiglu_qknorm"])
+def test_one_pack_equals_sample_by_sample(variant):
+    """Loss and every gradient: empty inputs, single-token segments, one modality alone are all among the samples."""
+    torch.manual_seed(0)
+    model = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2, variant=variant)).double()
+
+    def run(groups):
+        model.zero_grad()
+        total = 0.0
+        for group in groups:
+            batch = pack(group, 3)
+            loss, _ = model(batch, torch.full((len(batch.targets),), 0.1, dtype=torch.float64))
+            loss.backward()
+            total += loss.item()
+        return total, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    packed, packed_grads = run([SAMPLES])
+    alone, alone_grads = run([[s] for s in SAMPLES])
+    assert packed == pytest.approx(alone, rel=1e-12)
+    for name, grad in packed_grads.items():
+        assert torch.allclose(grad, alone_grads[name], rtol=1e-5, atol=1e-12), name
+
+
+def test_samples_do_not_see_each_other():
+    model = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2)).double().eval()
+    with torch.no_grad():
+        for first, second in ((0, 2), (2, 3)):
+            both = model(pack([SAMPLES[first], SAMPLES[second]], 3))
+            alone = model(pack([SAMPLES[first]], 3))
+            counts = pack([SAMPLES[first], SAMPLES[second]], 3).targets.lengths
+            starts = np.cumsum(np.r_[0, counts.sum(0)])
+            rows = np.concatenate([np.arange(starts[m], starts[m] + counts[0, m]) for m in range(3)])
+            assert torch.allclose(both[rows], alone, atol=1e-12)
+
+
+def test_decoder_self_attention_stays_within_a_modality():
+    """Changing which c targets are asked moves no prediction of the a targets."""
+    model = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2)).double().eval()
+    with torch.no_grad():
+        with_c, without_c = (model(pack([sample(0, (4, 3, 0), (3, 2, n), 1)], 3))[:3] for n in (5, 0))
+    assert torch.allclose(with_c, without_c, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [64, 1000, 2**24])
+def test_chunked_loss_equals_cross_entropy(chunk, monkeypatch):
+    monkeypatch.setattr("egom2p.model.loss.CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (37, 50))
+    target, scale = torch.randint(50, (37,)), torch.rand(37, dtype=torch.float64)
+    loss, losses = weighted_cross_entropy(hidden, weight, target, scale)
+    full = torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="none")
+    assert torch.allclose(losses, full)
+    ours, theirs = torch.autograd.grad(3 * loss, (hidden, weight)), torch.autograd.grad(3 * (full * scale).sum(), (hidden, weight))
+    assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_loss_of_no_targets_is_zero_and_differentiable():
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss, _ = weighted_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    loss.backward()
+    assert loss.item() == 0
+    assert weight.grad.abs().sum() == 0
