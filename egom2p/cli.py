@@ -76,6 +76,11 @@ def _add_tokenizer(commands) -> None:
     encode.add_argument("--out", type=Path, required=True, help="root of the token shards")
     encode.add_argument("--dataset", default="", help="data set name, instead of the one in the clips")
     encode.set_defaults(run=_tokenizer_encode)
+    reconstruct = verbs.add_parser("reconstruct", help="error table of encoding and decoding clips")
+    reconstruct.add_argument("tokenizer", help="tokenizer folder or Hub name")
+    reconstruct.add_argument("--clips", required=True, help="pattern of clip tars")
+    reconstruct.add_argument("--limit", type=int, default=200, help="at most so many clips (0 = all)")
+    reconstruct.set_defaults(run=_tokenizer_reconstruct)
 
 
 def _tokenizer_train(args) -> None:
@@ -91,6 +96,13 @@ def _tokenizer_encode(args) -> None:
 
     written = encode_clips([load(t) for t in args.tokenizers], args.clips, args.out, args.dataset)
     print(", ".join(f"{name}: {count} clips" for name, count in written.items()))
+
+
+def _tokenizer_reconstruct(args) -> None:
+    from egom2p.evaluation.run import reconstruction_table
+    from egom2p.tokenizers import load
+
+    print(reconstruction_table(load(args.tokenizer), args.clips, args.limit))
 
 
 def _add_train(commands) -> None:
@@ -187,7 +199,7 @@ def _add_generate(commands) -> None:
     parser = commands.add_parser("generate", help="predict modalities from videos or token files")
     parser.add_argument("model", help="run folder, export folder or Hub repository")
     parser.add_argument("--inputs", nargs="+", type=Path, required=True, metavar="FILE", help="videos, or token files (.npz, .npy)")
-    parser.add_argument("--targets", required=True, help="modalities to predict, in order: cam,depth")
+    parser.add_argument("--targets", default="", help="modalities to predict, in order: cam,depth (default: those of the recipe)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--modality", default="", help="what the inputs are (default: the model's first picture modality)")
     parser.add_argument("--recipe", type=Path, help="YAML with recipes by target (cfgs/generate/)")
@@ -198,9 +210,12 @@ def _add_generate(commands) -> None:
 def _generate(args) -> None:
     from egom2p.generation.pipeline import Pipeline, generate_files
 
+    recipe = _recipe(args.recipe)
+    targets = [t for t in args.targets.split(",") if t] or list(recipe.targets)
+    if not targets:
+        raise UserError("say what to predict: --targets cam,depth or a --recipe")
     pipeline = Pipeline.from_pretrained(args.model, _device())
-    targets = [t for t in args.targets.split(",") if t]
-    for folder in generate_files(pipeline, args.inputs, targets, args.out, args.modality, _recipes(args.recipe), args.seed):
+    for folder in generate_files(pipeline, args.inputs, targets, args.out, args.modality or recipe.input, recipe.targets, args.seed):
         print(folder)
 
 
@@ -221,17 +236,17 @@ def _eval(args) -> None:
     from egom2p.model.egom2p import EgoM2P
 
     model = EgoM2P.from_pretrained(args.model, _device())
-    evaluation = evaluate(model, args.tasks.split(","), args.data, _recipes(args.recipe), args.limit, args.seed)
+    evaluation = evaluate(model, args.tasks.split(","), args.data, _recipe(args.recipe).targets, args.limit, args.seed)
     out = args.out or Path(args.model) / "eval"
     write_results(out, evaluation)
     print(f"{table(evaluation.summary)}\nresults: {out / 'results.json'}")
 
 
-def _recipes(path: Path | None) -> dict:
+def _recipe(path: Path | None):
     from egom2p.config import load
     from egom2p.generation.schedule import RecipeConfig
 
-    return load(RecipeConfig, path).targets if path else {}
+    return load(RecipeConfig, path) if path else RecipeConfig()
 
 
 def _device() -> str:

@@ -119,6 +119,25 @@ def table(summary: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
+def reconstruction_table(tokenizer: Tokenizer, data: str, limit: int = 0) -> str:
+    """Mean, median and worst error of encoding and decoding, one line a metric, and how many ids are in use."""
+    source = tokenizer.modality.clip_signal
+    rows, used = TaskRows(), set()
+    for clip in tqdm(_limited(data, limit, {source}), desc="reconstruct", unit="clip"):
+        if source in clip.signals and np.any(tokenizer.observed(clip.signals[source])):
+            ids = tokenizer.encode(clip.signals[source])
+            used.update(ids.reshape(-1).tolist())
+            rows.keys.append(clip.key)
+            rows.add("ceiling", MEASURES[tokenizer.modality.signal].metrics(tokenizer.decode(ids), clip.signals[source]))
+    if not rows.keys:
+        raise UserError(f"{data}: no clip there has a usable '{source}'")
+    lines = [f"{'metric':10} {'mean':>10} {'median':>10} {'worst':>10}"]
+    for metric, values in rows.rows["ceiling"].items():
+        worst = np.nanmin(values) if is_better(metric, 1, 0) else np.nanmax(values)
+        lines.append(f"{metric:10} {np.nanmean(values):10.5f} {np.nanmedian(values):10.5f} {worst:10.5f}")
+    return "\n".join([*lines, f"{len(rows.keys)} clips, {len(used)} of {tokenizer.modality.vocab_size} ids used"])
+
+
 def _encode_all(loaded: dict[str, Tokenizer], data: str, limit: int) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
     """{modality: {clip key: ids, -1 where not observed}} and the keys in file order."""
     tokens: dict[str, dict[str, np.ndarray]] = {name: {} for name in loaded}

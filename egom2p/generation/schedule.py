@@ -54,6 +54,7 @@ class TargetArgs:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """A YAML below cfgs/generate/: how each target is generated."""
+    """A YAML below cfgs/generate/: what the input is ("" = the model's first picture modality) and how each target is generated."""
 
+    input: str = ""
     targets: dict[str, TargetArgs] = field(default_factory=dict)

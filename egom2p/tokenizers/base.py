@@ -103,6 +103,8 @@ class Tokenizer(Exportable):
     def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "Tokenizer":
         folder = resolve_folder(source)
         chosen = {c.kind: c for c in all_kinds()}.get(read_json(folder / CONFIG).get("kind"), cls)
+        if "from_pretrained" in vars(chosen) and chosen is not cls:
+            return chosen.from_pretrained(folder, device)
         tokenizer = super(Tokenizer, chosen).from_pretrained(folder, device)
         if (folder / STATISTICS).is_file():
             tokenizer.statistics = load_file(folder / STATISTICS)
@@ -120,7 +122,8 @@ class Tokenizer(Exportable):
 
 def all_kinds() -> list[type[Tokenizer]]:
     """Every tokenizer class. Adding one means adding it here."""
+    from egom2p.tokenizers.cosmos import CosmosTokenizer
     from egom2p.tokenizers.motion import MotionTokenizer
     from egom2p.tokenizers.video import VideoTokenizer
 
-    return [MotionTokenizer, VideoTokenizer]
+    return [MotionTokenizer, VideoTokenizer, CosmosTokenizer]

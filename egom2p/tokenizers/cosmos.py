@@ -1,0 +1,153 @@
+"""NVIDIA's Cosmos discrete video tokenizers (DV4x8x8, DV8x16x16): wraps `encoder.jit` and `decoder.jit`.
+
+encoder.jit takes (B, 3, T, H, W) in [-1, 1] and returns ids (B, t, h, w) first; decoder.jit takes ids and
+returns the video. As in the released wrapper, each window of 17 frames is padded to 1 + 8k frames by
+repeating its edges (half before, half after) and zero-padded at the sides, centred, to multiples of 16.
+Licence of the weights: NVIDIA Open Model License; some repositories are gated.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from egom2p.errors import UserError
+from egom2p.modalities import Modality
+from egom2p.model.export import CONFIG
+from egom2p.tokenizers.base import Tokenizer
+from egom2p.tokenizers.signals import Picture
+
+FILES = ("encoder.jit", "decoder.jit")
+
+
+@dataclass(frozen=True)
+class CosmosArgs:
+    """source: folder with encoder.jit and decoder.jit, or a Hub repository. patch: frames, rows, columns a token.
+    num_frames: frames of a clip. window: frames encoded at a time; longer videos take several windows."""
+
+    source: str = "nvidia/Cosmos-0.1-Tokenizer-DV4x8x8"
+    patch: tuple[int, ...] = (4, 8, 8)
+    num_frames: int = 16
+    window: int = 17
+    pad_frames: int = 8
+    pad_sides: int = 16
+
+
+class CosmosTokenizer(Tokenizer):
+    """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) ids and back. bfloat16 on CUDA, float32 on the CPU."""
+
+    kind = "cosmos"
+
+    def __init__(self, modality: Modality, args: CosmosArgs) -> None:
+        super().__init__(modality, args)
+        self.signal = Picture(modality.signal)
+        self._device = torch.device("cpu")
+        self._networks: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "CosmosTokenizer":
+        """An export folder: config.json alone, or with the two .jit files beside it."""
+        from egom2p.config import read_json
+
+        folder = Path(source)
+        tokenizer = cls.from_config(read_json(folder / CONFIG), str(folder / CONFIG))
+        tokenizer.beside = folder
+        return tokenizer.to(device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json only; the networks stay where `source` says."""
+        import json
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CONFIG).write_text(json.dumps(self.to_config(), indent=1))
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def to(self, device: torch.device | str) -> "CosmosTokenizer":
+        self._device = torch.device(device)
+        self._networks.clear()
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._device.type == "cuda" else torch.float32
+
+    @property
+    def frame_size(self) -> int:
+        """Side in pixels of the square frames its grid is for."""
+        return self.modality.grid[1] * self.args.patch[1]
+
+    def encode_frames(self, frames: np.ndarray) -> np.ndarray:
+        """(T, H, W, 3) uint8 frames of a video file -> (t, h, w) ids."""
+        video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            return self.encode_normalized(video)[0].cpu().numpy()
+
+    def encode_normalized(self, video: Tensor) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) int64 ids, the windows' latent frames one after the other."""
+        encoder = self._network("encoder.jit")
+        windows = [encoder(self._pad(part).to(self._device, self.dtype)) for part in video.split(self.args.window, 2)]
+        return torch.cat([w[0] if isinstance(w, (tuple, list)) else w for w in windows], 1).long()
+
+    def decode_normalized(self, ids: Tensor) -> Tensor:
+        """(B, t, h, w) ids of a clip of `num_frames` -> (B, 3, T, H, W) in [-1, 1], padding in time removed."""
+        decoder, start, parts = self._network("decoder.jit"), 0, []
+        for frames in self._window_frames():
+            before, padded = self._time_padding(frames)
+            latent = 1 + (padded - 1) // self.args.patch[0]
+            video = decoder(ids[:, start : start + latent].to(self._device)).float().clamp(-1, 1)
+            parts.append(video[:, :, before : before + frames])
+            start += latent
+        return torch.cat(parts, 2)
+
+    def codes(self) -> Tensor:
+        raise UserError(f"'{self.modality.name}' uses Cosmos' decoder, which takes ids only: it has no code vectors, so set expected: false")
+
+    def _window_frames(self) -> list[int]:
+        """Raw frames in each window of a clip."""
+        full, rest = divmod(self.args.num_frames, self.args.window)
+        return [self.args.window] * full + ([rest] if rest else [])
+
+    def _time_padding(self, frames: int) -> tuple[int, int]:
+        """(frames added before, frames after padding); the padded count is 1 + pad_frames * k."""
+        missing = -(frames - 1) % self.args.pad_frames
+        return missing // 2, frames + missing
+
+    def _pad(self, video: Tensor) -> Tensor:
+        before, padded = self._time_padding(video.shape[2])
+        after = padded - video.shape[2] - before
+        video = torch.cat([video[:, :, :1].expand(-1, -1, before, -1, -1), video, video[:, :, -1:].expand(-1, -1, after, -1, -1)], 2)
+        rows, columns = (-side % self.args.pad_sides for side in video.shape[-2:])
+        return F.pad(video, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+    def _network(self, name: str) -> Any:
+        if name not in self._networks:
+            path = self._folder() / name
+            try:
+                self._networks[name] = torch.jit.load(path, map_location=self._device).eval().to(self.dtype)
+            except (RuntimeError, ValueError, OSError) as error:
+                raise UserError(f"{path}: not a readable TorchScript file ({str(error).splitlines()[0][:120]})") from error
+        return self._networks[name]
+
+    def _folder(self) -> Path:
+        """Where the two files are: beside config.json, in the source folder, or fetched from the Hub."""
+        for folder in (getattr(self, "beside", None), Path(self.args.source)):
+            if folder and all((folder / f).is_file() for f in FILES):
+                return folder
+        if Path(self.args.source).is_dir() or self.args.source.count("/") != 1:
+            raise UserError(f"{self.args.source}: no {' and '.join(FILES)} there; download them from the Hub (nvidia/Cosmos-0.1-Tokenizer-DV4x8x8)")
+        try:
+            return Path(huggingface_hub.snapshot_download(self.args.source, allow_patterns=list(FILES)))
+        except GatedRepoError as error:
+            raise UserError(f"{self.args.source} is gated: accept its licence on huggingface.co, then `hf auth login` with your token") from error
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise UserError(f"{self.args.source}: cannot be fetched from the Hub ({type(error).__name__}); put {' and '.join(FILES)} "
+                            "beside config.json or name their folder as args.source") from error

@@ -1,0 +1,156 @@
+"""The whole pipeline in small, through the real commands; and generation from plain files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from egom2p import EgoM2P, Pipeline
+from egom2p.data.video import decode_video, write_video
+from egom2p.errors import UserError
+from egom2p.training.log import read_metrics
+from tests.conftest import ROOT, run_cli
+
+TINY = """
+include: [{quickstart}]
+size: 24
+train:
+  rooms: {{clips: 40, seed: 1}}
+  walks: {{clips: 30, seed: 2, without: [depth]}}
+held_out: {{clips: 12, seed: 3}}
+test: {{clips: 12, seed: 4}}
+tokenizer_overrides: [train.steps=8, train.batch_size=8, optim.warmup_steps=2, log.every=4]
+train_overrides: ["modalities.rgb.grid=[5,3,3]", "modalities.depth.grid=[5,3,3]", train.steps=12, train.batch_size=4, eval.every=6, eval.samples=8,
+                  optim.warmup_steps=2, log.every=2, masking.input_tokens=45, checkpoint.every=6]
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A quickstart of seconds: the same stages and YAMLs, few clips and steps."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    for name in ("rgb", "depth"):
+        text = (ROOT / f"tokenizers/world_{name}/config.yaml").read_text().replace("[5, 6, 6]", "[5, 3, 3]")
+        (folder / f"{name}.yaml").write_text(text)
+    config = folder / "tiny.yaml"
+    lanes = f"lanes: [[{folder}/rgb.yaml, tokenizers/world_gaze/config.yaml], [tokenizers/world_cam/config.yaml, {folder}/depth.yaml]]\n"
+    config.write_text(TINY.format(quickstart=ROOT / "cfgs/quickstart.yaml") + lanes)
+    video = folder / "walk.mp4"
+    write_video(video, np.random.default_rng(0).integers(0, 255, (75, 48, 64, 3)).astype(np.uint8), 25)
+    out = folder / "out"
+    first = run_cli("quickstart", "--out", out, "--config", config, "--inputs", video)
+    return out, config, video, first
+
+
+def test_quickstart_leaves_results_and_report(finished):
+    out, _, _, done = finished
+    results = json.loads((out / "results.json").read_text())
+    for task, metrics in {"rgb2cam": ("ate_m", "rre_deg"), "rgb2gaze": ("gaze_mse",), "rgb2depth": ("abs_rel",), "depth2rgb": ("psnr_db",)}.items():
+        for metric in metrics:
+            assert {"value", "baseline", "shuffled", "ceiling"} <= results[task][metric].keys()
+            assert all(np.isfinite(results[task][metric][k]) for k in ("value", "baseline", "shuffled", "ceiling"))
+    assert {"world", "tokenizers", "encode", "train", "evaluate", "report"} <= results["seconds"].keys()
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 4
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "no problem" in done.stdout
+    assert "eval/loss/cam" in {k for m in read_metrics(out / "model") for k in m}
+
+
+def test_quickstart_runs_again(finished):
+    out, config, _, _ = finished
+    before = (out / "model/checkpoints/latest/model.safetensors").read_bytes()
+    run_cli("quickstart", "--out", out, "--config", config)
+    assert (out / "model/checkpoints/latest/model.safetensors").read_bytes() == before
+
+
+def test_quickstart_refuses_another_configuration(finished, tmp_path):
+    out, config, _, _ = finished
+    other = tmp_path / "other.yaml"
+    other.write_text(config.read_text().replace("clips: 40", "clips: 41"))
+    done = run_cli("quickstart", "--out", out, "--config", other, check=False)
+    assert done.returncode == 2
+    assert "another configuration" in done.stderr
+
+
+def test_generate_from_a_plain_video(finished, tmp_path):
+    out, _, video, _ = finished
+    done = run_cli("generate", out / "model", "--inputs", video, "--targets", "cam,gaze,depth,rgb", "--out", tmp_path)
+    folders = sorted(tmp_path.iterdir())
+    assert [f.name for f in folders] == ["walk-0000", "walk-0001"]  # 3 s of video: two windows
+    for folder in folders:
+        assert str(folder) in done.stdout
+        poses = np.load(folder / "cam.npy")
+        assert poses.shape == (60, 4, 4)
+        tum = np.loadtxt(folder / "cam.tum")
+        assert tum.shape == (60, 8)
+        assert np.allclose(np.linalg.norm(tum[:, 4:], axis=1), 1, atol=1e-4)
+        assert np.allclose(tum[:, 1:4], poses[:, :3, 3], atol=1e-5)
+        assert np.load(folder / "gaze.npy").shape == (60, 3)
+        assert np.load(folder / "depth.npy").shape == (16, 24, 24)
+        assert decode_video(folder / "rgb.mp4")[0].shape == (16, 24, 24, 3)
+        assert {"preview.png", "generated.json", "depth.mp4", "cam_tokens.npz"} <= {p.name for p in folder.iterdir()}
+
+
+def test_generate_from_token_files_and_with_a_released_recipe(finished, tmp_path):
+    out, _, _, _ = finished
+    tokens = tmp_path / "tokens.npz"
+    np.savez(tokens, np.random.default_rng(0).integers(0, 4096, (5, 3, 3)).astype(np.int32))
+    run_cli("generate", out / "model", "--inputs", tokens, "--recipe", "cfgs/generate/rgb2cam.yaml", "--out", tmp_path / "a")
+    run_cli("generate", out / "model", "--inputs", tokens, "--recipe", "cfgs/generate/rgb2cam.yaml", "--out", tmp_path / "b")
+    assert np.array_equal(np.load(tmp_path / "a/tokens/cam.npy"), np.load(tmp_path / "b/tokens/cam.npy"))
+    note = json.loads((tmp_path / "a/tokens/generated.json").read_text())
+    assert note["recipes"]["cam"]["guidance"] == 2.0
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--targets", "sound"], "no modality 'sound'"), (["--targets", ""], "say what to predict"), (["--targets", "cam", "--modality", "gaze"], "not a picture modality")])
+def test_generate_refuses_in_one_line(finished, tmp_path, arguments, words):
+    out, _, video, _ = finished
+    done = run_cli("generate", out / "model", "--inputs", video, *arguments, "--out", tmp_path, check=False)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_generate_names_unreadable_inputs(finished, tmp_path):
+    out = finished[0]
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    (tmp_path / "bad.npz").write_bytes(b"not an archive")
+    np.savez(tmp_path / "far.npz", np.full((5, 3, 3), 5000))
+    for name, words in (("bad.mp4", "cannot be decoded"), ("bad.npz", "not a token file"), ("far.npz", "outside"), ("none.mp4", "no input file")):
+        done = run_cli("generate", out / "model", "--inputs", tmp_path / name, "--targets", "cam", "--out", tmp_path / "o", check=False)
+        assert done.returncode == 2
+        assert words in done.stderr
+
+
+def test_eval_command(finished, tmp_path):
+    out = finished[0]
+    done = run_cli("eval", out / "model", "--tasks", "rgb2cam,rgb+depth2cam", "--data", f"{out}/clips/test/*.tar", "--recipe", "cfgs/generate/world.yaml", "--out", tmp_path)
+    assert "rgb+depth2cam" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    first = json.loads((out / "results.json").read_text())
+    assert results["rgb2cam"]["ate_m"]["value"] == pytest.approx(first["rgb2cam"]["ate_m"]["value"], rel=1e-6)
+    rows = json.loads((tmp_path / "clips.json").read_text())["rgb2cam"]
+    assert len(rows["keys"]) == len(rows["rows"]["model"]["ate_m"]) == 12
+    bad = run_cli("eval", out / "model", "--tasks", "rgb2nose", "--data", f"{out}/clips/test/*.tar", check=False)
+    assert bad.returncode == 2
+    assert "rgb2nose" in bad.stderr
+
+
+def test_library_use(finished):
+    """The README's example."""
+    out, _, video, _ = finished
+    pipeline = Pipeline.from_pretrained(out / "model")
+    predictions = pipeline(video, targets=["cam", "depth"])
+    assert predictions[0].signals["cam"].shape == (60, 4, 4)
+    assert predictions[1].start == 2.0
+    with pytest.raises(UserError, match="no export or checkpoint"):
+        EgoM2P.from_pretrained(out / "nothing")
+
+
+def test_real_recordings(finished, examples, tmp_path):
+    """The authors' own example clips, from plain mp4 to files (quality is not the point here)."""
+    out = finished[0]
+    run_cli("generate", out / "model", "--inputs", examples / "rgb2dep_h2o.mp4", examples / "dep2rgb_holo.mp4", "--targets", "cam,gaze,depth", "--out", tmp_path)
+    for name in ("rgb2dep_h2o", "dep2rgb_holo"):
+        assert np.load(tmp_path / name / "cam.npy").shape == (60, 4, 4)
