@@ -127,6 +127,8 @@ def _train_tokenizers(config: QuickstartConfig, out: Path) -> dict[str, str]:
             folder = out / "tokenizers" / entry.tokenizer.name
             folders[entry.tokenizer.name] = str(folder)
             totals[folder] = entry.train.steps
+            if (folder / f"checkpoints/step_{entry.train.steps:08d}/state.json").exists():
+                continue
             commands.append([sys.executable, "-m", "egom2p", "tokenizer", "train", path, f"run.dir={folder}", "train.threads=1", *overrides])
         lanes.append(_Lane(commands, out / f"tokenizers-{number}.log"))
     with tqdm(total=sum(totals.values()), desc="tokenizers", unit="step") as bar:

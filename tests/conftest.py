@@ -66,3 +66,36 @@ def world_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+TINY = """
+include: [{quickstart}]
+size: 24
+train:
+  rooms: {{clips: 40, seed: 1}}
+  walks: {{clips: 30, seed: 2, without: [depth]}}
+held_out: {{clips: 12, seed: 3}}
+test: {{clips: 12, seed: 4}}
+tokenizer_overrides: [train.steps=8, train.batch_size=8, optim.warmup_steps=2, log.every=4]
+train_overrides: ["modalities.rgb.grid=[5,3,3]", "modalities.depth.grid=[5,3,3]", train.steps=12, train.batch_size=4, eval.every=6, eval.samples=8,
+                  optim.warmup_steps=2, log.every=2, masking.input_tokens=45, checkpoint.every=6]
+"""
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A quickstart of seconds: the same stages and YAMLs, few clips and steps. (out, config, video, first run)."""
+    from egom2p.data.video import write_video
+
+    folder = tmp_path_factory.mktemp("quickstart")
+    for name in ("rgb", "depth"):
+        text = (ROOT / f"tokenizers/world_{name}/config.yaml").read_text().replace("[5, 6, 6]", "[5, 3, 3]")
+        (folder / f"{name}.yaml").write_text(text)
+    config = folder / "tiny.yaml"
+    lanes = f"lanes: [[{folder}/rgb.yaml, tokenizers/world_gaze/config.yaml], [tokenizers/world_cam/config.yaml, {folder}/depth.yaml]]\n"
+    config.write_text(TINY.format(quickstart=ROOT / "cfgs/quickstart.yaml") + lanes)
+    video = folder / "walk.mp4"
+    write_video(video, np.random.default_rng(0).integers(0, 255, (75, 48, 64, 3)).astype(np.uint8), 25)
+    out = folder / "out"
+    first = run_cli("quickstart", "--out", out, "--config", config, "--inputs", video)
+    return out, config, video, first

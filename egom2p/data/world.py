@@ -124,6 +124,9 @@ def write_world(out: Path, clips: int, seed: int = 0, size: int = 64, dataset: s
         raise UserError(f"unknown signal '{sorted(unknown)[0]}' in --without; the world has {', '.join(RATES)}")
     jobs = [(out / f"shard-{i:06d}.tar", range(start, min(start + CLIPS_PER_SHARD, first + clips)), seed, size, dataset, without)
             for i, start in enumerate(range(first, first + clips, CLIPS_PER_SHARD))]
+    others = sorted(set(out.glob("*.tar")) - {job[0] for job in jobs})
+    if others:
+        raise UserError(f"{out} already holds {others[0].name} of another world, which would be mixed in; choose another --out or remove it")
     with tqdm(total=clips, desc=f"world {out.name}", unit="clip") as bar:
         for done in _run_jobs(jobs, processes):
             bar.update(done)

@@ -150,6 +150,31 @@ class EgoM2P(Exportable):
         logits = self.logits(self(batch), batch.targets.modality_counts)
         return {m.name: rows for m, rows in zip(self.modalities, logits, strict=True) if m.name in tokens}
 
+    @torch.no_grad()
+    def encode(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Encoder features of whole grids, for downstream tasks.
+
+        tokens {modality: (B, *grid) ids}, negative ids are unknown and left out -> {modality: (B, n, dim)},
+        zeros at unknown positions.
+        """
+        shown = {n: torch.as_tensor(t).flatten(1).cpu() >= 0 for n, t in tokens.items()}
+        batch = pack(samples_from_grids(self.modalities, tokens, shown, {}), len(self.modalities)).to(self.device)
+        features = permute_rows(self.encode_packed(batch), batch.inputs.by_modality, batch.inputs.to_pack)
+        out = {}
+        for modality, rows in zip(self.modalities, features.split(batch.inputs.modality_counts), strict=True):
+            if modality.name in tokens:
+                out[modality.name] = features.new_zeros(*shown[modality.name].shape, self.args.dim)
+                out[modality.name][shown[modality.name]] = rows
+        return out
+
+    def generate(self, tokens: dict, targets: list[str] | dict, **options):
+        """Predict `targets` (names, or {name: TargetArgs}); see `egom2p.generation.sampler.generate`."""
+        from egom2p.generation.sampler import generate
+        from egom2p.generation.schedule import TargetArgs
+
+        recipes = targets if isinstance(targets, dict) else {name: TargetArgs() for name in targets}
+        return generate(self, {n: np.asarray(torch.as_tensor(t).cpu()) for n, t in tokens.items()}, recipes, **options)
+
     def _place(self, tokens: PackedTokens) -> Tensor:
         """Position + modality embedding of each token, (N, dim)."""
         counts, device = tokens.modality_counts, self.device

@@ -13,6 +13,8 @@ Every tokenizer has
   statistics                        {name: array} gathered over the training clips (mean signal and the like)
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,14 @@ class Tokenizer(Exportable):
 
     def after_step(self, seed: int, step: int) -> None:
         """Called once an optimiser step; codebooks with running statistics move here."""
+
+    def fingerprint(self) -> str:
+        """Hash of the configuration and the weights: equal fingerprints make equal tokens."""
+        digest = hashlib.sha256(json.dumps(self.to_config(), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def to_config(self) -> dict[str, Any]:
         plain = to_plain(self.modality)

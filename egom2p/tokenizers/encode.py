@@ -1,6 +1,7 @@
 """Clips -> token shards, `ROOT/MODALITY/DATASET/shard-000000.tar`, 1 000 clips each."""
 
 import io
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,6 +11,7 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
+from egom2p.config import read_json
 from egom2p.data.clips import Clip, count_clips, expand_paths, read_clips
 from egom2p.data.tarindex import index_tars
 from egom2p.data.tokens import encode_tokens
@@ -18,6 +20,7 @@ from egom2p.tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
 
+ORIGIN = "origin.json"
 SHARD_CLIPS = 1000
 BATCH = 16
 
@@ -34,9 +37,11 @@ def encode_clips(tokenizers: list[Tokenizer], pattern: str, root: Path, dataset:
     written = dict.fromkeys((t.modality.name for t in tokenizers), 0)
     clips = tqdm(read_clips(pattern, sources), total=count_clips(pattern), desc="encode", unit="clip")
     folders = set()
+    origins = {t.modality.name: {"tokenizer": t.fingerprint(), "clips": pattern} for t in tokenizers}
     for name, number, chunk in _shards(clips, dataset):
         for tokenizer in tokenizers:
             path = root / tokenizer.modality.name / name / f"shard-{number:06d}.tar"
+            _check_origin(path.parent, origins[tokenizer.modality.name])
             if not path.exists():
                 _write_shard(path, tokenizer, chunk)
             folders.add(path.parent)
@@ -44,6 +49,21 @@ def encode_clips(tokenizers: list[Tokenizer], pattern: str, root: Path, dataset:
         entries = index_tars(sorted(folder.glob("*.tar")))
         written[folder.parent.name] += sum(len(e.keys) for e in entries)
     return written
+
+
+def _check_origin(folder: Path, origin: dict[str, str]) -> None:
+    """Shards of one folder come from one tokenizer and one set of clips; anything else is refused, never mixed."""
+    note = folder / ORIGIN
+    if note.exists():
+        found = read_json(note)
+        for what, value in origin.items():
+            if found.get(what) != value:
+                raise UserError(f"{folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); choose another --out or --dataset, or remove it")
+    elif any(folder.glob("*.tar")):
+        raise UserError(f"{folder} holds shards of unknown origin; choose another --out or --dataset, or remove it")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(origin, indent=1))
 
 
 def _shards(clips: Iterable[Clip], dataset: str) -> Iterator[tuple[str, int, list[Clip]]]:
@@ -74,7 +94,13 @@ def _write_shard(path: Path, tokenizer: Tokenizer, clips: list[Clip]) -> None:
 def _tokenise(tokenizer: Tokenizer, clips: list[Clip]) -> Iterator[tuple[Clip, np.ndarray]]:
     """Clip and stored ids of every clip that has the signal, in order."""
     source = tokenizer.modality.clip_signal
-    usable = iter([c for c in clips if source in c.signals and np.any(tokenizer.observed(c.signals[source]))])
+    having = [c for c in clips if source in c.signals]
+    measured = [c for c in having if np.any(tokenizer.observed(c.signals[source]))]
+    if len(measured) < len(having):
+        lost = sorted({c.key for c in having} - {c.key for c in measured})
+        log.warning("'%s': %d of %d clips carry no finite measurement and go without it (%s%s)", tokenizer.modality.name, len(lost),
+                    len(having), ", ".join(lost[:5]), ", ..." if len(lost) > 5 else "")
+    usable = iter(measured)
     while batch := list(islice(usable, BATCH)):
         signals = [c.signals[source] for c in batch]
         if len({s.shape for s in signals}) > 1:

@@ -120,3 +120,17 @@ def test_partial_nucleus_equals_the_full_sort():
 def test_unknown_modality_is_one_line(model):
     with pytest.raises(UserError, match="no modality 'sound'"):
         generate(model, {"rgb": rgb()}, {"sound": TargetArgs()})
+
+
+def test_library_methods(model):
+    """model.encode gives features of the observed positions; model.generate is the sampler."""
+    ids = rgb(2)
+    ids[0, 0, 0, 0] = -1
+    features = model.encode({"rgb": torch.from_numpy(ids)})["rgb"]
+    assert features.shape == (2, 12, 24)
+    assert features[0, 0].abs().sum() == 0
+    assert (features[1].abs().sum(-1) > 0).all()
+    alone = model.encode({"rgb": torch.from_numpy(ids[1:])})["rgb"]
+    assert torch.allclose(alone[0], features[1], atol=1e-5)
+    made = model.generate({"rgb": torch.from_numpy(rgb())}, ["cam"], seed=3)
+    assert np.array_equal(made.tokens["cam"], generate(model, {"rgb": rgb()}, {"cam": TargetArgs()}, seed=3).tokens["cam"])
