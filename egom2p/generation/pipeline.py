@@ -21,11 +21,11 @@ from egom2p.generation.sampler import generate
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
 from egom2p.tokenizers.base import Tokenizer
+from egom2p.tokenizers.signals import PICTURES
 
 log = logging.getLogger(__name__)
 
 CLIP_SECONDS = 2.0
-PICTURES = ("rgb", "depth")
 
 
 @dataclass

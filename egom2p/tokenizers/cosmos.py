@@ -21,7 +21,7 @@ from egom2p.errors import UserError
 from egom2p.modalities import Modality
 from egom2p.model.export import CONFIG
 from egom2p.tokenizers.base import Tokenizer
-from egom2p.tokenizers.signals import Picture
+from egom2p.tokenizers.signals import PICTURES
 
 FILES = ("encoder.jit", "decoder.jit")
 
@@ -46,7 +46,7 @@ class CosmosTokenizer(Tokenizer):
 
     def __init__(self, modality: Modality, args: CosmosArgs) -> None:
         super().__init__(modality, args)
-        self.signal = Picture(modality.signal)
+        self.signal = PICTURES[modality.signal]()
         self._device = torch.device("cpu")
         self._networks: dict[str, Any] = {}
 

@@ -20,7 +20,7 @@ from egom2p.model.blocks import STYLES, EncoderBlock, init_weights
 from egom2p.model.positions import position_table
 from egom2p.tokenizers.base import Tokenizer
 from egom2p.tokenizers.quantize import FSQ_INIT_SCALE, make_quantizer
-from egom2p.tokenizers.signals import Series
+from egom2p.tokenizers.signals import SERIES
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class MotionTokenizer(Tokenizer):
 
     def __init__(self, modality: Modality, args: MotionArgs) -> None:
         super().__init__(modality, args)
-        self.signal = Series(modality.signal, args.mean, args.std)
+        if modality.signal not in SERIES:
+            raise ValueError(f"a motion tokenizer serves {', '.join(SERIES)}, not '{modality.signal}'")
+        self.signal = SERIES[modality.signal](args.mean, args.std)
         self.channels = len(args.mean)
         padding = (args.kernel - args.stride) // 2
         self.conv = nn.Conv1d(self.channels, args.dim, args.kernel, args.stride, padding)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from egom2p.modalities import Modality
 from egom2p.tokenizers.base import Tokenizer
 from egom2p.tokenizers.quantize import FiniteScalar
-from egom2p.tokenizers.signals import Picture
+from egom2p.tokenizers.signals import PICTURES
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class VideoTokenizer(Tokenizer):
 
     def __init__(self, modality: Modality, args: VideoArgs) -> None:
         super().__init__(modality, args)
-        self.signal = Picture(modality.signal)
+        if modality.signal not in PICTURES:
+            raise ValueError(f"a video tokenizer serves {', '.join(PICTURES)}, not '{modality.signal}'")
+        self.signal = PICTURES[modality.signal]()
         values = 3 * int(np.prod(args.patch))
         self.quantizer = FiniteScalar(args.levels)
         if self.quantizer.codebook_size != modality.vocab_size:

@@ -227,8 +227,11 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
 
 
 def make_tokenizer(args: TokenizerArgs) -> Tokenizer:
-    modality = Modality(args.name, **vars(args.modality))
-    return MotionTokenizer(modality, args.motion) if args.motion else VideoTokenizer(modality, args.video)
+    try:
+        modality = Modality(args.name, **vars(args.modality))
+        return MotionTokenizer(modality, args.motion) if args.motion else VideoTokenizer(modality, args.video)
+    except ValueError as error:
+        raise UserError(f"tokenizer '{args.name}': {error}") from error
 
 
 @dataclass(frozen=True)

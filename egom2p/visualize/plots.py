@@ -61,12 +61,12 @@ def clip_sheet(rgb: np.ndarray, truth: dict[str, np.ndarray], predicted: dict[st
     """
     by_kind = {kind: name for name, kind in kinds.items() if name in predicted}
     picture_rows = [("rgb, gaze" if "gaze" in by_kind else "rgb", rgb, None)]
-    for kind, colours in (("depth", DEPTH_MAP), ("rgb", None)):
+    for kind, (as_shown, colours) in PICTURE_ROWS.items():
         name = by_kind.get(kind)
         if name:
             if name in truth and truth[name] is not rgb:
-                picture_rows.append((f"{name}, true", _displayable(truth[name], kind), colours))
-            picture_rows.append((f"{name}, predicted", _displayable(predicted[name], kind), colours))
+                picture_rows.append((f"{name}, true", as_shown(truth[name]), colours))
+            picture_rows.append((f"{name}, predicted", as_shown(predicted[name]), colours))
     frames = np.linspace(0, len(rgb) - 1, 5).astype(int)
     with_path = "pose" in by_kind
     fig = plt.figure(figsize=(1.7 * (5 + 2.2 * with_path), 1.75 * len(picture_rows) + 0.4))
@@ -115,11 +115,12 @@ def gaze_figure(times: np.ndarray, gaze: np.ndarray) -> plt.Figure:
     return fig
 
 
-def _displayable(video: np.ndarray, kind: str) -> np.ndarray:
-    """Depth as relative inverse depth in [0, 1] (metres are converted), rgb as it is."""
-    if kind == "depth" and (video.dtype == np.float16 or video.max(initial=0) > 1.0 + 1e-6):
-        return relative_inverse_depth(video)
-    return video
+def _displayable_depth(video: np.ndarray) -> np.ndarray:
+    """Metres become relative inverse depth; what is that already stays."""
+    return relative_inverse_depth(video) if video.dtype == np.float16 or video.max(initial=0) > 1.0 + 1e-6 else video
+
+
+PICTURE_ROWS = {"depth": (_displayable_depth, DEPTH_MAP), "rgb": (lambda video: video, None)}  # kind -> (as shown, colour map)
 
 
 def save(figure: plt.Figure, path: Path) -> None:

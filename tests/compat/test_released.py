@@ -10,7 +10,11 @@ import torch
 
 from egom2p import EgoM2P, tokenizers
 from egom2p.compat.released import CAMERA_MEAN, HEADS, convert_model
+from egom2p.data.batch import MaskedSample, pack
+from egom2p.data.masking import MaskArgs, Masker
+from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.egom2p import ModelArgs
+from egom2p.model.positions import position_table
 from tests.conftest import run_cli
 from tests.model.test_parity import reference, write_released
 
@@ -94,16 +98,45 @@ def test_wrong_files_get_one_line(released, tmp_path, damage, words):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xlarge"])
-@pytest.mark.parametrize("variant", ["gelu", "swiglu", "swiglu_qknorm"])
-def test_released_sizes_build(size, variant):
-    """On the meta device; the widths 1020 and 2046 of the released large SwiGLU models too."""
-    from egom2p.config import read_yaml
-    from egom2p.modalities import Modality, ModalitySet
-    from tests.conftest import ROOT
+SIZES = [(name, dim, heads) for (name, dim), heads in HEADS.items()]
+DEPTHS = {"tiny": 6, "small": 8, "base": 12, "large": 24, "xlarge": 24}
+FEW = ModalitySet([Modality("rgb", 100, (5, 4, 4)), Modality("cam", 50, (30,))])
 
-    args = dict(read_yaml(ROOT / f"cfgs/model/{size}.yaml")["model"])
-    widths = [(args["dim"], args["num_heads"])] + [(d, h) for (n, d), h in HEADS.items() if n == size and d != args["dim"]]
-    for dim, heads in widths:
-        with torch.device("meta"):
-            EgoM2P(ModalitySet([Modality("rgb", 100, (5, 4, 4)), Modality("cam", 50, (30,))]), ModelArgs(**{**args, "dim": dim, "num_heads": heads, "variant": variant}))
+
+@pytest.mark.parametrize("variant", ["gelu", "swiglu", "swiglu_qknorm"])
+@pytest.mark.parametrize(("size", "dim", "heads"), SIZES, ids=lambda v: str(v))
+def test_released_sizes_run_forward_and_backward(size, dim, heads, variant, rng):
+    """Every size and variant, those whose dim does not divide by 6 too. Blocks repeat, so two of each stand for all;
+    the full depths are built on the meta device, and run in the slow test."""
+    with torch.device("meta"):
+        whole = EgoM2P(FEW, ModelArgs(dim, heads, DEPTHS[size], DEPTHS[size], variant=variant))
+    assert len(whole.encoder) == DEPTHS[size]
+    with torch.device("meta"):
+        model = EgoM2P(FEW, ModelArgs(dim, heads, 1, 1, variant=variant))
+    run_once(model, torch.float32, rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "dim", "heads"), SIZES, ids=lambda v: str(v))
+def test_released_sizes_run_whole(size, dim, heads, rng):
+    """Full depth, in bfloat16 so that xlarge fits this machine's memory."""
+    with torch.device("meta"):
+        model = EgoM2P(FEW, ModelArgs(dim, heads, DEPTHS[size], DEPTHS[size]))
+    run_once(model, torch.bfloat16, rng)
+
+
+def run_once(model, dtype, rng):
+    """Materialise a meta model with small random weights; one loss and backward; every parameter gets a gradient."""
+    model = model.to(dtype).to_empty(device="cpu")
+    with torch.no_grad():
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.uniform_(-0.03, 0.03) if parameter.ndim > 1 else parameter.fill_(1.0)
+        for modality, embedding in zip(FEW, model.embeddings.values(), strict=True):
+            embedding.position = position_table(modality.grid, model.args.dim).to(dtype)
+    tokens = {i: rng.integers(0, m.vocab_size, m.num_tokens) for i, m in enumerate(FEW)}
+    batch = pack([MaskedSample(n, *Masker(MaskArgs(30, 30), FEW, 0).mask(tokens, n)) for n in range(4)], 2)
+    loss, _ = model(batch, torch.full((len(batch.targets),), 0.01, dtype=dtype))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
