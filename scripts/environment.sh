@@ -7,8 +7,8 @@ wanted=$(cat req.txt setup.py | sha256sum)
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
     echo "making .venv (PyTorch is large: a few minutes the first time)"
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-    .venv/bin/python -m pip install --quiet --upgrade pip
-    .venv/bin/python -m pip install --quiet --editable ".[dev]"
+    .venv/bin/python -m pip install -qq --upgrade pip
+    .venv/bin/python -m pip install -qq --editable ".[dev]"
     echo "$wanted" > $stamp
 fi
 export PATH="$PWD/.venv/bin:$PATH"

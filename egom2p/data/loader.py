@@ -6,8 +6,9 @@ state but the step is needed to go on.
 """
 
 import hashlib
+import heapq
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -75,6 +76,9 @@ class TokenStream:
         self.maskers = [Masker(masking, _with_input_only(modalities, entry.input_only), seed, redraw)
                         for entry in args.datasets.values()]
 
+        self.present = [d.present() for d in self.datasets]
+        self.num_tokens = np.array([m.num_tokens for m in modalities])
+
     def fingerprint(self) -> str:
         """Hash of the index; a resumed run must see the same one."""
         return hashlib.sha256("".join(d.fingerprint() for d in self.datasets).encode()).hexdigest()
@@ -83,6 +87,13 @@ class TokenStream:
         """(data set index, clip number) of a global sample number."""
         dataset, draw = self.mixture.locate(number)
         return dataset, self.passes[dataset].element(draw)
+
+    def cost(self, number: int) -> int:
+        """Tokens of a sample, from the index and its mask budgets alone (unobserved positions are not known yet)."""
+        dataset, element = self.locate(number)
+        counts = np.where(self.present[dataset][:, element], self.num_tokens, 0)
+        num_inputs, num_targets, _ = self.maskers[dataset].plan(counts, number)
+        return int(num_inputs.sum() + num_targets.sum())
 
     def sample(self, number: int, group: int = 0) -> MaskedSample:
         """Raises DamagedClip."""
@@ -110,7 +121,12 @@ class FixedSet:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is dealt out: sample j goes to rank j mod world, then into micro-batches in order."""
+    """How a global batch is dealt out to ranks and micro-batches.
+
+    Without costs sample j goes to rank j mod world, then into micro-batches in order. With costs, samples go,
+    the heaviest first, to the lightest micro-batch of all ranks (micro_batch_size is then a mean), so that
+    token counts balance. Either way it is a pure function of the step.
+    """
 
     batch_size: int
     micro_batch_size: int
@@ -121,6 +137,25 @@ class BatchPlan:
     def numbers(self, step: int) -> np.ndarray:
         """Global sample numbers of this rank in `step` (steps count from 0)."""
         return np.arange(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of one rank in a step."""
+        return -(-(self.batch_size // self.world) // self.micro_batch_size)
+
+    def deal(self, step: int, cost: Callable[[int], int] | None) -> list[list[int]]:
+        """Sample numbers of each of this rank's micro-batches in `step`, ascending."""
+        if cost is None or self.num_micro * self.world == 1:
+            numbers, size = self.numbers(step).tolist(), self.micro_batch_size
+            return [numbers[i * size : (i + 1) * size] for i in range(self.num_micro)]
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        costs = sorted(((cost(n), n) for n in numbers), key=lambda pair: (-pair[0], pair[1]))
+        bins = [(0, index, []) for index in range(self.num_micro * self.world)]
+        for tokens, number in costs:
+            load, index, members = heapq.heappop(bins)
+            heapq.heappush(bins, (load + tokens, index, [*members, number]))
+        mine = sorted((index, members) for _, index, members in bins if index % self.world == self.rank)
+        return [sorted(members) for _, members in mine]
 
     def group(self, number: int) -> int:
         return (number % self.batch_size) // self.group_samples
@@ -137,15 +172,15 @@ class StepDataset(Dataset):
         self.stream, self.num_modalities, self.plan = stream, num_modalities, plan
 
     def __getitem__(self, step: int) -> StepBatch:
-        samples, damaged = [], []
-        for number in self.plan.numbers(step).tolist():
-            try:
-                samples.append(self.stream.sample(number, self.plan.group(number)))
-            except DamagedClip as error:
-                damaged.append(f"sample {number}: {error}")
-        size = self.plan.micro_batch_size
-        num_micro = -(-len(self.plan.numbers(step)) // size)
-        micro = [pack(samples[i * size : (i + 1) * size], self.num_modalities) for i in range(num_micro)]
+        micro, damaged = [], []
+        for numbers in self.plan.deal(step, getattr(self.stream, "cost", None)):
+            samples = []
+            for number in numbers:
+                try:
+                    samples.append(self.stream.sample(number, self.plan.group(number)))
+                except DamagedClip as error:
+                    damaged.append(f"sample {number}: {error}")
+            micro.append(pack(samples, self.num_modalities))
         return StepBatch(step, micro, damaged)
 
 

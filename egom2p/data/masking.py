@@ -61,13 +61,18 @@ class Masker:
         counts = np.zeros(len(self.modalities), np.int64)
         for m, ids in tokens.items():
             counts[m] = len(ids) if positions[m] is None else len(positions[m])
+        num_inputs, num_targets, rng = self.plan(counts, number)
+        return self._select(tokens, positions, counts, num_inputs, num_targets, rng)
+
+    def plan(self, counts: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+        """(M,) inputs and targets of sample `number`, re-drawn while there is no target, and the generator to go on with."""
         for attempt in range(ATTEMPTS):
             rng = self._rng(number, attempt)
             num_inputs, num_targets = self.budgets(counts, rng)
             if num_targets.sum() or not self.redraw:
-                return self._select(tokens, positions, counts, num_inputs, num_targets, rng)
+                return num_inputs, num_targets, rng
         half = (counts * [m.target for m in self.modalities] + 1) // 2
-        return self._select(tokens, positions, counts, counts - half, half, self._rng(number, ATTEMPTS))
+        return counts - half, half, self._rng(number, ATTEMPTS)
 
     def budgets(self, counts: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(M,) inputs and (M,) targets of a sample with `counts` (M,) observed tokens a modality."""

@@ -66,6 +66,7 @@ class Segments:
         return torch.from_numpy(forward).to(self.device), torch.from_numpy(inverse).to(self.device)
 
 
+@torch.compiler.disable
 def segment_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> Tensor:
     """Softmax attention inside each segment, scaled by D ** -0.5. (Tq, H, D) -> (Tq, H, D).
 

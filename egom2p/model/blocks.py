@@ -129,3 +129,14 @@ def init_weights(module: nn.Module) -> None:
         if isinstance(stacked, nn.Linear):
             for part in stacked.weight.chunk(parts):
                 nn.init.xavier_uniform_(part)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile every transformer block in place, once for all lengths (dynamic shapes).
+
+    Segment attention itself stays outside (its Python groups segments by length); what is compiled is the
+    norms, projections, gates and residuals around it.
+    """
+    for module in model.modules():
+        if isinstance(module, (EncoderBlock, DecoderBlock)):
+            module.compile(dynamic=True)

@@ -8,6 +8,8 @@ random is derived from (seed, step), so the step and the weights are all there i
 import contextlib
 import json
 import logging
+import os
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +17,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from egom2p.config import dump, read_yaml, to_plain
 from egom2p.errors import UserError
+from egom2p.model.blocks import compile_blocks
+from egom2p.model.flops import peak_flops
 from egom2p.training.checkpoint import Checkpoints, restore
 from egom2p.training.distributed import World, barrier, process_group, sum_over_ranks
 from egom2p.training.log import MetricsLog, environment
@@ -50,7 +55,8 @@ class ResumeArgs:
 class TrainArgs:
     """batch_size is the global batch; micro_batch_size what one process computes at a time (0 = all of its part).
     One of steps and tokens (samples x budget) says how long. precision: compute type, weights stay float32
-    (float64 computes and stores in float64). deterministic: refuse operations that vary from run to run."""
+    (float64 computes and stores in float64). deterministic: refuse operations that vary from run to run.
+    compile: torch.compile the blocks, with dynamic lengths."""
 
     batch_size: int
     steps: int = 0
@@ -59,6 +65,7 @@ class TrainArgs:
     seed: int = 0
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     deterministic: bool = False
+    compile: bool = False
     threads: int = 0
     timeout_s: int = 600
 
@@ -88,14 +95,6 @@ class EvalArgs:
     root: str = ""
     datasets: tuple[str, ...] = ()
     clips: str = ""
-
-
-@dataclass
-class StepFigures:
-    """Sums over this rank's micro-batches, on the device; `names` says what each entry is."""
-
-    names: list[str]
-    values: Tensor
 
 
 class Task(Protocol):
@@ -139,16 +138,18 @@ class _Loop:
         self.config, self.task, self.world, self.run_dir = config, task, world, run_dir
         dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.model = task.model.to(world.device, dtype).train()
+        if config.train.compile:
+            compile_blocks(self.model)
         self.total = config.train.num_steps(task.tokens_per_sample)
         self.schedule = make_schedule(config.optim, config.train.batch_size, self.total,
                                       task.tokens_per_sample * config.train.batch_size)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.checkpoints = Checkpoints(run_dir, config.checkpoint)
+        self.damaged = 0
         self.step = self._resume()
         self.forward = self.model if world.size == 1 else DistributedDataParallel(
             self.model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
         self.metrics = MetricsLog(run_dir, config.log, self.step, self.total, to_plain(config), world.is_main)
-        self.damaged = 0
 
     def run(self) -> None:
         every = self.config
@@ -168,8 +169,9 @@ class _Loop:
                 self._log(sums, grad_norm, lr, (now - logged_at) / (self.step - logged_step), waited / (self.step - logged_step))
                 waited, logged_at, logged_step = 0.0, time.perf_counter(), self.step
             if every.eval.every and (self._due(every.eval.every) or self.step == self.total):
+                before = time.perf_counter()
                 self._evaluate()
-                logged_at += 0.0
+                logged_at += time.perf_counter() - before  # training speed leaves evaluation out
             if self._due(every.checkpoint.every) or self.step == self.total:
                 self._save()
         self.metrics.close()
@@ -202,6 +204,11 @@ class _Loop:
                             f"The last checkpoint in {self.checkpoints.folder} is from before")
         batch = self.config.train.batch_size
         memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else _peak_rss()
+        flops = figures.pop("flops", 0.0)
+        if flops:
+            figures["tflops"] = flops / seconds / 1e12
+            peak = peak_flops(torch.cuda.get_device_name()) if self.world.device.type == "cuda" else None
+            figures.update({"mfu": flops / seconds / (peak * self.world.size)} if peak else {})
         self.metrics.write({"step": self.step, **figures, "lr": lr, "grad_norm": grad_norm.item(), "samples_per_s": batch / seconds,
                             "tokens_per_s": figures.get("tokens", 0) / seconds, "data_wait_s": waited, "peak_memory_gb": memory / 1e9})
 
@@ -234,6 +241,7 @@ class _Loop:
             raise UserError(f"{folder}: the data changed since this checkpoint (clips, shards or modalities differ), so the data order would "
                             "too; restore the shards, choose another run.dir, or insist with resume.force=true")
         restore(folder, self.model, self.optimizer)
+        self.damaged = state["damaged"]
         log.info("resuming %s from step %d of %d", self.run_dir, state["step"], self.total)
         return state["step"]
 
@@ -259,12 +267,11 @@ def _check_same_run(config: Any, run_dir: Path, force: bool) -> None:
     path = run_dir / "config.yaml"
     if not path.exists() or force:
         return
-    from omegaconf import OmegaConf
-
     old = _flatten(OmegaConf.to_container(read_yaml(path)))
     new = _flatten(to_plain(config))
-    differing = [k for k in sorted(old.keys() | new.keys())
-                 if old.get(k) != new.get(k) and not k.startswith(MAY_CHANGE)]
+    # A key the old file lacks is an option younger than the run, unless it adds data or modalities.
+    compared = old.keys() | {k for k in new if k.startswith(("data.datasets.", "modalities."))}
+    differing = [k for k in sorted(compared) if old.get(k) != new.get(k) and not k.startswith(MAY_CHANGE)]
     if differing:
         shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:8])
         raise UserError(f"{run_dir} holds another run ({shown}); choose another run.dir, or insist with resume.force=true")
@@ -281,14 +288,10 @@ def _set_up_torch(args: TrainArgs) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.deterministic:
-        import os
-
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high")
 
 
 def _peak_rss() -> int:
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -18,6 +18,7 @@ from egom2p.data.tokens import DamagedClip, TokenDataset
 from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalityArgs, ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.model.flops import training_flops
 from egom2p.tokenizers import load as load_tokenizer
 from egom2p.tokenizers.base import Tokenizer
 from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
@@ -119,17 +120,18 @@ class PretrainTask:
         return total, self._sums(micro, total, losses)
 
     def _sums(self, micro: PackedBatch, total: Tensor, losses: Tensor) -> Tensor:
-        """[loss, tokens, sum of CE by modality, targets by modality] in float64."""
+        """[loss, tokens, FLOPs, sum of CE by modality, targets by modality] in float64."""
         counts = micro.targets.modality_counts
         by_modality = [part.double().sum() for part in losses.split(counts)]
-        host = torch.tensor([len(micro.inputs) + len(micro.targets), *counts], dtype=torch.float64).to(total.device, non_blocking=True)
-        return torch.cat([total.detach().double()[None], host[:1], torch.stack(by_modality), host[1:]])
+        flops = training_flops(self.config.model, [m.vocab_size for m in self.modalities], micro.inputs.lengths, micro.targets.lengths)
+        host = torch.tensor([len(micro.inputs) + len(micro.targets), flops, *counts], dtype=torch.float64).to(total.device, non_blocking=True)
+        return torch.cat([total.detach().double()[None], host[:2], torch.stack(by_modality), host[2:]])
 
     def figures(self, sums: Tensor) -> dict[str, float]:
-        total, tokens, *rest = sums.tolist()
+        total, tokens, flops, *rest = sums.tolist()
         sums_m, counts = rest[: len(self.modalities)], rest[len(self.modalities) :]
         by_modality = {f"loss/{m.name}": s / n for m, s, n in zip(self.modalities, sums_m, counts, strict=True) if n}
-        return {"loss": total, **by_modality, "tokens": tokens}
+        return {"loss": total, **by_modality, "tokens": tokens, "flops": flops}
 
     def after_step(self, step: int) -> None:
         """Nothing to do."""
@@ -138,7 +140,7 @@ class PretrainTask:
         """Held-out loss per modality, mean over the targets of fixed clips under fixed masks."""
         plan = BatchPlan(self.config.eval.samples, self.plan.micro_batch_size, self.config.eval.samples, self.world.rank, self.world.size)
         batch = StepDataset(self.held_out, len(self.modalities), plan)[0]
-        sums = torch.zeros(2 + 2 * len(self.modalities), dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(3 + 2 * len(self.modalities), dtype=torch.float64, device=self.world.device)
         for micro in batch.micro_batches:
             micro = micro.to(self.world.device)
             scale = torch.ones(len(micro.targets), device=self.world.device)

@@ -55,7 +55,7 @@ prediction in these tokens is expected to beat. Brackets are 95&nbsp;% bootstrap
 SE(3) fit, depth errors after a scale-and-shift fit in inverse depth per clip.</p>"""
 
 _CLIP_NOTE = """<p>Held-out clips, not chosen: the first of the set. White ring: true gaze, cyan cross: predicted. Depth is
-relative inverse depth, bright is near.</p>"""
+relative inverse depth, bright is near. Trajectory, gaze and depth are predicted from rgb; rgb is predicted from depth.</p>"""
 
 
 def _lead(facts: list[tuple[str, str]]) -> str:

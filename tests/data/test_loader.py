@@ -91,3 +91,22 @@ def test_fingerprint_follows_the_index(debug_tokens, tmp_path):
 def test_misnamed_modality_of_a_data_set(debug_tokens):
     with pytest.raises(UserError, match="unknown modality 'sound'"):
         stream(debug_tokens, "data.datasets.full.modalities=[sound]")
+
+
+def test_dealing_balances_tokens_and_keeps_the_global_batch(debug_tokens):
+    """Heaviest first to the lightest micro-batch: every sample once, loads far closer than dealt in turn."""
+    source, _ = stream(debug_tokens)
+    for step in range(4):
+        plans = [BatchPlan(32, 4, 32, rank, 4) for rank in range(4)]
+        dealt = [micro for plan in plans for micro in plan.deal(step, source.cost)]
+        assert sorted(n for micro in dealt for n in micro) == list(range(32 * step, 32 * step + 32))
+        loads = [sum(source.cost(n) for n in micro) for micro in dealt]
+        in_turn = [sum(source.cost(n) for n in micro) for plan in plans for micro in plan.deal(step, None)]
+        assert max(loads) - min(loads) < 0.5 * (max(in_turn) - min(in_turn))
+
+
+def test_cost_is_the_number_of_tokens(debug_tokens):
+    source, _ = stream(debug_tokens)
+    for number in range(40):
+        sample = source.sample(number)
+        assert source.cost(number) == len(sample.inputs) + len(sample.targets)
