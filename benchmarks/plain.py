@@ -85,7 +85,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tens
 
 def _first(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Indices (B, count) of the True positions of each row first, and which of them are True."""
-    order = (~mask).to(torch.uint8).argsort(1, stable=True)[:, :count]
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
     return order, mask.gather(1, order)
 
 

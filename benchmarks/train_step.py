@@ -42,12 +42,12 @@ def make_samples(count: int, start: int) -> list[MaskedSample]:
 
 
 class Side:
-    """One way of computing the step, with its own optimiser over the same parameters."""
+    """One way of computing the step, with its own optimiser over the same parameters (a rate so small that they stay)."""
 
     def __init__(self, name: str, model: EgoM2P, bfloat16: bool) -> None:
         self.name, self.model, self.bfloat16 = name, model, bfloat16
         self.plain = PlainEgoM2P(model, 2048, 2048)
-        self.optimizer = make_optimizer(model, OptimArgs(lr=1e-6))
+        self.optimizer = make_optimizer(model, OptimArgs(lr=1e-12))
 
     def step(self, samples: list[MaskedSample]) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):

@@ -1,0 +1,41 @@
+"""The benchmarks' reference computes the same loss and gradients as ours, and the scripts run."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.plain import PlainEgoM2P
+from egom2p.data.batch import pack
+from egom2p.model.egom2p import EgoM2P, ModelArgs
+from tests.conftest import ROOT
+from tests.model.test_attention import MODALITIES, SAMPLES
+
+
+@pytest.mark.parametrize("variant", ["gelu", "swiglu", "swiglu_qknorm"])
+def test_plain_padded_network_equals_ours(variant):
+    """Padded with dense masks against packed segments: loss and every gradient to 1e-5 (float64)."""
+    torch.manual_seed(0)
+    model = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2, variant=variant)).double()
+    samples = [s for s in SAMPLES if len(s.inputs)]  # the dense softmax of a sample without inputs is uniform, not zero
+    plain = PlainEgoM2P(model, 20, 20)
+    theirs = plain.loss(plain.collate(samples))
+    theirs.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    batch = pack(samples, 3)
+    scale = torch.cat([torch.full((n,), 1 / (3 * max(n, 1)), dtype=torch.float64) for n in batch.targets.modality_counts])
+    ours, _ = model(batch, scale)
+    ours.backward()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, grads[name], rtol=1e-4, atol=1e-8), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["benchmarks.loader", "--count", "64", "--rounds", "1"]])
+def test_benchmark_runs(command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "samples/s a core" in done.stdout
