@@ -220,3 +220,17 @@ def test_no_unreadable_clip_passes_in_silence(debug_tokens, tmp_path):
     assert done.returncode == 2
     assert "egom2p shards check" in done.stderr
     assert np.isfinite([m["step"] for m in read_metrics(tmp_path / "run")]).all()
+
+
+def test_released_shards_train_without_conversion(debug_tokens, reference, tmp_path):
+    """`.npz` with arr_0 in int32 / int64 under MODALITY/SET/token/: the same run, bit for bit, as from our shards."""
+    from benchmarks.loader import write_released
+
+    write_released(debug_tokens, tmp_path / "npz")
+    for folder in sorted((tmp_path / "npz").glob("*/*")):
+        (folder / "token").mkdir()
+        for shard in folder.glob("*.tar"):
+            shard.rename(folder / "token" / shard.name)
+    paths = [f"data.datasets.{n}.path='[rgb,depth,cam,gaze]/{n}/token/shard-{{000000..000000}}.tar'" for n in ("full", "nodepth")]
+    train(tmp_path / "npz", tmp_path / "run", *paths, f"eval.root={debug_tokens}")
+    assert curve(tmp_path / "run") == curve(reference)
