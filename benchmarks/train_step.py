@@ -112,7 +112,7 @@ def main() -> None:
         return
     for setting, allocator in (("default allocator", {}), ("heap reused", REUSED_HEAP)):
         both = child(args, "plain,ours", allocator, args.rounds)
-        memory = {side: child(args, side, allocator, 2)["peak_gb"] for side in ("plain", "ours")}
+        memory = {side: child(args, side, allocator, 1)["peak_gb"] for side in ("plain", "ours")}
         print(f"{args.size}, {args.samples} samples, {args.precision}, {setting}, {torch.get_num_threads()} threads, "
               f"{statistics.mean(both['tokens']) / args.samples:.0f} real tokens a sample")
         for side in ("plain", "ours"):
