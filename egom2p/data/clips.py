@@ -11,6 +11,7 @@ Any other name is a (T, C) float array of its own.
 import io
 import json
 import logging
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 from braceexpand import braceexpand
 
+from egom2p.data.tarindex import npy_bytes, write_tar
 from egom2p.data.video import decode_video
 from egom2p.errors import UserError
 
@@ -45,17 +46,7 @@ class Clip:
 
 def write_clips(path: Path, clips: Iterable[Clip]) -> int:
     """Write one tar, aside and then renamed, so that it is whole or absent. Returns the number of clips."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    count = 0
-    with webdataset.TarWriter(str(aside), encoder=False, mtime=0) as tar:
-        for clip in clips:
-            files = {f"{name}.npy": _npy_bytes(array) for name, array in clip.signals.items()}
-            meta = json.dumps({"dataset": clip.dataset, **clip.meta}, sort_keys=True).encode()
-            tar.write({"__key__": clip.key, **files, "json": meta})
-            count += 1
-    aside.replace(path)
-    return count
+    return write_tar(path, map(_to_files, clips))
 
 
 def expand_paths(pattern: str) -> list[Path]:
@@ -77,8 +68,6 @@ def expand_paths(pattern: str) -> list[Path]:
 
 def expand_pattern(pattern: str) -> list[str]:
     """Expand `[a,b]` lists (the released notation) and `{a,b}`, `{000..010}` braces."""
-    import re
-
     return list(braceexpand(re.sub(r"\[([^\[\]]*,[^\[\]]*)\]", r"{\1}", pattern)))
 
 
@@ -139,7 +128,7 @@ def _decode_clip(path: Path, key: str, files: dict[str, bytes]) -> Iterator[Clip
         log.warning("%s: clip %s is damaged and skipped (%s)", path, key, error)
 
 
-def _npy_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+def _to_files(clip: Clip) -> dict[str, str | bytes]:
+    files = {f"{name}.npy": npy_bytes(array) for name, array in clip.signals.items()}
+    meta = json.dumps({"dataset": clip.dataset, **clip.meta}, sort_keys=True).encode()
+    return {"__key__": clip.key, **files, "json": meta}

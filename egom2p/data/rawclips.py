@@ -7,7 +7,7 @@ import numpy as np
 
 from egom2p.data.clips import expand_paths
 from egom2p.data.tarindex import index_tars
-from egom2p.data.tokens import DamagedClip, _pread
+from egom2p.data.tokens import DamagedClip, read_at
 from egom2p.data.video import decode_video
 from egom2p.errors import UserError
 
@@ -35,7 +35,7 @@ class RawSignalDataset:
         """The raw array. Raises DamagedClip."""
         path, key, suffix, offset, size = self.rows[element]
         try:
-            data = _pread(path, offset, size)
+            data = read_at(path, offset, size)
             return decode_video(data)[0] if suffix.endswith("mp4") else np.load(io.BytesIO(data), allow_pickle=False)
         except (ValueError, OSError, EOFError, UserError) as error:
             raise DamagedClip(f"{path}: key {key}: {error}") from error

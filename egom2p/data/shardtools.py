@@ -1,17 +1,15 @@
 """`egom2p shards`: check, stats, index, convert and random shards."""
 
-import io
 import logging
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from tqdm import tqdm
 
 from egom2p.data.clips import expand_paths
 from egom2p.data.loader import DataArgs
-from egom2p.data.tarindex import index_tars
-from egom2p.data.tokens import _parse_npy, _parse_npz, _pread, encode_tokens
+from egom2p.data.tarindex import index_tars, npy_bytes, write_tar
+from egom2p.data.tokens import encode_tokens, load_array, read_at
 from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalitySet
 
@@ -55,7 +53,7 @@ def stats(pattern: str) -> list[dict]:
         row = rows.setdefault(entry.path.parent, {"folder": str(entry.path.parent), "shards": 0, "clips": 0, "bytes": 0, "unobserved": 0})
         row["shards"], row["clips"], row["bytes"] = row["shards"] + 1, row["clips"] + len(entry.keys), row["bytes"] + entry.size
         for offset, size in zip(entry.offsets.tolist(), entry.sizes.tolist(), strict=True):
-            array = _load(_pread(entry.path, offset, size))
+            array = load_array(read_at(entry.path, offset, size))
             missing = (array == 65535) if array.dtype == np.uint16 else array < 0
             row.update(shape=list(array.shape), dtype=str(array.dtype), unobserved=row["unobserved"] + int(missing.sum()))
             count = np.bincount(array[~missing].reshape(-1).astype(np.int64), minlength=len(counts.get(entry.path.parent, ())))
@@ -79,7 +77,7 @@ def convert(pattern: str, out: Path) -> int:
             raise UserError(f"{entry.path}: {entry.damage}; mend or remove it first, nothing of it was converted")
         rows = sorted(zip(entry.keys, entry.offsets.tolist(), entry.sizes.tolist(), strict=True))
         target = out / _modality_name(entry.path) / _place(entry.path)[1] / entry.path.name
-        count += _write(target, ((key, _pread(entry.path, offset, size)) for key, offset, size in rows))
+        count += _write(target, ((key, read_at(entry.path, offset, size)) for key, offset, size in rows))
     for path in expand_paths(pattern) if not count else []:
         if path.suffix in (".npz", ".npy"):
             groups.setdefault(path.parent, []).append((path.name.partition(".")[0], path.read_bytes()))
@@ -107,21 +105,11 @@ def write_random(data: DataArgs, eval_datasets: tuple[str, ...], modalities: Mod
 
 
 def _write(path: Path, rows) -> int:
-    return _write_arrays(path, ((key, _compact(_load(data))) for key, data in rows))
+    return _write_arrays(path, ((key, _compact(load_array(data))) for key, data in rows))
 
 
 def _write_arrays(path: Path, rows) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    count = 0
-    with webdataset.TarWriter(str(aside), mtime=0, encoder=False) as tar:
-        for key, array in rows:
-            buffer = io.BytesIO()
-            np.save(buffer, array, allow_pickle=False)
-            tar.write({"__key__": key, "npy": buffer.getvalue()})
-            count += 1
-    aside.replace(path)
-    return count
+    return write_tar(path, ({"__key__": key, "npy": npy_bytes(array)} for key, array in rows))
 
 
 def _compact(array: np.ndarray) -> np.ndarray:
@@ -133,14 +121,10 @@ def _compact(array: np.ndarray) -> np.ndarray:
     return encode_tokens(array, array >= 0, modality)
 
 
-def _load(data: bytes) -> np.ndarray:
-    return _parse_npy(data) if data[:6] == b"\x93NUMPY" else _parse_npz(data)
-
-
 def _file_problem(path: Path, offset: int, size: int, modality: Modality | None, shapes: dict[Path, tuple]) -> str:
     """"" when the file is a plain integer array that fits its neighbours and the vocabulary."""
     try:
-        array = _load(_pread(path, offset, size))
+        array = load_array(read_at(path, offset, size))
     except Exception as error:
         return f"unreadable ({error})"
     if array.dtype.kind not in "iu":

@@ -1,17 +1,20 @@
-"""Random access into tars: keys and byte offsets, kept in `index.json` beside the shards.
+"""Tars: written whole, and read at random through keys and byte offsets kept in `index.json` beside the shards.
 
 An entry is rebuilt when its tar's size or modification time changes. A tar that breaks off is indexed up
 to the break and the damage is written down, so that nothing is lost in silence.
 """
 
+import io
 import json
 import logging
 import os
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import webdataset
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,27 @@ class TarEntry:
     offsets: np.ndarray
     sizes: np.ndarray
     damage: str
+
+
+def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> int:
+    """Write WebDataset samples (`__key__` and {suffix: bytes}) to one tar, aside and then renamed, so that it is whole
+    or absent. Equal samples make equal files. Returns the number of samples."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    count = 0
+    with webdataset.TarWriter(str(aside), mtime=0, encoder=False) as tar:
+        for sample in samples:
+            tar.write(sample)
+            count += 1
+    aside.replace(path)
+    return count
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def index_tars(paths: list[Path]) -> list[TarEntry]:

@@ -89,7 +89,7 @@ class TokenDataset:
         for index in np.flatnonzero(self._file[:, element] >= 0):
             path = self.paths[self._file[index, element]]
             try:
-                data = _pread(path, int(self._offset[index, element]), int(self._size[index, element]))
+                data = read_at(path, int(self._offset[index, element]), int(self._size[index, element]))
                 tokens[int(index)] = decode_tokens(data, self.modalities[index])
             except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise DamagedClip(f"{path}: key {self.keys[element]}: {error}") from error
@@ -136,7 +136,7 @@ class TokenDataset:
 
 def decode_tokens(data: bytes, modality: Modality) -> np.ndarray:
     """Bytes of a .npy or .npz file -> (n,) int32 ids, -1 where not observed. ValueError when they do not fit."""
-    array = _parse_npy(data) if data[:6] == b"\x93NUMPY" else _parse_npz(data)
+    array = load_array(data)
     if array.dtype.kind not in "iu":
         raise ValueError(f"tokens are {array.dtype}, expected integers")
     if array.size != modality.num_tokens or (array.ndim > 1 and array.shape[-len(modality.grid):] != modality.grid):
@@ -148,6 +148,11 @@ def decode_tokens(data: bytes, modality: Modality) -> np.ndarray:
         raise ValueError(f"token id {ids.max() if ids.max() >= modality.vocab_size else ids.min()} lies outside "
                          f"0 .. {modality.vocab_size - 1} of '{modality.name}'")
     return ids
+
+
+def load_array(data: bytes) -> np.ndarray:
+    """The array in the bytes of a .npy file, or `arr_0` of a .npz; never a pickle."""
+    return _parse_npy(data) if data[:6] == b"\x93NUMPY" else _parse_npz(data)
 
 
 def encode_tokens(ids: np.ndarray, observed: np.ndarray, modality: Modality) -> np.ndarray:
@@ -190,7 +195,7 @@ _FILES_PID = [os.getpid()]
 MAX_OPEN = 256
 
 
-def _pread(path: Path, offset: int, size: int) -> bytes:
+def read_at(path: Path, offset: int, size: int) -> bytes:
     """Bytes of an open file; descriptors are kept, at most MAX_OPEN, and never shared across a fork."""
     if _FILES_PID[0] != os.getpid():
         _FILES.clear()

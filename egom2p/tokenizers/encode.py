@@ -1,6 +1,5 @@
 """Clips -> token shards, `ROOT/MODALITY/DATASET/shard-000000.tar`, 1 000 clips each."""
 
-import io
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -8,12 +7,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from tqdm import tqdm
 
 from egom2p.config import read_json
 from egom2p.data.clips import Clip, count_clips, expand_paths, read_clips
-from egom2p.data.tarindex import index_tars
+from egom2p.data.tarindex import index_tars, npy_bytes, write_tar
 from egom2p.data.tokens import encode_tokens
 from egom2p.errors import UserError
 from egom2p.tokenizers.base import Tokenizer
@@ -81,14 +79,7 @@ def _shards(clips: Iterable[Clip], dataset: str) -> Iterator[tuple[str, int, lis
 
 
 def _write_shard(path: Path, tokenizer: Tokenizer, clips: list[Clip]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    with webdataset.TarWriter(str(aside), mtime=0, encoder=False) as tar:
-        for clip, ids in _tokenise(tokenizer, clips):
-            buffer = io.BytesIO()
-            np.save(buffer, ids, allow_pickle=False)
-            tar.write({"__key__": clip.key, "npy": buffer.getvalue()})
-    aside.replace(path)
+    write_tar(path, ({"__key__": clip.key, "npy": npy_bytes(ids)} for clip, ids in _tokenise(tokenizer, clips)))
 
 
 def _tokenise(tokenizer: Tokenizer, clips: list[Clip]) -> Iterator[tuple[Clip, np.ndarray]]:
