@@ -1,6 +1,6 @@
 """Samples a second on one core: reading, masking and packing, ours against the plain pipeline.
 
-    python benchmarks/loader.py [--count 2000] [--rounds 5]
+    python -m benchmarks.loader [--count 960] [--rounds 5]
 
 Ours reads from our uint16 shards and from the released `.npz` form. The plain pipeline is the ordinary way: iterate the
 tars of each modality side by side, decode each npz, mask with torch sample by sample over all positions, and collate full
@@ -15,6 +15,7 @@ import statistics
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,8 @@ def write_released(root: Path, out: Path) -> None:
                 tar.addfile(info, io.BytesIO(buffer.getvalue()))
 
 
-def open_stream(root: Path) -> TokenStream:
-    return TokenStream(DataArgs(str(root), {"set": DatasetArgs()}), RELEASED, MaskArgs(), seed=0)
+def open_stream(root: Path, sets: Sequence[str] = ("set",)) -> TokenStream:
+    return TokenStream(DataArgs(str(root), {name: DatasetArgs() for name in sets}), RELEASED, MaskArgs(), seed=0)
 
 
 def ours(stream: TokenStream, count: int, start: int) -> None:
@@ -105,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=960)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shards", type=int, default=500, help="shards of the start-up and memory measurement, over eight data sets")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -120,18 +122,19 @@ def main() -> None:
         for name, values in rates.items():
             ratio = statistics.median(v / p for v, p in zip(values[1:], rates["plain"][1:], strict=True))
             print(f"{name:14} {statistics.median(values[1:]):8.0f} samples/s a core, {ratio:.1f} x plain")
-        print(f"a forked worker adds {forked_worker_mb(streams['our shards']):.0f} MB")
-        for shards in (500,):
-            many = root / "many"
+        many, sets = root / "many", [f"set{i}" for i in range(8)]
+        for number in range(args.shards):
             for modality in RELEASED:
-                target = many / modality.name / "set"
-                target.mkdir(parents=True)
-                for number in range(shards):
-                    os.link(root / "ours" / modality.name / "set/shard-000000.tar", target / f"shard-{number:06d}.tar")
-            open_stream(many)
-            started = time.perf_counter()
-            ours(open_stream(many), BATCH, 0)
-            print(f"first batch after {time.perf_counter() - started:.2f} s on {shards} shards of 1 000 clips in 4 modalities (index fresh)")
+                target = many / modality.name / sets[number % 8] / f"shard-{number // 8:06d}.tar"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.link(root / "ours" / modality.name / "set/shard-000000.tar", target)
+        sets = sets[: args.shards]
+        open_stream(many, sets)
+        started = time.perf_counter()
+        stream = open_stream(many, sets)
+        ours(stream, BATCH, 0)
+        print(f"first batch after {time.perf_counter() - started:.2f} s on {args.shards} shards of 1 000 clips in 4 modalities and {len(sets)} data sets (index fresh)")
+        print(f"a forked worker adds {forked_worker_mb(stream):.0f} MB")
 
 
 if __name__ == "__main__":

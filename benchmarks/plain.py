@@ -59,7 +59,9 @@ class PlainEgoM2P:
         losses = []
         for index, head in enumerate(model.heads.values()):
             rows = (modality == index) & target_ok
-            losses.append(F.cross_entropy(head(y[rows]).float(), ids[rows]) if rows.any() else y.new_zeros(()))
+            logits = head(y[rows])
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            losses.append(F.cross_entropy(logits, ids[rows]) if rows.any() else y.new_zeros(()))
         return torch.stack(losses).mean()
 
     def _self_attention(self, attn: SelfAttention, x: Tensor, allowed: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tests.model.test_attention import MODALITIES, SAMPLES
 
 @pytest.mark.parametrize("variant", ["gelu", "swiglu", "swiglu_qknorm"])
 def test_plain_padded_network_equals_ours(variant):
-    """Padded with dense masks against packed segments: loss and every gradient to 1e-5 (float64)."""
+    """Padded with dense masks against packed segments: loss and every gradient to 1e-9 (float64)."""
     torch.manual_seed(0)
     model = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2, variant=variant)).double()
     samples = [s for s in SAMPLES if len(s.inputs)]  # the dense softmax of a sample without inputs is uniform, not zero
@@ -28,14 +28,19 @@ def test_plain_padded_network_equals_ours(variant):
     scale = torch.cat([torch.full((n,), 1 / (3 * max(n, 1)), dtype=torch.float64) for n in batch.targets.modality_counts])
     ours, _ = model(batch, scale)
     ours.backward()
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter.grad, grads[name], rtol=1e-4, atol=1e-8), name
+        assert torch.allclose(parameter.grad, grads[name], rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["benchmarks.loader", "--count", "64", "--rounds", "1"]])
-def test_benchmark_runs(command):
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "samples/s a core" in done.stdout
+@pytest.mark.parametrize(("command", "expected"), [
+    (["benchmarks.loader", "--count", "64", "--rounds", "1", "--shards", "2"], "samples/s a core"),
+    (["benchmarks.gpu", "--smoke", "--sections", "correct,sync,step,profile,generate,train"], "correct: ok"),
+    (["benchmarks.scaling", "--smoke"], "max / mean")])
+def test_benchmark_runs(command, expected, tmp_path):
+    """Every section of the script works, whatever the machine; no figure is asserted."""
+    out = ["--out", str(tmp_path)] if command[0] == "benchmarks.gpu" else []
+    done = subprocess.run([sys.executable, "-m", *command, *out], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert expected in done.stdout

@@ -73,13 +73,19 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> "PackedBatch":
         return replace(self, inputs=_to(self.inputs, device), targets=_to(self.targets, device))
 
-    def pin(self) -> "PackedBatch":
+    def pin_memory(self) -> "PackedBatch":
         """In page-locked memory, so that copies to the device overlap with computation."""
         return replace(self, inputs=_map(self.inputs, Tensor.pin_memory), targets=_map(self.targets, Tensor.pin_memory))
 
     @property
     def num_samples(self) -> int:
         return len(self.numbers)
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A host array as a tensor on the device; the host does not wait for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def pack(samples: Sequence[MaskedSample], num_modalities: int) -> PackedBatch:

@@ -57,6 +57,10 @@ class StepBatch:
     micro_batches: list[PackedBatch]
     damaged: list[str] = field(default_factory=list)
 
+    def pin_memory(self) -> "StepBatch":
+        """Called by torch's DataLoader when a GPU will take the batch."""
+        return StepBatch(self.step, [m.pin_memory() for m in self.micro_batches], self.damaged)
+
 
 class TokenStream:
     """Global sample number -> MaskedSample."""
@@ -188,7 +192,7 @@ def step_loader(dataset: StepDataset, steps: range, workers: int) -> Iterator[St
     """Steps in order, read ahead by `workers` processes (0 = here)."""
     options = {"prefetch_factor": 4, "multiprocessing_context": "fork", "persistent_workers": False} if workers else {}
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
-                        worker_init_fn=_start_worker if workers else None, **options)
+                        pin_memory=torch.cuda.is_available(), worker_init_fn=_start_worker if workers else None, **options)
     return iter(loader)
 
 

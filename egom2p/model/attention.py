@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from egom2p.data.batch import on_device
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -63,7 +65,7 @@ class Segments:
         forward = np.repeat(starts[order], sorted_lengths) + within
         inverse = np.empty_like(forward)
         inverse[forward] = np.arange(len(forward))
-        return torch.from_numpy(forward).to(self.device), torch.from_numpy(inverse).to(self.device)
+        return on_device(forward, self.device), on_device(inverse, self.device)
 
 
 @torch.compiler.disable
@@ -86,7 +88,7 @@ def _fused(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> T
                       segments.cu_queries, segments.cu_keys, max_q, max_k)
     if segments.key_lengths.min(initial=1) == 0:
         keyless = np.repeat(segments.key_lengths == 0, segments.query_lengths)
-        out = torch.where(torch.from_numpy(keyless).to(out.device)[:, None, None], torch.zeros_like(out), out)
+        out = torch.where(on_device(keyless, out.device)[:, None, None], torch.zeros_like(out), out)
     return out
 
 
@@ -130,4 +132,4 @@ permute_rows = _Permute.apply
 
 
 def _offsets(lengths: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+    return on_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)

@@ -38,7 +38,8 @@ class MetricsLog:
         path = run_dir / METRICS
         cut_after(path, step)
         self.file = path.open("a")
-        self.bar = tqdm(total=total, initial=step, desc=run_dir.name, unit="step", smoothing=0.05)
+        self.bar = tqdm(total=total, initial=step, desc=run_dir.name, unit="step",
+                        bar_format="{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} steps | {elapsed}{postfix}")
         if args.wandb:
             import wandb
 
@@ -51,7 +52,7 @@ class MetricsLog:
         self.file.write(json.dumps(figures) + "\n")
         self.file.flush()
         if "loss" in figures:
-            self.bar.set_postfix_str(f"loss {figures['loss']:.4f}, {figures['samples_per_s']:.0f} samples/s")
+            self.bar.set_postfix_str(progress_text(figures))
         if self.wandb:
             self.wandb.log({k: v for k, v in figures.items() if k != "step"}, step=int(figures["step"]))
 
@@ -65,6 +66,19 @@ class MetricsLog:
             self.bar.close()
             if self.wandb:
                 self.wandb.finish()
+
+
+def progress_text(figures: dict[str, float]) -> str:
+    """What the progress bar shows of a logged step: loss, samples/s, real tokens/s, FLOP utilisation (FLOP/s where the
+    device's peak is unknown), share of the time spent waiting for data, peak memory and time left."""
+    speed = f"{figures['mfu']:.1%} MFU" if "mfu" in figures else f"{figures['tflops']:.3g} TFLOP/s" if "tflops" in figures else ""
+    parts = [f"loss {figures['loss']:.4f}", f"{figures['samples_per_s']:.3g} samples/s", f"{_short(figures['tokens_per_s'])} tokens/s", speed,
+             f"data wait {figures['data_wait_share']:.1%}", f"{figures['peak_memory_gb']:.1f} GB", f"{tqdm.format_interval(figures['eta_s'])} left"]
+    return " | ".join(p for p in parts if p)
+
+
+def _short(number: float) -> str:
+    return tqdm.format_sizeof(number) if number >= 1000 else f"{number:.0f}"
 
 
 def cut_after(path: Path, step: int) -> None:

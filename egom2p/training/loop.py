@@ -210,7 +210,8 @@ class _Loop:
             peak = peak_flops(torch.cuda.get_device_name()) if self.world.device.type == "cuda" else None
             figures.update({"mfu": flops / seconds / (peak * self.world.size)} if peak else {})
         self.metrics.write({"step": self.step, **figures, "lr": lr, "grad_norm": grad_norm.item(), "samples_per_s": batch / seconds,
-                            "tokens_per_s": figures.get("tokens", 0) / seconds, "data_wait_s": waited, "peak_memory_gb": memory / 1e9})
+                            "tokens_per_s": figures.get("tokens", 0) / seconds, "data_wait_s": waited,
+                            "data_wait_share": waited / seconds, "eta_s": (self.total - self.step) * seconds, "peak_memory_gb": memory / 1e9})
 
     def _evaluate(self) -> None:
         before = time.perf_counter()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from egom2p.data.batch import PackedBatch
+from egom2p.data.batch import PackedBatch, on_device
 from egom2p.data.loader import BatchPlan, DataArgs, FixedSet, StepBatch, StepDataset, TokenStream, step_loader
 from egom2p.data.masking import MaskArgs
 from egom2p.data.order import PassOrder
@@ -109,12 +109,12 @@ class PretrainTask:
         counts = np.zeros((self.plan.num_groups, len(self.modalities)))
         for micro in batch.micro_batches:
             np.add.at(counts, micro.groups, micro.targets.lengths)
-        counts_GM = sum_over_ranks(torch.from_numpy(counts).to(self.world.device, non_blocking=True))
+        counts_GM = sum_over_ranks(on_device(counts, self.world.device))
         self.scale_GM = 1 / (counts_GM.clamp(min=1) * self.num_outputs * self.plan.num_groups)
 
     def loss(self, micro: PackedBatch, forward: nn.Module) -> tuple[Tensor, Tensor]:
         counts = micro.targets.lengths
-        group = torch.from_numpy(np.repeat(micro.groups, counts.sum(1))).to(self.world.device, non_blocking=True)
+        group = on_device(np.repeat(micro.groups, counts.sum(1)), self.world.device)
         scale = self.scale_GM[group, micro.targets.modality].to(self.model.mask_token.dtype)[micro.targets.by_modality]
         total, losses = forward(micro, scale)
         return total, self._sums(micro, total, losses)
@@ -124,7 +124,7 @@ class PretrainTask:
         counts = micro.targets.modality_counts
         by_modality = [part.double().sum() for part in losses.split(counts)]
         flops = training_flops(self.config.model, [m.vocab_size for m in self.modalities], micro.inputs.lengths, micro.targets.lengths)
-        host = torch.tensor([len(micro.inputs) + len(micro.targets), flops, *counts], dtype=torch.float64).to(total.device, non_blocking=True)
+        host = on_device(np.array([len(micro.inputs) + len(micro.targets), flops, *counts], np.float64), total.device)
         return torch.cat([total.detach().double()[None], host[:2], torch.stack(by_modality), host[2:]])
 
     def figures(self, sums: Tensor) -> dict[str, float]:
@@ -246,6 +246,9 @@ class SignalBatch:
     def to(self, device: torch.device) -> "SignalBatch":
         return SignalBatch(self.x.to(device, non_blocking=True), self.samples)
 
+    def pin_memory(self) -> "SignalBatch":
+        return SignalBatch(self.x.pin_memory(), self.samples)
+
 
 class SignalSteps(torch.utils.data.Dataset):
     """Step -> this rank's micro-batches of normalised signals, in the data order of one data set."""
@@ -290,8 +293,8 @@ class TokenizerTask:
         return step_loader(SignalSteps(self.dataset, self.model.signal, self.plan, self.order), steps, self.config.data.workers)
 
     def begin_step(self, batch: StepBatch) -> None:
-        count = torch.tensor(float(sum(m.samples for m in batch.micro_batches)), device=self.world.device)
-        self.samples = sum_over_ranks(count)
+        count = np.array(sum(m.samples for m in batch.micro_batches), np.float32)
+        self.samples = sum_over_ranks(on_device(count, self.world.device))
 
     def loss(self, micro: SignalBatch, forward: nn.Module) -> tuple[Tensor, Tensor]:
         loss, figures = forward(micro.x)
