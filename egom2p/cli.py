@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from egom2p.errors import UserError
+from egom2p.errors import Preempted, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a user's mistake prints one line and returns 2."""
+    """Run one command; a user's mistake prints one line and returns 2, a run that was asked to stop and saved returns 75."""
     parser = _parser()
     args = parser.parse_args(argv)
     _set_up_logging()
@@ -19,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"egom2p: {error}", file=sys.stderr)
         return 2
+    except Preempted as stopped:
+        print(f"egom2p: {stopped}", file=sys.stderr)
+        return Preempted.EXIT_CODE
 
 
 def _set_up_logging() -> None:

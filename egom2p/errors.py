@@ -1,5 +1,11 @@
-"""The one exception a user's mistake raises."""
+"""The exceptions the command line turns into an exit code."""
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the fix; the CLI prints it and exits 2."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, saved a checkpoint and can go on from it. The CLI exits with EXIT_CODE."""
+
+    EXIT_CODE = 75  # EX_TEMPFAIL: try again later

@@ -8,6 +8,7 @@ state but the step is needed to go on.
 import hashlib
 import heapq
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,7 +198,10 @@ def step_loader(dataset: StepDataset, steps: range, workers: int) -> Iterator[St
 
 
 def _start_worker(_: int) -> None:
+    """Workers leave signals to the training process, which ends them when it ends."""
     torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _with_input_only(modalities: ModalitySet, names: tuple[str, ...]) -> ModalitySet:

@@ -41,12 +41,14 @@ class Exportable(nn.Module):
         args_type = typing.get_type_hints(cls.__init__)["args"]
         return cls(ModalitySet.from_config(entries), build(args_type, config["model"], "model", source))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder` (made if needed)."""
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write `config.json` and `model.safetensors` into `folder` (made if needed). weights: a copy of the state
+        dictionary to write instead of the module's own, as checkpoints in the background do."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(self.to_config(), indent=1))
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
+        weights = self.state_dict() if weights is None else weights
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str = "cpu"):

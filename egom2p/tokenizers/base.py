@@ -76,8 +76,8 @@ class Tokenizer(Exportable):
         """The training loss (DistributedDataParallel wraps `forward`)."""
         return self.training_loss(x)
 
-    def after_step(self, seed: int, step: int) -> None:
-        """Called once an optimiser step; codebooks with running statistics move here."""
+    def after_step(self, seed: int, step: int, skipped: bool = False) -> None:
+        """Called once an optimiser step; codebooks with running statistics move here, unless the step was left out."""
 
     def fingerprint(self) -> str:
         """Hash of the configuration and the weights: equal fingerprints make equal tokens."""
@@ -104,8 +104,8 @@ class Tokenizer(Exportable):
         args = build(typing.get_type_hints(chosen.__init__)["args"], config["args"], "args", source)
         return chosen(Modality(name, **vars(build(ModalityArgs, entry, "modality", source))), args)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        super().save_pretrained(folder)
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        super().save_pretrained(folder, weights)
         if self.statistics:
             save_file({k: np.ascontiguousarray(v) for k, v in self.statistics.items()}, Path(folder) / STATISTICS)
 

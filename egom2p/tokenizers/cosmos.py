@@ -60,7 +60,7 @@ class CosmosTokenizer(Tokenizer):
         tokenizer.beside = folder
         return tokenizer.to(device)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, weights: dict | None = None) -> None:
         """Writes config.json only; the networks stay where `source` says."""
         import json
 

@@ -122,8 +122,8 @@ class MotionTokenizer(Tokenizer):
             return frames.any(1)
         return np.full(self.modality.grid, bool(frames.all()))
 
-    def after_step(self, seed: int, step: int) -> None:
-        self.quantizer.update(seed, step)
+    def after_step(self, seed: int, step: int, skipped: bool = False) -> None:
+        self.quantizer.update(seed, step, skipped)
 
 
 class _Trunk(nn.Module):

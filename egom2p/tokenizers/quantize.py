@@ -29,7 +29,7 @@ class FiniteScalar(nn.Module):
         """(K, L): what the decoder receives for each id."""
         return self.fsq.implicit_codebook
 
-    def update(self, seed: int, step: int) -> None:
+    def update(self, seed: int, step: int, skipped: bool = False) -> None:
         """Nothing to learn."""
 
 
@@ -66,7 +66,9 @@ class EmaCodebook(nn.Module):
         return self.embed
 
     @torch.no_grad()
-    def update(self, seed: int, step: int) -> None:
+    def update(self, seed: int, step: int, skipped: bool = False) -> None:
+        if skipped:
+            self.pending.clear()
         if not self.pending:
             return
         unit, ids = (torch.cat(parts) for parts in zip(*self.pending, strict=True))
@@ -87,15 +89,24 @@ class EmaCodebook(nn.Module):
         if not len(dead):
             return
         if dist.is_initialized():
-            parts = [torch.empty_like(unit) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, unit.contiguous())
-            unit = torch.cat(parts)
+            unit = _gather_rows(unit)
         unit = unit[_canonical_order(unit)]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         chosen = unit[torch.randint(len(unit), (len(dead),), generator=generator).to(unit.device)]
         self.embed[dead] = chosen
         self.embed_sum[dead] = chosen * self.dead_below
         self.cluster_size[dead] = self.dead_below
+
+
+def _gather_rows(rows: Tensor) -> Tensor:
+    """(N, L) of each rank, N as it may be -> the rows of all ranks."""
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=rows.device)
+    counts[dist.get_rank()] = len(rows)
+    dist.all_reduce(counts)
+    padded = F.pad(rows, (0, 0, 0, int(counts.max()) - len(rows)))
+    parts = [torch.empty_like(padded) for _ in range(len(counts))]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
 
 
 def _canonical_order(rows: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that are whole or absent, written in the background.
 
 `RUN/checkpoints/step_00001000/` holds the model's export (`config.json`, `model.safetensors`), the
 optimiser (`optimizer.safetensors`) and `state.json` with the step, the data fingerprint and a checksum of
-every file. It is written aside, flushed to disk and renamed; then the link `latest` is swapped. No pickle.
+every file. Training waits for a copy into host memory alone; a thread then writes it aside, flushes it to
+disk and renames it, and swaps the link `latest`. No pickle.
 """
 
 import hashlib
@@ -10,6 +11,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,62 +25,107 @@ from torch import Tensor, nn
 
 from egom2p.errors import UserError
 from egom2p.model.export import WEIGHTS, load_weights
+from egom2p.training.parallel import full_tensor, like_parameter
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
 
 @dataclass(frozen=True)
 class CheckpointArgs:
-    """every: steps between checkpoints (0 = only at the end); keep_last: how many are kept."""
+    """every: steps between checkpoints (0 = only at the end); keep_last: how many are kept; milestone_every: steps whose
+    checkpoints are kept for good (0 = none). background: write while training goes on. retry_s: how long to go on
+    trying when a checkpoint cannot be written (a full disk, a file system that is away) before the run ends."""
 
     every: int = 1000
     keep_last: int = 2
+    milestone_every: int = 0
+    background: bool = True
+    retry_s: float = 600.0
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
             raise ValueError("keep_last must be at least 1")
+        if self.retry_s < 0:
+            raise ValueError("retry_s must not be below 0")
+
+
+class Snapshot:
+    """Copies of weights and optimiser state in host memory, in buffers that are used again by the next copy."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+        self.optimizer: dict[str, Tensor] = {}
+
+    def take(self, model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> None:
+        """Every rank calls it (shards are gathered); only one that is to `keep` the copy holds it."""
+        for buffers, tensors in ((self.weights, model.state_dict()), (self.optimizer, optimizer_tensors(model, optimizer))):
+            for name, tensor in tensors.items():
+                whole = full_tensor(tensor)
+                if keep:
+                    _copy(buffers, name, whole)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. Only rank 0 writes."""
 
-    def __init__(self, run_dir: Path, args: CheckpointArgs) -> None:
-        self.folder, self.args = run_dir / "checkpoints", args
+    def __init__(self, run_dir: Path, args: CheckpointArgs, is_main: bool = True) -> None:
+        self.folder, self.args, self.is_main = run_dir / "checkpoints", args, is_main
+        self.snapshot = Snapshot()
+        self.writer: threading.Thread | None = None
+        self.failure: UserError | None = None
+        self.hurry = threading.Event()
+        if is_main:
+            for leftover in self.folder.glob(".step_*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
-    def save(self, step: int, export: Callable[[Path], None], model: nn.Module, optimizer: torch.optim.Optimizer,
-             state: dict[str, Any]) -> Path:
-        """Write step `step`; afterwards drop all but the last `keep_last`."""
-        final = self.folder / f"step_{step:08d}"
-        aside = self.folder / f".{final.name}.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
-            export(aside)
-            save_file(optimizer_tensors(model, optimizer), aside / OPTIMIZER)
-            files = {p.name: _checksum(p) for p in sorted(aside.iterdir())}
-            (aside / STATE).write_text(json.dumps({"step": step, **state, "files": files}, indent=1))
-            for path in [*aside.iterdir(), aside]:
-                _flush(path)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(f"{final}: checkpoint not written ({error}); earlier ones are untouched. "
-                            "Free space or move run.dir, then start the same command again") from error
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        self._point_latest_to(final)
-        for old in self.steps()[: -self.args.keep_last]:
-            shutil.rmtree(self.folder / f"step_{old:08d}")
-        return final
+    def save(self, step: int, export: Callable[[Path, dict[str, Tensor]], None], model: nn.Module, optimizer: torch.optim.Optimizer,
+             state: dict[str, Any]) -> None:
+        """Copy `step` into host memory, then write it in the background; afterwards drop what need not be kept.
+
+        Every rank calls it. Waits for the checkpoint before, if that is still being written.
+        """
+        self.wait()
+        self.snapshot.take(model, optimizer, self.is_main)
+        if not self.is_main:
+            return
+        self.writer = threading.Thread(target=self._write_until_done, args=(step, export, state), name=f"checkpoint {step}")
+        self.writer.start()
+        if not self.args.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last `save` is on disk. Raises UserError when it could not be written."""
+        if self.writer is not None:
+            self.writer.join()
+            self.writer = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError when the last `save` has given up."""
+        if self.failure is not None:
+            raise self.failure
+
+    def close(self) -> None:
+        """Let a write under way end, without further retries."""
+        self.hurry.set()
+        if self.writer is not None:
+            self.writer.join()
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, ascending."""
         return sorted(int(p.name[5:]) for p in self.folder.glob("step_*") if p.name[5:].isdigit())
 
-    def newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
-        """Folder and state of the newest checkpoint whose files are all as written; damaged ones are named and skipped."""
+    def newest_whole(self, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+        """Folder and state of the newest checkpoint whose files are all as written (of those of a step below `before`);
+        damaged ones are named and skipped. Without `before`, `latest` is made to name it."""
         for step in reversed(self.steps()):
+            if before is not None and step >= before:
+                continue
             folder = self.folder / f"step_{step:08d}"
             try:
                 state = json.loads((folder / STATE).read_text())
@@ -85,10 +133,49 @@ class Checkpoints:
             except (OSError, ValueError, KeyError) as error:
                 damaged = [str(error)]
             if not damaged:
-                self._point_latest_to(folder)
+                if before is None:
+                    self._point_latest_to(folder)
                 return folder, state
             log.warning("%s is damaged (%s); trying the one before", folder, ", ".join(damaged))
         return None
+
+    def _write_until_done(self, step: int, export: Callable[[Path, dict[str, Tensor]], None], state: dict[str, Any]) -> None:
+        """The thread: try, and while the disk refuses, try again with longer and longer pauses up to retry_s."""
+        final = self.folder / f"step_{step:08d}"
+        started, pause = time.monotonic(), FIRST_PAUSE_S
+        while True:
+            try:
+                self._write(final, step, export, state)
+                return
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(self.folder / f".{final.name}.part", ignore_errors=True)
+                reason = " ".join(str(error).split())
+            left = self.args.retry_s - (time.monotonic() - started)
+            if left <= 0 or self.hurry.is_set():
+                self.failure = UserError(f"{final}: checkpoint not written ({reason}); earlier ones are untouched. "
+                                         "Free space or move run.dir, then start the same command again")
+                return
+            log.warning("%s: checkpoint not written (%s); trying again in %.0f s, giving up in %.0f s", final, reason, pause, left)
+            self.hurry.wait(min(pause, left))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _write(self, final: Path, step: int, export: Callable[[Path, dict[str, Tensor]], None], state: dict[str, Any]) -> None:
+        aside = self.folder / f".{final.name}.part"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        export(aside, self.snapshot.weights)
+        save_file(self.snapshot.optimizer, aside / OPTIMIZER)
+        files = {p.name: _checksum(p) for p in sorted(aside.iterdir())}
+        (aside / STATE).write_text(json.dumps({"step": step, **state, "files": files}, indent=1))
+        for path in [*aside.iterdir(), aside]:
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+        self._point_latest_to(final)
+        for old in self.steps()[: -self.args.keep_last]:
+            if not (self.args.milestone_every and old % self.args.milestone_every == 0):
+                shutil.rmtree(self.folder / f"step_{old:08d}")
 
     def _point_latest_to(self, folder: Path) -> None:
         link = self.folder / ".latest.part"
@@ -98,26 +185,36 @@ class Checkpoints:
         _flush(self.folder)
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights and optimiser state from a whole checkpoint, in place."""
+def restore_weights(folder: Path, model: nn.Module) -> None:
+    """Load the weights of a whole checkpoint, in place, before the model is spread over processes."""
     load_weights(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
+
+
+def restore_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimiser's state of a whole checkpoint; every rank takes its part of it."""
     tensors = load_file(folder / OPTIMIZER)
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("|")
+        by_parameter.setdefault(name, {})[entry] = tensor
     for name, parameter in model.named_parameters():
-        keys = [k for k in tensors if k.rpartition("|")[0] == name]
-        if keys:
-            optimizer.state[parameter] = {k.rpartition("|")[2]: _place(tensors[k], parameter) for k in keys}
+        if name in by_parameter:
+            optimizer.state[parameter] = {entry: like_parameter(tensor, parameter) for entry, tensor in by_parameter[name].items()}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """{parameter|entry: tensor} of the optimiser's state."""
-    return {f"{name}|{entry}": value.detach().cpu().contiguous()
+    return {f"{name}|{entry}": value.detach()
             for name, parameter in model.named_parameters()
             for entry, value in optimizer.state.get(parameter, {}).items()}
 
 
-def _place(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Moments live with their parameter; the fused step counter too."""
-    return tensor.to(parameter.device)
+def _copy(buffers: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    tensor = tensor.detach()
+    kept = buffers.get(name)
+    if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+        kept = buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    kept.copy_(tensor, non_blocking=True)
 
 
 def _checksum(path: Path) -> str:

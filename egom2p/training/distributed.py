@@ -1,6 +1,15 @@
-"""Processes: who am I, start and end of the process group, sums over ranks."""
+"""Processes: who am I, start and end of the process group, sums over ranks, and what happens when a rank is lost.
 
+Inside torchrun each process is a rank. A rank that fails prints its own traceback and leaves at once; the others
+notice within `train.timeout_s`, say which rank is missing, and leave too. Nobody waits for ever.
+"""
+
+import contextlib
 import os
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +18,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from egom2p.errors import Preempted, UserError
+
+BEAT_S = 1.0
+DIAGNOSIS_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -26,20 +40,40 @@ class World:
 
 
 @contextmanager
-def process_group(timeout_s: int) -> Iterator[World]:
-    """Join the group torchrun describes in the environment, if any, and leave it at the end."""
+def process_group(first_timeout_s: int) -> Iterator[World]:
+    """Join the group torchrun describes in the environment, if any, and leave it at the end.
+
+    first_timeout_s: how long a rank may keep the others waiting until `shorten_timeout` is called.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    world = World(rank, size, local_rank, device)
+    if size == 1:
+        yield world
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=first_timeout_s))
+    heartbeats = _Heartbeats(world)
     try:
-        yield World(rank, size, local_rank, device)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+        yield world
+    except Preempted:
+        heartbeats.stop()
+        dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        _leave_at_once(error, heartbeats)
+    heartbeats.stop()
+    dist.destroy_process_group()
+
+
+def shorten_timeout(seconds: int) -> None:
+    """From now on a rank that keeps the others waiting so long counts as lost."""
+    if dist.is_initialized():
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        with contextlib.suppress(ValueError):
+            set_timeout(timedelta(seconds=seconds), None)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -49,6 +83,75 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """The largest over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def _leave_at_once(error: BaseException, heartbeats: "_Heartbeats") -> None:
+    """End this process without waiting for the others, its own error shown."""
+    if isinstance(error, UserError):
+        print(f"egom2p: {error}", file=sys.stderr)
+    elif isinstance(error, RuntimeError) and _is_collective(error):
+        print(f"egom2p: rank {heartbeats.world.rank}: {heartbeats.missing()} ({' '.join(str(error).split())[:200]}). "
+              "The last checkpoint is whole; start the same command again to resume", file=sys.stderr)
+    else:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if isinstance(error, UserError) else 1)
+
+
+def _is_collective(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "ProcessGroup", "Connection closed by peer"))
+
+
+class _Heartbeats:
+    """Every rank counts up its own key in the group's store, so that the others can tell who stopped."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.stopped = world, threading.Event()
+        store = dist.distributed_c10d._get_default_store()
+        self.store = store.clone() if hasattr(store, "clone") else store
+        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def missing(self) -> str:
+        """Which ranks no longer count, in words. Answers within DIAGNOSIS_S."""
+        answer: list[str] = []
+        asker = threading.Thread(target=lambda: answer.append(self._ask()), daemon=True)
+        asker.start()
+        asker.join(DIAGNOSIS_S)
+        return answer[0] if answer else self._no_store()
+
+    def _no_store(self) -> str:
+        return f"rank 0 is missing: its host {os.environ.get('MASTER_ADDR', '')} no longer answers"
+
+    def _ask(self) -> str:
+        try:
+            before = self._counts()
+            time.sleep(3 * BEAT_S)
+            after = self._counts()
+        except (RuntimeError, OSError):
+            return self._no_store()
+        silent = [r for r, (a, b) in enumerate(zip(before, after, strict=True)) if a == b and r != self.world.rank]
+        if not silent:
+            return "every rank is alive but one kept the others waiting beyond train.timeout_s"
+        return f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))} of {self.world.size} {'are' if len(silent) > 1 else 'is'} missing (no heartbeat)"
+
+    def _counts(self) -> list[int]:
+        return [self.store.add(f"egom2p/heartbeat/{r}", 0) for r in range(self.world.size)]
+
+    def _beat(self) -> None:
+        with contextlib.suppress(RuntimeError, OSError):
+            while not self.stopped.wait(BEAT_S):
+                self.store.add(f"egom2p/heartbeat/{self.world.rank}", 1)

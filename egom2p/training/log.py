@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import os
 import platform
 import socket
 import subprocess
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+
+from egom2p.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +39,8 @@ class MetricsLog:
         self.active, self.wandb = active, None
         if not active:
             return
-        path = run_dir / METRICS
-        cut_after(path, step)
-        self.file = path.open("a")
+        self.path, self.lines = run_dir / METRICS, []
+        cut_after(self.path, step)
         self.bar = tqdm(total=total, initial=step, desc=run_dir.name, unit="step",
                         bar_format="{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} steps | {elapsed}{postfix}")
         if args.wandb:
@@ -49,12 +52,28 @@ class MetricsLog:
     def write(self, figures: dict[str, float]) -> None:
         if not self.active:
             return
-        self.file.write(json.dumps(figures) + "\n")
-        self.file.flush()
+        # JSON has no NaN: a figure that is not finite is null.
+        self.lines.append(json.dumps({k: v if math.isfinite(v) else None for k, v in figures.items()}) + "\n")
+        self._flush()
         if "loss" in figures:
             self.bar.set_postfix_str(progress_text(figures))
         if self.wandb:
             self.wandb.log({k: v for k, v in figures.items() if k != "step"}, step=int(figures["step"]))
+
+    def _flush(self) -> None:
+        """Append the lines not yet on disk. While the disk refuses they wait, and no half line stays behind."""
+        try:
+            with self.path.open("ab") as file:
+                size = file.tell()
+                try:
+                    file.write("".join(self.lines).encode())
+                    file.flush()
+                except OSError:
+                    os.truncate(self.path, size)
+                    raise
+            self.lines.clear()
+        except OSError as error:
+            log.warning("%s: %d lines not written yet (%s)", self.path, len(self.lines), error)
 
     def advance(self) -> None:
         if self.active:
@@ -62,7 +81,8 @@ class MetricsLog:
 
     def close(self) -> None:
         if self.active:
-            self.file.close()
+            if self.lines:
+                self._flush()
             self.bar.close()
             if self.wandb:
                 self.wandb.finish()
@@ -86,9 +106,18 @@ def cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines() if (record := _parse(line)) and record["step"] <= step]
+    write_whole(path, "".join(f"{line}\n" for line in kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write aside and rename, so that a full disk or a kill leaves the old file. Raises UserError when it cannot be written."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text("".join(f"{line}\n" for line in kept))
-    aside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text)
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); free space or choose another run.dir") from error
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

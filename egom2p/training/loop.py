@@ -5,9 +5,9 @@ all-reduce), back-propagate each micro-batch's share of the global loss, clip, u
 random is derived from (seed, step), so the step and the weights are all there is to resume from.
 """
 
-import contextlib
 import json
 import logging
+import math
 import os
 import resource
 import time
@@ -19,22 +19,24 @@ from typing import Any, Literal, Protocol
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from egom2p.config import dump, read_yaml, to_plain
-from egom2p.errors import UserError
+from egom2p.errors import Preempted, UserError
 from egom2p.model.blocks import compile_blocks
 from egom2p.model.flops import peak_flops
-from egom2p.training.checkpoint import Checkpoints, restore
-from egom2p.training.distributed import World, barrier, process_group, sum_over_ranks
-from egom2p.training.log import MetricsLog, environment
+from egom2p.training.checkpoint import Checkpoints, restore_optimizer, restore_weights
+from egom2p.training.distributed import World, barrier, process_group, shorten_timeout, sum_over_ranks
+from egom2p.training.guard import Guard
+from egom2p.training.log import MetricsLog, environment, write_whole
 from egom2p.training.optim import make_optimizer, make_schedule
+from egom2p.training.parallel import full_tensor, gradients_stay_local, spread
+from egom2p.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
 # Keys that may change when a run is resumed: they move the work around or add to it, and change no step.
-MAY_CHANGE = ("run.", "data.workers", "train.micro_batch_size", "train.steps", "train.tokens", "train.timeout_s",
-              "log.", "checkpoint.", "eval.", "resume.")
+MAY_CHANGE = ("run.", "data.workers", "data.cache", "train.micro_batch_size", "train.steps", "train.tokens", "train.timeout_s",
+              "train.first_timeout_s", "train.parallel", "train.max_skipped", "log.", "checkpoint.", "eval.", "resume.", "debug.")
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,22 @@ class ResumeArgs:
 
 
 @dataclass(frozen=True)
+class DebugArgs:
+    """replay_step: run only that step of the run again, from the newest checkpoint before it, and write what every
+    sample's loss was to RUN/replay_step_N.json. Nothing else of the run is touched."""
+
+    replay_step: int = 0
+
+
+@dataclass(frozen=True)
 class TrainArgs:
     """batch_size is the global batch; micro_batch_size what one process computes at a time (0 = all of its part).
     One of steps and tokens (samples x budget) says how long. precision: compute type, weights stay float32
     (float64 computes and stores in float64). deterministic: refuse operations that vary from run to run.
-    compile: torch.compile the blocks, with dynamic lengths."""
+    compile: torch.compile the blocks, with dynamic lengths. parallel: how several processes share the model, ddp
+    (a copy each) or fsdp (sharded, for models that do not fit). timeout_s: a rank that keeps the others waiting so long is
+    lost and ends the run (first_timeout_s until the first step is done, when data and kernels are being prepared).
+    max_skipped: so many steps in a row without a finite loss and gradient end the run."""
 
     batch_size: int
     steps: int = 0
@@ -66,14 +79,19 @@ class TrainArgs:
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     deterministic: bool = False
     compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     threads: int = 0
-    timeout_s: int = 600
+    first_timeout_s: int = 1800
+    timeout_s: int = 300
+    max_skipped: int = 10
 
     def __post_init__(self) -> None:
         if bool(self.steps) == bool(self.tokens):
             raise ValueError("give one of steps and tokens")
         if self.batch_size < 1:
             raise ValueError("batch_size must be at least 1")
+        if min(self.timeout_s, self.first_timeout_s, self.max_skipped) < 1:
+            raise ValueError("timeout_s, first_timeout_s and max_skipped must be at least 1")
 
     def num_steps(self, tokens_per_sample: int) -> int:
         return self.steps or -(-self.tokens // (tokens_per_sample * self.batch_size))
@@ -108,32 +126,41 @@ class Task(Protocol):
         """This rank's StepBatch of each step."""
     def begin_step(self, batch: Any) -> None:
         """Called before the micro-batches, on every rank: collective sums."""
-    def loss(self, micro: Any, forward: nn.Module) -> tuple[Tensor, Tensor]:
-        """This micro-batch's additive share of the global loss, and its vector of sums for `figures`."""
+    def loss(self, micro: Any, forward: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """This micro-batch's additive share of the global loss, its vector of sums for `figures`, and (B,) whether each
+        sample's own loss is not finite."""
     def figures(self, sums: Tensor) -> dict[str, float]:
         """Sums over all ranks -> logged figures; must hold `loss`."""
-    def after_step(self, step: int) -> None: ...
+    def after_step(self, step: int, skipped: Tensor) -> None:
+        """After the optimiser; skipped: 1.0 on the device when the step was left out."""
     def evaluate(self) -> dict[str, float]: ...
-    def export(self, folder: Path) -> None: ...
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None: ...
+    def inspect(self, batch: Any) -> list[dict[str, Any]]:
+        """One row a sample of this rank: what it is and its own loss. For `debug.replay_step`."""
 
 
 def run_training(config: Any, make_task: Any) -> Path:
-    """Train as `config` says; `make_task(config, world)` builds the Task. Returns the run's folder."""
-    with process_group(config.train.timeout_s) as world:
+    """Train as `config` says; `make_task(config, world)` builds the Task. Returns the run's folder.
+
+    Raises Preempted after SIGTERM or SIGUSR1, when a checkpoint has been saved.
+    """
+    with process_group(config.train.first_timeout_s) as world:
         _set_up_torch(config.train)
         task = make_task(config, world)
         run_dir = Path(config.run.dir)
         _check_same_run(config, run_dir, config.resume.force)
-        if world.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(dump(config))
-            (run_dir / "environment.json").write_text(json.dumps(environment(task.fingerprint()), indent=1))
+        if world.is_main and not config.debug.replay_step:
+            write_whole(run_dir / "config.yaml", dump(config))
+            write_whole(run_dir / "environment.json", json.dumps(environment(task.fingerprint()), indent=1))
         barrier()
-        _Loop(config, task, world, run_dir).run()
+        loop = Loop(config, task, world, run_dir)
+        loop.replay(config.debug.replay_step) if config.debug.replay_step else loop.run()
     return run_dir
 
 
-class _Loop:
+class Loop:
+    """The state of one training in this process."""
+
     def __init__(self, config: Any, task: Task, world: World, run_dir: Path) -> None:
         self.config, self.task, self.world, self.run_dir = config, task, world, run_dir
         dtype = torch.float64 if config.train.precision == "float64" else torch.float32
@@ -143,18 +170,35 @@ class _Loop:
         self.total = config.train.num_steps(task.tokens_per_sample)
         self.schedule = make_schedule(config.optim, config.train.batch_size, self.total,
                                       task.tokens_per_sample * config.train.batch_size)
+        replayed = config.debug.replay_step or None
+        self.checkpoints = Checkpoints(run_dir, config.checkpoint, world.is_main and not replayed)
+        folder, state = self._find_checkpoint(before=replayed)
+        if folder:
+            restore_weights(folder, self.model)
+        self.forward = spread(self.model, config.train.parallel, world)
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.checkpoints = Checkpoints(run_dir, config.checkpoint)
-        self.damaged = 0
-        self.step = self._resume()
-        self.forward = self.model if world.size == 1 else DistributedDataParallel(
-            self.model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
-        self.metrics = MetricsLog(run_dir, config.log, self.step, self.total, to_plain(config), world.is_main)
+        if folder:
+            restore_optimizer(folder, self.model, self.optimizer)
+        self.step, self.damaged = state.get("step", 0), state.get("damaged", 0)
+        self.guard = Guard(world.device, config.train.max_skipped, state)
+        self.metrics = MetricsLog(run_dir, config.log, self.step, self.total, to_plain(config), world.is_main and not replayed)
 
     def run(self) -> None:
+        """Train to the end, or until asked to stop."""
+        try:
+            with StopRequest(self.world) as stop:
+                self._run(stop)
+        finally:
+            self.checkpoints.close()
+            self.metrics.close()
+
+    def _run(self, stop: StopRequest) -> None:
         every = self.config
+        if self.world.size > 2 and self.step < self.total:
+            self._settle_reduction_layout()
         waited, logged_at, logged_step = 0.0, time.perf_counter(), self.step
         batches = self.task.steps(range(self.step, self.total))
+        first = True
         while self.step < self.total:
             before = time.perf_counter()
             batch = next(batches)
@@ -172,36 +216,86 @@ class _Loop:
                 before = time.perf_counter()
                 self._evaluate()
                 logged_at += time.perf_counter() - before  # training speed leaves evaluation out
-            if self._due(every.checkpoint.every) or self.step == self.total:
+            stopping = stop.agreed() and self.step < self.total
+            if self._due(every.checkpoint.every) or self.step == self.total or stopping:
                 self._save()
-        self.metrics.close()
+            if stopping:
+                self._leave()
+            self.checkpoints.check()
+            if first:
+                shorten_timeout(self.config.train.timeout_s)
+                first = False
+        self.checkpoints.wait()
+        barrier()
+
+    def replay(self, step: int) -> None:
+        """Run up to `step` (counted from 1) and write down that step's figures and samples. Nothing is saved or logged."""
+        if not 0 < step <= self.total:
+            raise UserError(f"debug.replay_step={step} is not a step of this run (1 .. {self.total})")
+        if self.step < step - 1:
+            log.info("replaying %d steps from step %d to get there", step - 1 - self.step, self.step)
+        for batch in self.task.steps(range(self.step, step)):
+            samples = self._inspect(batch) if self.step == step - 1 else []
+            sums, grad_norm = self._train_step(batch, self.schedule(self.step))
+            self.step += 1
+        figures = self.task.figures(sum_over_ranks(sums.clone()))
+        everyone: list[Any] = [samples]
+        if self.world.size > 1:
+            everyone = [None] * self.world.size
+            torch.distributed.all_gather_object(everyone, samples)
+        if self.world.is_main:
+            rows = sorted((row for part in everyone for row in part), key=lambda r: r["sample"])
+            path = self.run_dir / f"replay_step_{step}.json"
+            path.write_text(json.dumps({"step": step, **figures, "grad_norm": grad_norm.item(), "samples": rows}, indent=1))
+            worst = sorted(rows, key=lambda r: math.inf if r["loss"] is None else r["loss"], reverse=True)
+            print(f"step {step}: loss {figures['loss']}, gradient norm {grad_norm.item()}; {len(rows)} samples in {path}; highest losses: "
+                  + ", ".join(f"{r['sample']} ({r.get('key', '')}) {r['loss']}" for r in worst[:5]))
+        barrier()
 
     def _train_step(self, batch: Any, lr: float) -> tuple[Tensor, Tensor]:
         """Accumulate the global batch's gradient, clip, update. Returns this rank's sums and the gradient norm."""
         self.task.begin_step(batch)
         sums: Tensor | None = None
+        losses, suspects = [], []
         for index, micro in enumerate(batch.micro_batches):
-            last = index == len(batch.micro_batches) - 1
-            with contextlib.nullcontext() if last or self.world.size == 1 else self.forward.no_sync():
+            with gradients_stay_local(self.forward, index < len(batch.micro_batches) - 1):
                 with self._autocast():
-                    loss, part = self.task.loss(micro.to(self.world.device), self.forward)
-                # DistributedDataParallel averages over ranks; the shares of the loss are meant to be summed.
+                    loss, part, doubtful = self.task.loss(micro.to(self.world.device), self.forward)
+                # Gradients are averaged over ranks; the shares of the loss are meant to be summed.
                 (loss * self.world.size).backward()
             sums = part if sums is None else sums + part
+            losses.append(loss.detach())
+            suspects.append(doubtful)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or float("inf"))
+        grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or float("inf")))
+        skipped = self.guard.judge(self.step, grad_norm, losses, suspects, [m.numbers.tolist() for m in batch.micro_batches])
+        self.optimizer.found_inf = skipped  # fused AdamW leaves everything as it is when this is 1
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.task.after_step(self.step)
+        self.task.after_step(self.step, skipped)
         return sums, grad_norm
+
+    def _settle_reduction_layout(self) -> None:
+        """Let DistributedDataParallel settle its buckets before the first step counts.
+
+        It regroups gradients after its first backward pass, and above two ranks the grouping decides the order of
+        summation. So that a resumed run sums as the first one did, one pass over the samples of step 0 goes ahead, its
+        gradients thrown away.
+        """
+        batch = next(self.task.steps(range(1)))
+        self.task.begin_step(batch)
+        with self._autocast():
+            loss, _, _ = self.task.loss(batch.micro_batches[-1].to(self.world.device), self.forward)
+        (loss * 0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.task.after_step(-1, torch.ones((), device=self.world.device))
 
     def _log(self, sums: Tensor, grad_norm: Tensor, lr: float, seconds: float, waited: float) -> None:
         figures = self.task.figures(sum_over_ranks(sums.clone()))
-        if not torch.isfinite(grad_norm):
-            raise UserError(f"step {self.step}: the gradient is not finite (loss {figures['loss']}); lower optim.lr or look at the data. "
-                            f"The last checkpoint in {self.checkpoints.folder} is from before")
+        self.guard.report()
+        self._check_damage()
         batch = self.config.train.batch_size
         memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else _peak_rss()
         flops = figures.pop("flops", 0.0)
@@ -209,8 +303,8 @@ class _Loop:
             figures["tflops"] = flops / seconds / 1e12
             peak = peak_flops(torch.cuda.get_device_name()) if self.world.device.type == "cuda" else None
             figures.update({"mfu": flops / seconds / (peak * self.world.size)} if peak else {})
-        self.metrics.write({"step": self.step, **figures, "lr": lr, "grad_norm": grad_norm.item(), "samples_per_s": batch / seconds,
-                            "tokens_per_s": figures.get("tokens", 0) / seconds, "data_wait_s": waited,
+        self.metrics.write({"step": self.step, **figures, "lr": lr, "grad_norm": grad_norm.item(), "skipped": self.guard.skipped,
+                            "samples_per_s": batch / seconds, "tokens_per_s": figures.get("tokens", 0) / seconds, "data_wait_s": waited,
                             "data_wait_share": waited / seconds, "eta_s": (self.total - self.step) * seconds, "peak_memory_gb": memory / 1e9})
 
     def _evaluate(self) -> None:
@@ -222,39 +316,51 @@ class _Loop:
         if figures:
             self.metrics.write({"step": self.step, **figures, "eval_s": time.perf_counter() - before})
 
-    def _save(self) -> None:
-        if self.world.is_main:
-            self.checkpoints.save(self.step, self.task.export, self.model, self.optimizer,
-                                  {"fingerprint": self.task.fingerprint(), "damaged": self.damaged})
-        barrier()
+    @torch.no_grad()
+    def _inspect(self, batch: Any) -> list[dict[str, Any]]:
+        with self._autocast():
+            return self.task.inspect(batch)
 
-    def _resume(self) -> int:
-        """Load the newest whole checkpoint, if any; returns the step to go on from."""
-        found = self.checkpoints.newest_whole() if self.world.is_main else None
+    def _save(self) -> None:
+        state = {"fingerprint": self.task.fingerprint(), "damaged": self._check_damage(), **self.guard.state()}
+        self.checkpoints.save(self.step, self.task.export, self.model, self.optimizer, state)
+
+    def _leave(self) -> None:
+        """After a request to stop: wait for the checkpoint on every rank, then raise Preempted."""
+        self.checkpoints.wait()
+        barrier()
+        raise Preempted(f"stopped as asked after step {self.step} of {self.total}, checkpoint saved; start the same command again to go on")
+
+    def _find_checkpoint(self, before: int | None) -> tuple[Path | None, dict[str, Any]]:
+        """Folder and state of the newest whole checkpoint, the same on all ranks; (None, {}) at the start of a run."""
+        found = self.checkpoints.newest_whole(before) if self.world.is_main else None
         if self.world.size > 1:
             shared = [found]
             torch.distributed.broadcast_object_list(shared, src=0)
             found = shared[0]
         if found is None:
-            return 0
+            return None, {}
         folder, state = found
         if state["fingerprint"] != self.task.fingerprint() and not self.config.resume.force:
             raise UserError(f"{folder}: the data changed since this checkpoint (clips, shards or modalities differ), so the data order would "
                             "too; restore the shards, choose another run.dir, or insist with resume.force=true")
-        restore(folder, self.model, self.optimizer)
-        self.damaged = state["damaged"]
         log.info("resuming %s from step %d of %d", self.run_dir, state["step"], self.total)
-        return state["step"]
+        # The count of damaged clips is kept for the whole run; the first rank carries what was seen before.
+        return folder, {**state, "damaged": state["damaged"] if self.world.is_main else 0}
 
     def _count_damage(self, damaged: list[str]) -> None:
         for message in damaged:
-            log.warning("left out: %s", message)
+            log.error("left out: %s", message)
         self.damaged += len(damaged)
-        share = self.config.data.max_damaged
-        seen = (self.step + 1) * self.config.train.batch_size / self.world.size
-        if self.damaged > max(share * seen, 10):
-            raise UserError(f"{self.damaged} of {seen:.0f} clips were unreadable, more than data.max_damaged={share}; "
+
+    def _check_damage(self) -> int:
+        """Clips left out so far on all ranks. Raises UserError on all of them when they are too many."""
+        damaged = int(sum_over_ranks(torch.tensor(float(self.damaged), device=self.world.device)).item())
+        share, seen = self.config.data.max_damaged, self.step * self.config.train.batch_size
+        if damaged > max(share * seen, 10):
+            raise UserError(f"{damaged} of {seen} clips were unreadable, more than data.max_damaged={share}; "
                             "`egom2p shards check` lists the damaged files")
+        return damaged
 
     def _autocast(self):
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")

@@ -1,7 +1,9 @@
 """The two trainings: the masked transformer on tokens, and a tokenizer on raw signals."""
 
+import contextlib
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
 from egom2p.training.checkpoint import CheckpointArgs
 from egom2p.training.distributed import World, sum_over_ranks
 from egom2p.training.log import LogArgs
-from egom2p.training.loop import EvalArgs, ResumeArgs, RunArgs, TrainArgs, run_training
+from egom2p.training.loop import DebugArgs, EvalArgs, ResumeArgs, RunArgs, TrainArgs, run_training
 from egom2p.training.optim import OptimArgs
 
 
@@ -68,6 +70,7 @@ class PretrainConfig:
     checkpoint: CheckpointArgs = CheckpointArgs()
     log: LogArgs = LogArgs()
     resume: ResumeArgs = ResumeArgs()
+    debug: DebugArgs = DebugArgs()
     init: InitArgs = InitArgs()
 
 
@@ -112,12 +115,12 @@ class PretrainTask:
         counts_GM = sum_over_ranks(on_device(counts, self.world.device))
         self.scale_GM = 1 / (counts_GM.clamp(min=1) * self.num_outputs * self.plan.num_groups)
 
-    def loss(self, micro: PackedBatch, forward: nn.Module) -> tuple[Tensor, Tensor]:
+    def loss(self, micro: PackedBatch, forward: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         counts = micro.targets.lengths
         group = on_device(np.repeat(micro.groups, counts.sum(1)), self.world.device)
         scale = self.scale_GM[group, micro.targets.modality].to(self.model.mask_token.dtype)[micro.targets.by_modality]
         total, losses = forward(micro, scale)
-        return total, self._sums(micro, total, losses)
+        return total, self._sums(micro, total, losses), per_sample(micro, (~torch.isfinite(losses)).float()) > 0
 
     def _sums(self, micro: PackedBatch, total: Tensor, losses: Tensor) -> Tensor:
         """[loss, tokens, FLOPs, sum of CE by modality, targets by modality] in float64."""
@@ -133,8 +136,22 @@ class PretrainTask:
         by_modality = {f"loss/{m.name}": s / n for m, s, n in zip(self.modalities, sums_m, counts, strict=True) if n}
         return {"loss": total, **by_modality, "tokens": tokens, "flops": flops}
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, skipped: Tensor) -> None:
         """Nothing to do."""
+
+    def inspect(self, batch: StepBatch) -> list[dict[str, Any]]:
+        """Data set, key, tokens and mean cross-entropy of each sample."""
+        rows = []
+        for micro in batch.micro_batches:
+            micro = micro.to(self.world.device)
+            _, losses = self.model(micro, torch.ones(len(micro.targets), dtype=self.model.mask_token.dtype, device=self.world.device))
+            means = per_sample(micro, losses) / per_sample(micro, torch.ones_like(losses))
+            for number, mean, num_inputs, num_targets in zip(micro.numbers.tolist(), means.tolist(), micro.inputs.lengths.sum(1).tolist(),
+                                                             micro.targets.lengths.sum(1).tolist(), strict=True):
+                index, element = self.stream.locate(number)
+                rows.append({"sample": number, "dataset": self.stream.datasets[index].name, "key": self.stream.datasets[index].keys[element],
+                             "inputs": num_inputs, "targets": num_targets, "loss": mean if math.isfinite(mean) else None})
+        return rows
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss per modality, mean over the targets of fixed clips under fixed masks."""
@@ -143,13 +160,13 @@ class PretrainTask:
         sums = torch.zeros(3 + 2 * len(self.modalities), dtype=torch.float64, device=self.world.device)
         for micro in batch.micro_batches:
             micro = micro.to(self.world.device)
-            scale = torch.ones(len(micro.targets), device=self.world.device)
+            scale = torch.ones(len(micro.targets), dtype=self.model.mask_token.dtype, device=self.world.device)
             sums += self._sums(micro, *self.model(micro, scale))
         figures = self.figures(sum_over_ranks(sums))
         return {f"eval/{k}": v for k, v in figures.items() if k.startswith("loss/")}
 
-    def export(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        self.model.save_pretrained(folder, weights)
 
     def _open_held_out(self) -> FixedSet:
         args = self.config.eval
@@ -158,6 +175,12 @@ class PretrainTask:
         root = Path(args.root or self.config.data.root)
         sets = [TokenDataset.open(root, name, "", self.modalities) for name in args.datasets]
         return FixedSet(sets, self.modalities, self.config.masking, args.samples)
+
+
+def per_sample(micro: PackedBatch, values: Tensor) -> Tensor:
+    """(B,) sums of `values` (one a target, sorted by modality) over each sample."""
+    owner = on_device(np.repeat(np.arange(micro.num_samples), micro.targets.lengths.sum(1)), values.device)
+    return values.new_zeros(micro.num_samples).index_add_(0, owner[micro.targets.by_modality], values)
 
 
 def start_model(model: EgoM2P, args: InitArgs, seed: int) -> None:
@@ -221,6 +244,7 @@ class TokenizerConfig:
     checkpoint: CheckpointArgs = CheckpointArgs()
     log: LogArgs = LogArgs()
     resume: ResumeArgs = ResumeArgs()
+    debug: DebugArgs = DebugArgs()
 
 
 def train_tokenizer(config: TokenizerConfig) -> Path:
@@ -238,16 +262,17 @@ def make_tokenizer(args: TokenizerArgs) -> Tokenizer:
 
 @dataclass(frozen=True)
 class SignalBatch:
-    """x (B, ...) in the network's units; samples: clips in it."""
+    """x (B, ...) in the network's units; numbers (B,) their global sample numbers; samples: how many of them count."""
 
     x: Tensor
+    numbers: np.ndarray
     samples: int
 
     def to(self, device: torch.device) -> "SignalBatch":
-        return SignalBatch(self.x.to(device, non_blocking=True), self.samples)
+        return replace(self, x=self.x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "SignalBatch":
-        return SignalBatch(self.x.pin_memory(), self.samples)
+        return replace(self, x=self.x.pin_memory())
 
 
 class SignalSteps(torch.utils.data.Dataset):
@@ -257,18 +282,28 @@ class SignalSteps(torch.utils.data.Dataset):
         self.dataset, self.signal, self.plan, self.order = dataset, signal, plan, order
 
     def __getitem__(self, step: int) -> StepBatch:
-        rows, damaged = [], []
-        for number in self.plan.numbers(step).tolist():
-            element = self.order.element(number) if self.order else number % len(self.dataset)
-            try:
+        micro, damaged = [], []
+        for numbers in self.plan.deal(step, None):
+            rows, read = [], []
+            for number in numbers:
+                try:
+                    raw = self.dataset.read(self.order.element(number) if self.order else number % len(self.dataset))
+                    if np.any(self.signal.is_observed(raw)):
+                        rows.append(torch.from_numpy(self.signal.normalize(raw)))
+                        read.append(number)
+                except DamagedClip as error:
+                    damaged.append(f"sample {number}: {error}")
+            micro.append(SignalBatch(torch.stack(rows or [self._stand_in()]), np.array(read or [-1]), len(rows)))
+        return StepBatch(step, micro, damaged)
+
+    def _stand_in(self) -> Tensor:
+        """Some readable clip, for a micro-batch that lost all of its own: it counts nothing, but every rank must take part."""
+        for element in range(len(self.dataset)):
+            with contextlib.suppress(DamagedClip):
                 raw = self.dataset.read(element)
                 if np.any(self.signal.is_observed(raw)):
-                    rows.append(torch.from_numpy(self.signal.normalize(raw)))
-            except DamagedClip as error:
-                damaged.append(str(error))
-        size = self.plan.micro_batch_size
-        micro = [SignalBatch(torch.stack(rows[i : i + size]), len(rows[i : i + size])) for i in range(0, len(rows), size)]
-        return StepBatch(step, micro, damaged)
+                    return torch.from_numpy(self.signal.normalize(raw))
+        raise UserError("no clip of the data set can be read; `egom2p shards check` lists the damaged files")
 
 
 class TokenizerTask:
@@ -296,12 +331,12 @@ class TokenizerTask:
         count = np.array(sum(m.samples for m in batch.micro_batches), np.float32)
         self.samples = sum_over_ranks(on_device(count, self.world.device))
 
-    def loss(self, micro: SignalBatch, forward: nn.Module) -> tuple[Tensor, Tensor]:
+    def loss(self, micro: SignalBatch, forward: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         loss, figures = forward(micro.x)
         used = torch.bincount(figures["ids"].flatten(), minlength=self.model.modality.vocab_size).double()
         share = micro.samples / self.samples
         sums = torch.stack([loss.detach() * share, figures["error"] * share]).double()
-        return loss * share, torch.cat([sums, used])
+        return loss * share, torch.cat([sums, used]), (~torch.isfinite(loss.detach())).expand(len(micro.numbers))
 
     def figures(self, sums: Tensor) -> dict[str, float]:
         """loss, reconstruction error, share of codes used and perplexity of the codebook in this batch."""
@@ -311,8 +346,18 @@ class TokenizerTask:
         return {"loss": sums[0].item(), "error": sums[1].item(), "tokens": used.sum().item(),
                 "codes_used": (used > 0).double().mean().item(), "perplexity": perplexity.item()}
 
-    def after_step(self, step: int) -> None:
-        self.model.after_step(self.config.train.seed, step)
+    def after_step(self, step: int, skipped: Tensor) -> None:
+        self.model.after_step(self.config.train.seed, step, bool(skipped))
+
+    def inspect(self, batch: StepBatch) -> list[dict[str, Any]]:
+        """Reconstruction loss of each clip."""
+        rows = []
+        for micro in batch.micro_batches:
+            for number, x in zip(micro.numbers.tolist(), micro.x, strict=True):
+                loss = self.model.eval()(x[None].to(self.world.device))[0].item()
+                rows.append({"sample": number, "loss": loss if math.isfinite(loss) else None})
+        self.model.train()
+        return rows
 
     def evaluate(self) -> dict[str, float]:
         """Reconstruction error on held-out clips."""
@@ -320,8 +365,8 @@ class TokenizerTask:
         samples = min(self.config.eval.samples, len(held_out))
         batch = SignalSteps(held_out, self.model.signal, BatchPlan(samples, 32, samples), None)[0]
         self.samples = torch.tensor(float(sum(m.samples for m in batch.micro_batches)), device=self.world.device)
-        sums = sum(self.loss(m.to(self.world.device), self.model)[1] for m in batch.micro_batches)
+        sums = sum(self.loss(m.to(self.world.device), self.model)[1] for m in batch.micro_batches if m.samples)
         return {f"eval/{k}": v for k, v in self.figures(sums).items() if k in ("error", "codes_used", "perplexity")}
 
-    def export(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        self.model.save_pretrained(folder, weights)

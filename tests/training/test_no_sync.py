@@ -13,7 +13,7 @@ from benchmarks.gpu import SMALL, small_samples
 from egom2p.data.batch import pack
 from egom2p.data.loader import StepBatch
 from egom2p.model.egom2p import EgoM2P, ModelArgs
-from egom2p.training.loop import _Loop
+from egom2p.training.loop import Loop
 from egom2p.training.tasks import PretrainConfig
 from tests.conftest import ROOT
 
@@ -65,7 +65,7 @@ def test_a_training_step_reads_nothing_back(debug_tokens, tmp_path, checkpointin
                                                                    f"model.activation_checkpointing={str(checkpointing).lower()}"])
     world = World(0, 1, 0, torch.device("cpu"))
     task = PretrainTask(config, world)
-    loop = _Loop(config, task, world, tmp_path)
+    loop = Loop(config, task, world, tmp_path)
     batches = task.steps(range(2))
     loop._train_step(next(batches), 1e-3)
     batch = next(batches)

@@ -1,0 +1,57 @@
+"""One model over several processes: replicated (DDP) or sharded (FSDP2). Checkpoints of both are the same files."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from egom2p.model.blocks import DecoderBlock, EncoderBlock
+from egom2p.training.distributed import World
+
+
+def spread(model: nn.Module, mode: str, world: World) -> nn.Module:
+    """The module to call: the model itself, a DistributedDataParallel around it, or the model with its blocks sharded.
+
+    mode: ddp or fsdp. Both average gradients over ranks. Sharding replaces the model's parameters, so it comes before
+    the optimiser is made.
+    """
+    if world.size == 1:
+        return model
+    if mode == "fsdp":
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for module in model.modules():
+            if isinstance(module, (EncoderBlock, DecoderBlock)):
+                fully_shard(module, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+
+
+@contextlib.contextmanager
+def gradients_stay_local(forward: nn.Module, local: bool) -> Iterator[None]:
+    """Backward passes inside leave gradients unsummed over ranks when `local`: all micro-batches of a step but the last."""
+    if isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(not local)
+        yield
+    elif isinstance(forward, DistributedDataParallel) and local:
+        with forward.no_sync():
+            yield
+    else:
+        yield
+
+
+def full_tensor(tensor: Any) -> Any:
+    """The whole of a sharded tensor (every rank must ask), any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like_parameter(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """`tensor` on the parameter's device, and sharded as it is when it has its shape."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
