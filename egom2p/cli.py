@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tokenizer(commands)
     _add_shards(commands)
     _add_train(commands)
+    _add_submit(commands)
     _add_generate(commands)
     _add_eval(commands)
     _add_import(commands)
@@ -119,6 +120,51 @@ def _train(args) -> None:
     from egom2p.training.tasks import PretrainConfig, pretrain
 
     pretrain(load(PretrainConfig, args.config, args.overrides))
+
+
+def _add_submit(commands) -> None:
+    parser = commands.add_parser("submit", help="freeze a run's code and configuration and send it to SLURM")
+    _add_config(parser)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="also the processes a node; 4 on GH200, 0 for CPUs")
+    parser.add_argument("--processes", type=int, help="training processes a node, when not one a GPU")
+    parser.add_argument("--cpus-per-task", type=int, help="cores a node")
+    parser.add_argument("--time", help="limit of one job, D-HH:MM:SS; the run goes on in the next")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--qos")
+    parser.add_argument("--name", help="job name (default: the run folder's)")
+    parser.add_argument("--venv", help="virtual environment to enter; %%m stands for the machine, x86_64 or aarch64")
+    parser.add_argument("--container", help="image: a .sif for apptainer, else for srun --container-image")
+    parser.add_argument("--mounts", help="folders the container sees")
+    parser.add_argument("--chain", type=int, default=1, help="so many jobs one after another, where requeueing is forbidden")
+    parser.add_argument("--sbatch", nargs="*", default=[], metavar="OPTION=VALUE", help="further sbatch options, without dashes")
+    parser.add_argument("--template", type=Path, help="another script than scripts/slurm/train.sbatch")
+    parser.add_argument("--dry-run", action="store_true", help="write RUN/frozen, send nothing")
+    parser.set_defaults(run=_submit)
+
+
+def _submit(args) -> None:
+    from egom2p.submit import TEMPLATE, JobArgs, submit
+
+    if min(args.nodes, args.chain) < 1 or args.gpus_per_node < 0:
+        raise UserError("--nodes and --chain must be at least 1, --gpus-per-node at least 0")
+    if not all("=" in item for item in args.sbatch):
+        raise UserError("--sbatch takes OPTION=VALUE, for instance --sbatch constraint=gh200 mem=0")
+    given = {"nodes": args.nodes, "gpus-per-node": args.gpus_per_node or "", "cpus-per-task": args.cpus_per_task, "time": args.time,
+             "partition": args.partition, "account": args.account, "qos": args.qos, "job-name": args.name or _run_name(args)}
+    options = {k: str(v) for k, v in given.items() if v is not None} | dict(item.split("=", 1) for item in args.sbatch)
+    variables = {"PROCESSES": args.processes or args.gpus_per_node or 1, "VENV": args.venv, "CONTAINER": args.container, "MOUNTS": args.mounts}
+    job = JobArgs(options, {k: str(v) for k, v in variables.items() if v}, args.chain)
+    for number in submit(args.config, args.overrides, job, args.template or TEMPLATE, not args.dry_run) or ["not sent; see RUN/frozen/submit.sh"]:
+        print(number)
+
+
+def _run_name(args) -> str:
+    from egom2p.config import load
+    from egom2p.training.tasks import PretrainConfig
+
+    return Path(load(PretrainConfig, args.config, args.overrides).run.dir).name
 
 
 def _add_shards(commands) -> None:

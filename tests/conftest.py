@@ -37,12 +37,15 @@ def run_cli(*args: object, check: bool = True) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
-def start_cli(*args: object, torchrun: int = 0, **env: str) -> subprocess.Popen:
-    """`egom2p ARGS` as a process of its own, or under torchrun with so many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)] if torchrun else []
-    command = [sys.executable, *launcher, "-m", "egom2p", *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+def start_cli(*args: object, torchrun: int = 0, launcher: tuple[str, ...] = (), prefix: tuple[str, ...] = (),
+              output: Path | None = None, **env: str) -> subprocess.Popen:
+    """`egom2p ARGS` as a process of its own, or under torchrun with so many processes and further `launcher` options.
+    prefix: a command to start it with, such as `ip netns exec NAME`. Its output goes to the file `output`, or a pipe."""
+    where = [] if "--nnodes" in launcher else ["--standalone"]
+    torchrun_args = ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(torchrun), *launcher] if torchrun else []
+    command = [*prefix, sys.executable, *torchrun_args, "-m", "egom2p", *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=output.open("w") if output else subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10", **env})
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from egom2p.data.batch import MaskedSample, PackedBatch, pack
 from egom2p.data.masking import MaskArgs, Masker
 from egom2p.data.order import MixtureOrder, PassOrder
-from egom2p.data.tokens import DamagedClip, TokenDataset
+from egom2p.data.remote import ShardCache
+from egom2p.data.tokens import DEFAULT_CACHE, DamagedClip, TokenDataset
 from egom2p.errors import UserError
 from egom2p.modalities import ModalitySet
 
@@ -41,13 +42,21 @@ class DatasetArgs:
 @dataclass(frozen=True)
 class DataArgs:
     """root: folder of the token shards. workers: loader processes a rank (0 = in the training process).
-    shuffle_shards: shards whose clips are mixed together. max_damaged: share of unreadable clips that ends the run."""
+    shuffle_shards: shards whose clips are mixed together. max_damaged: share of unreadable clips that ends the run.
+    root and a data set's path may be URLs (s3://, hf://, https://, pipe:); their shards are kept in the folder `cache`, at
+    most cache_gb of them, and a fetch that fails is tried again for up to retry_s seconds."""
 
     root: str
     datasets: dict[str, DatasetArgs]
     workers: int = 0
     shuffle_shards: int = 16
     max_damaged: float = 0.01
+    cache: str = ""
+    cache_gb: float = 50.0
+    retry_s: float = 300.0
+
+    def shard_cache(self) -> ShardCache:
+        return ShardCache(Path(self.cache) if self.cache else DEFAULT_CACHE, self.cache_gb * 1e9, self.retry_s)
 
 
 @dataclass
@@ -74,13 +83,15 @@ class TokenStream:
                 raise UserError(f"data set '{name}' names an unknown modality '{sorted(unknown)[0]}'")
         if not args.datasets or not sum(d.weight for d in args.datasets.values()) > 0:
             raise UserError("data.datasets needs at least one data set with a weight above 0")
-        self.datasets = [TokenDataset.open(Path(args.root), name, entry.path, modalities, entry.modalities)
+        self.cache = args.shard_cache()
+        self.datasets = [TokenDataset.open(args.root, name, entry.path, modalities, entry.modalities, self.cache)
                          for name, entry in args.datasets.items()]
         self.mixture = MixtureOrder([d.weight for d in args.datasets.values()], seed)
         self.passes = [PassOrder(d.shard_sizes, args.shuffle_shards, seed, salt) for salt, d in enumerate(self.datasets)]
         self.maskers = [Masker(masking, _with_input_only(modalities, entry.input_only), seed, redraw)
                         for entry in args.datasets.values()]
 
+        self.windows = [-1] * len(self.datasets)
         self.present = [d.present() for d in self.datasets]
         self.num_tokens = np.array([m.num_tokens for m in modalities])
 
@@ -102,9 +113,20 @@ class TokenStream:
 
     def sample(self, number: int, group: int = 0) -> MaskedSample:
         """Raises DamagedClip."""
-        dataset, element = self.locate(number)
-        tokens = self.datasets[dataset].read(element).tokens
+        dataset, draw = self.mixture.locate(number)
+        self._read_ahead(dataset, draw)
+        tokens = self.datasets[dataset].read(self.passes[dataset].element(draw)).tokens
         return MaskedSample(number, *self.maskers[dataset].mask(tokens, number), group)
+
+
+    def _read_ahead(self, dataset: int, draw: int) -> None:
+        """When a window of shards begins, fetch the remote ones of the next."""
+        if self.datasets[dataset].is_remote:
+            window, following = self.passes[dataset].window(draw)
+            if window > self.windows[dataset]:
+                self.windows[dataset] = window
+                for shard in following:
+                    self.cache.ahead(self.datasets[dataset].shard_files(shard))
 
 
 class FixedSet:

@@ -83,6 +83,16 @@ class PassOrder:
         within = position - (ends[window - 1] if window else 0)
         return int(self._window(number, window)[within])
 
+    def window(self, draw: int) -> tuple[int, list[int]]:
+        """Number of the window (over all passes) that a draw falls into, and the shards of the one after it."""
+        number, position = divmod(draw, self.size)
+        order, ends = self._windows(number)
+        window = int(np.searchsorted(ends, position, side="right"))
+        following = order[(window + 1) * self.window_shards : (window + 2) * self.window_shards]
+        if not len(following):
+            following = self._windows(number + 1)[0][: self.window_shards]
+        return number * len(ends) + window, following.tolist()
+
     @lru_cache(maxsize=4)  # noqa: B019
     def _windows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Shard order of a pass, and the number of clips up to the end of each window."""

@@ -68,13 +68,14 @@ def index_tars(paths: list[Path]) -> list[TarEntry]:
             record = _scan(path)
             stored[path.parent][path.name] = record
             stale.add(path.parent)
-        entries.append(_to_entry(path, record))
+        entries.append(to_entry(path, record))
     for folder in stale:
         _write_index(folder, stored[folder])
     return entries
 
 
-def _to_entry(path: Path, record: dict) -> TarEntry:
+def to_entry(path: Path, record: dict) -> TarEntry:
+    """An index record as a TarEntry."""
     suffixes = record["suffixes"]
     if isinstance(suffixes, str):
         suffixes = [suffixes] * len(record["keys"])
@@ -126,10 +127,27 @@ def _missing_end(tar: tarfile.TarFile, size: int) -> str:
     return "ends without the closing zero blocks, so files may be missing" if tar.offset + tarfile.BLOCKSIZE > size else ""
 
 
+def parse_index(index: dict) -> dict[str, dict]:
+    """{shard name: record} of an index file's JSON; {} when it is of another version or malformed."""
+    shards = index.get("shards") if isinstance(index, dict) and index.get("version") == VERSION else None
+    return {name: r for name, r in shards.items() if _is_record(r)} if isinstance(shards, dict) else {}
+
+
+def _is_record(record: object) -> bool:
+    """Whether an index record can be trusted not to fail later: lists of equal lengths, numbers inside the file."""
+    if not isinstance(record, dict) or record.keys() != {"size", "mtime_ns", "keys", "suffixes", "offsets", "sizes", "damage"}:
+        return False
+    keys, suffixes, offsets, sizes = (record[k] for k in ("keys", "suffixes", "offsets", "sizes"))
+    return (all(isinstance(x, list) and len(x) == len(keys) for x in (keys, offsets, sizes))
+            and (isinstance(suffixes, str) or (isinstance(suffixes, list) and len(suffixes) == len(keys)))
+            and isinstance(record["size"], int) and isinstance(record["mtime_ns"], int) and isinstance(record["damage"], str)
+            and all(type(o) is int and type(n) is int and 0 <= o <= o + n <= record["size"] for o, n in zip(offsets, sizes, strict=True))
+            and all(isinstance(k, str) for k in keys) and (isinstance(suffixes, str) or all(isinstance(x, str) for x in suffixes)))
+
+
 def _read_index(folder: Path) -> dict[str, dict]:
     try:
-        index = json.loads((folder / INDEX_FILE).read_text())
-        return index["shards"] if index.get("version") == VERSION else {}
+        return parse_index(json.loads((folder / INDEX_FILE).read_text()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
 

@@ -12,12 +12,14 @@ import logging
 import os
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from egom2p.data.clips import expand_pattern
+from egom2p.data.remote import RemoteShard, ShardCache, index_remote, is_remote, list_shards
 from egom2p.data.tarindex import TarEntry, index_tars
 from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalitySet
@@ -25,6 +27,7 @@ from egom2p.modalities import Modality, ModalitySet
 log = logging.getLogger(__name__)
 
 MAX_HEADER = 4096
+DEFAULT_CACHE = Path.home() / ".cache/egom2p/shards"
 
 
 class DamagedClip(Exception):
@@ -46,9 +49,9 @@ class TokenDataset:
     shard_sizes (S,): clips a shard. Reading is by position in the file; nothing is unpacked ahead.
     """
 
-    def __init__(self, name: str, files: dict[int, list[Path]], modalities: ModalitySet) -> None:
+    def __init__(self, name: str, files: dict[int, list[Path | RemoteShard]], modalities: ModalitySet) -> None:
         self.name, self.modalities = name, modalities
-        self.paths: list[Path] = []
+        self.paths: list[Path | RemoteShard] = []
         self.damages: list[tuple[Path, str]] = []
         shards: dict[str, dict[int, dict[str, tuple[int, int, int]]]] = {}
         for index, paths in files.items():
@@ -56,20 +59,23 @@ class TokenDataset:
                 members = self._members(entry)
                 known = shards.setdefault(shard, {}).setdefault(index, {})
                 known.update(members)
+        self.is_remote = any(isinstance(p, RemoteShard) for p in self.paths)
         self._build(shards)
 
     @classmethod
-    def open(cls, root: Path, name: str, pattern: str, modalities: ModalitySet, only: tuple[str, ...] = ()) -> "TokenDataset":
-        """The data set `name` under `root`; `pattern` overrides the default `[MODALITIES]/NAME`."""
-        files: dict[int, list[Path]] = {}
+    def open(cls, root: Path | str, name: str, pattern: str, modalities: ModalitySet, only: tuple[str, ...] = (),
+             cache: ShardCache | None = None) -> "TokenDataset":
+        """The data set `name` under `root`; `pattern` overrides the default `[MODALITIES]/NAME`. Either may be a URL, whose
+        shards then pass through `cache`."""
+        files: dict[int, list[Path | RemoteShard]] = {}
         for index, modality in enumerate(modalities):
             if not only or modality.name in only:
-                paths = _modality_files(root, name, pattern, modality, modalities)
+                paths = _modality_files(str(root), name, pattern, modality, modalities, cache)
                 if paths:
                     files[index] = paths
         if not files:
-            where = root / (pattern or f"{{{','.join(modalities.names)}}}/{name}")
-            raise UserError(f"data set '{name}': no token shard at {where}; write some with `egom2p tokenizer encode` or "
+            where = pattern or f"{{{','.join(modalities.names)}}}/{name}"
+            raise UserError(f"data set '{name}': no token shard at {root}/{where}; write some with `egom2p tokenizer encode` or "
                             "`egom2p shards random`, or correct data.root")
         return cls(name, files, modalities)
 
@@ -91,7 +97,7 @@ class TokenDataset:
             try:
                 data = read_at(path, int(self._offset[index, element]), int(self._size[index, element]))
                 tokens[int(index)] = decode_tokens(data, self.modalities[index])
-            except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError, zipfile.BadZipFile, zlib.error) as error:
                 raise DamagedClip(f"{path}: key {self.keys[element]}: {error}") from error
         return TokenSample(self.keys[element], self.name, tokens)
 
@@ -99,10 +105,17 @@ class TokenDataset:
         """(M, N) bool: which modality each clip has."""
         return self._file >= 0
 
-    def _entries(self, paths: list[Path]) -> list[tuple[str, TarEntry]]:
-        tars = [p for p in paths if p.suffix == ".tar"]
-        loose = [p for p in paths if p.suffix != ".tar"]
-        entries = [(e.path.name, e) for e in index_tars(tars)]
+    def shard_files(self, shard: int) -> list[RemoteShard]:
+        """The remote files of one shard, of all modalities."""
+        start = int(self.shard_sizes[:shard].sum())
+        used = np.unique(self._file[:, start : start + int(self.shard_sizes[shard])])
+        return [self.paths[f] for f in used if f >= 0 and isinstance(self.paths[f], RemoteShard)]
+
+    def _entries(self, paths: list[Path | RemoteShard]) -> list[tuple[str, TarEntry]]:
+        remote = [p for p in paths if isinstance(p, RemoteShard)]
+        tars = [p for p in paths if isinstance(p, Path) and p.suffix == ".tar"]
+        loose = [p for p in paths if isinstance(p, Path) and p.suffix != ".tar"]
+        entries = [(e.path.name, e) for e in [*index_tars(tars), *index_remote(remote)]]
         for path in loose:
             size = path.stat().st_size
             entries.append(("", TarEntry(path, size, 0, [path.name.partition(".")[0]], [path.suffix[1:]],
@@ -190,12 +203,12 @@ def _parse_npz(data: bytes) -> np.ndarray:
         return archive["arr_0"]
 
 
-_FILES: dict[Path, int] = {}
+_FILES: dict[Path | RemoteShard, int] = {}
 _FILES_PID = [os.getpid()]
 MAX_OPEN = 256
 
 
-def read_at(path: Path, offset: int, size: int) -> bytes:
+def read_at(path: Path | RemoteShard, offset: int, size: int) -> bytes:
     """Bytes of an open file; descriptors are kept, at most MAX_OPEN, and never shared across a fork."""
     if _FILES_PID[0] != os.getpid():
         _FILES.clear()
@@ -204,28 +217,37 @@ def read_at(path: Path, offset: int, size: int) -> bytes:
     if descriptor is None:
         while len(_FILES) >= MAX_OPEN:
             os.close(_FILES.pop(next(iter(_FILES))))
-        descriptor = _FILES[path] = os.open(path, os.O_RDONLY)
+        descriptor = _FILES[path] = os.open(path if isinstance(path, Path) else path.local(), os.O_RDONLY)
     data = os.pread(descriptor, size, offset)
     if len(data) < size:
         raise EOFError(f"file ends {size - len(data)} bytes early; it changed since it was indexed")
     return data
 
 
-def _modality_files(root: Path, name: str, pattern: str, modality: Modality, modalities: ModalitySet) -> list[Path]:
+def _modality_files(root: str, name: str, pattern: str, modality: Modality, modalities: ModalitySet,
+                    cache: ShardCache | None) -> list[Path | RemoteShard]:
     """Shards (or loose files) of one modality, sorted."""
     pattern = pattern or f"[{','.join(modalities.names)}]/{name}"
     chosen = re.sub(r"\[([^\[\]]*)\]", lambda m: modality.name if modality.name in m[1].split(",") else "\0", pattern)
     if "\0" in chosen:
         return []
-    paths: list[Path] = []
+    paths: list[Path | RemoteShard] = []
     for text in expand_pattern(chosen):
-        path = root / text
-        if path.is_dir():
-            paths += sorted(path.glob("*.tar")) or sorted([*path.glob("*.npz"), *path.glob("*.npy")])
-        elif any(c in text for c in "*?"):
-            paths += sorted(root.glob(text))
-        elif path.is_file():
-            paths.append(path)
+        if is_remote(text) or is_remote(root):
+            url = text if is_remote(text) else f"{root.rstrip('/')}/{text}"
+            found = list_shards(url, cache or ShardCache(DEFAULT_CACHE, 50e9, 60.0))
         else:
-            log.warning("data set '%s': %s does not exist; clips of that shard lack '%s'", name, path, modality.name)
+            found = _local_files(Path(root), text)
+        if not found and text.endswith((".tar", ".npz", ".npy")) and not any(c in text for c in "*?"):
+            log.warning("data set '%s': %s does not exist; clips of that shard lack '%s'", name, text, modality.name)
+        paths += found
     return paths
+
+
+def _local_files(root: Path, text: str) -> list[Path]:
+    path = root / text
+    if path.is_dir():
+        return sorted(path.glob("*.tar")) or sorted([*path.glob("*.npz"), *path.glob("*.npy")])
+    if any(c in text for c in "*?"):
+        return sorted(root.glob(text))
+    return [path] if path.is_file() else []

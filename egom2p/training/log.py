@@ -56,7 +56,7 @@ class MetricsLog:
         self.lines.append(json.dumps({k: v if math.isfinite(v) else None for k, v in figures.items()}) + "\n")
         self._flush()
         if "loss" in figures:
-            self.bar.set_postfix_str(progress_text(figures))
+            self.bar.set_postfix_str(progress_text(figures), refresh=False)
         if self.wandb:
             self.wandb.log({k: v for k, v in figures.items() if k != "step"}, step=int(figures["step"]))
 

@@ -172,8 +172,8 @@ class PretrainTask:
         args = self.config.eval
         if not args.datasets:
             raise UserError("eval.every is set but eval.datasets names no held-out data set; name some, or set eval.every=0")
-        root = Path(args.root or self.config.data.root)
-        sets = [TokenDataset.open(root, name, "", self.modalities) for name in args.datasets]
+        root = args.root or self.config.data.root
+        sets = [TokenDataset.open(root, name, "", self.modalities, (), self.stream.cache) for name in args.datasets]
         return FixedSet(sets, self.modalities, self.config.masking, args.samples)
 
 

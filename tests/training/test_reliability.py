@@ -70,8 +70,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(debug_tokens, reference, tm
     output = process.communicate(timeout=90)[0]
     assert "stopped as asked after step" in output, output[-3000:]
     assert Checkpoints(run, CheckpointArgs()).newest_whole() is not None
-    process = start_cli(*arguments(debug_tokens, run), torchrun=2)
-    assert process.wait(timeout=200) == 0
+    _torchrun(debug_tokens, run, 2)
     for ours, theirs in zip(curve(run), curve(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4)
 

@@ -1,0 +1,236 @@
+"""Token shards that live elsewhere: `s3://`, `hf://`, `https://` (anything fsspec opens) and `pipe:COMMAND`.
+
+A shard is fetched whole into a bounded local cache and then read at random like a local one. The data order moves through
+windows of shards (design invariant 1), so the shards of the next window are fetched ahead while this one is used. A
+fetch that fails is tried again with longer and longer pauses; one that ends early is noticed by its size.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.utils import stringify_path
+
+from egom2p.data.tarindex import INDEX_FILE, TarEntry, index_tars, parse_index, to_entry
+from egom2p.errors import UserError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+CHUNK = 1 << 20
+READERS = 4
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
+
+
+def is_remote(text: str | os.PathLike) -> bool:
+    """Whether a path names something that is not on this machine's file systems."""
+    return bool(re.match(r"(pipe:|[a-z][a-z0-9+.-]*://)", str(text)))
+
+
+@dataclass(frozen=True)
+class RemoteShard:
+    """One shard elsewhere. size: its bytes when the listing tells, else -1."""
+
+    url: str
+    size: int
+    cache: "ShardCache"
+
+    @property
+    def name(self) -> str:
+        return re.split(r"[/\s]", self.url.rstrip())[-1]
+
+    def local(self) -> Path:
+        """Its copy in the cache, fetched if need be. Raises OSError when it cannot be had."""
+        return self.cache.fetch(self)
+
+    def __str__(self) -> str:
+        return self.url
+
+
+class ShardCache:
+    """Whole shards in `folder`, at most `limit` bytes of them; the least recently used go first.
+
+    Several processes may share it: a shard is fetched by one of them, aside, and renamed.
+    """
+
+    def __init__(self, folder: Path, limit: float, retry_s: float) -> None:
+        self.folder, self.limit, self.retry_s = folder, limit, retry_s
+        self._ahead: tuple[int, ThreadPoolExecutor] | None = None
+
+    def path(self, url: str) -> Path:
+        return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}-{re.split(r'[/ ]', url)[-1][-80:]}"
+
+    def fetch(self, shard: RemoteShard) -> Path:
+        path = self.path(shard.url)
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _lock(path.with_name(f".{path.name}.lock")):
+                if not path.exists():
+                    retry(lambda: self._download(shard, path), shard.url, self.retry_s)
+                    self._make_room(path)
+        with suppress(OSError):
+            os.utime(path)
+        return path
+
+    def ahead(self, shards: Iterable[RemoteShard]) -> None:
+        """Fetch in the background what will be read soon; failures show when it is read."""
+        if self._ahead is None or self._ahead[0] != os.getpid():
+            self._ahead = (os.getpid(), ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead"))
+        for shard in shards:
+            if not self.path(shard.url).exists():
+                self._ahead[1].submit(self._quietly, shard)
+
+    def _quietly(self, shard: RemoteShard) -> None:
+        with suppress(OSError):
+            self.fetch(shard)
+
+    def _download(self, shard: RemoteShard, path: Path) -> None:
+        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with _open(shard.url) as source, aside.open("wb") as target:
+                while data := source.read(CHUNK):
+                    target.write(data)
+            if shard.size >= 0 and aside.stat().st_size != shard.size:
+                raise EOFError(f"{aside.stat().st_size} of {shard.size} bytes came")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _make_room(self, keep: Path) -> None:
+        files = []
+        for entry in os.scandir(self.folder):
+            with suppress(OSError):
+                if entry.is_file() and not entry.name.startswith("."):
+                    files.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.limit:
+                return
+            if path != keep:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def list_shards(url: str, cache: ShardCache) -> list[RemoteShard]:
+    """The tars that a URL names: one tar, a glob, or a folder; [] when there is none."""
+    if url.startswith("pipe:"):
+        return [RemoteShard(url, -1, cache)]
+
+    def ask() -> list[tuple[str, int]]:
+        fs, path = filesystem(url)
+        if any(c in path for c in "*?"):
+            return [(p, info.get("size", -1)) for p, info in sorted(fs.glob(path, detail=True).items())]
+        if path.endswith(".tar"):
+            return [(path, fs.info(path).get("size", -1))] if fs.exists(path) else []
+        rows = fs.ls(path.rstrip("/"), detail=True) if fs.exists(path) else []
+        return sorted((row["name"], row.get("size", -1)) for row in rows if row["name"].endswith(".tar"))
+
+    found = retry(ask, url, cache.retry_s)
+    fs, _ = filesystem(url)
+    return [RemoteShard(fs.unstrip_protocol(path), -1 if size is None else size, cache) for path, size in found]
+
+
+def index_remote(shards: list[RemoteShard]) -> list[TarEntry]:
+    """Members of each shard: from the `index.json` beside it when that fits its size, else by fetching the shard."""
+    stored: dict[str, dict[str, dict]] = {}
+    entries = []
+    for shard in shards:
+        folder = "" if shard.url.startswith("pipe:") else shard.url.rpartition("/")[0]
+        if folder not in stored:
+            stored[folder] = _remote_index(folder, shard.cache) if folder else {}
+        record = stored[folder].get(shard.name)
+        if record is not None and record["size"] == shard.size:
+            entries.append(to_entry(shard, record))
+        else:
+            fetched = index_tars([shard.local()])[0]
+            entries.append(TarEntry(shard, *list(vars(fetched).values())[1:]))
+    return entries
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system and the path in it; one of its own for each process, since connections do not survive a fork."""
+    key = (os.getpid(), url.partition("://")[0])
+    try:
+        if key not in _FILESYSTEMS:
+            _FILESYSTEMS[key] = fsspec.filesystem(key[1], skip_instance_cache=True)
+        return _FILESYSTEMS[key], _FILESYSTEMS[key]._strip_protocol(stringify_path(url))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error}; `pip install 'egom2p[remote]'` brings s3fs and aiohttp") from error
+
+
+_FILESYSTEMS: dict[tuple[int, str], Any] = {}
+
+
+def retry(action: Callable[[], T], what: str, patience_s: float) -> T:
+    """`action()`, again after each passing failure, with pauses that double from 0.1 s to 30 s (and a random part)."""
+    started, pause = time.monotonic(), 0.1
+    while True:
+        try:
+            return action()
+        except PERMANENT:
+            raise
+        except (OSError, EOFError, TimeoutError, *_client_errors()) as error:
+            left = patience_s - (time.monotonic() - started)
+            if left <= 0:
+                raise OSError(f"{what} could not be had in {patience_s:g} s ({' '.join(str(error).split())[:200]})") from error
+            log.info("%s: %s; trying again", what, " ".join(str(error).split())[:200])
+        time.sleep(min(pause * random.uniform(0.5, 1.5), left))
+        pause = min(2 * pause, 30.0)
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Exceptions of the HTTP clients that are installed."""
+    found: list[type[Exception]] = []
+    with suppress(ImportError):
+        from aiohttp import ClientError
+
+        found.append(ClientError)
+    with suppress(ImportError):
+        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import ClientError as S3Error
+
+        found += [BotoCoreError, S3Error]
+    return tuple(found)
+
+
+def _remote_index(folder: str, cache: ShardCache) -> dict[str, dict]:
+    def ask() -> dict[str, dict]:
+        fs, path = filesystem(f"{folder}/{INDEX_FILE}")
+        return parse_index(json.loads(fs.cat_file(path))) if fs.exists(path) else {}
+
+    try:
+        return retry(ask, f"{folder}/{INDEX_FILE}", cache.retry_s)
+    except ValueError:
+        return {}
+
+
+@contextmanager
+def _open(url: str):
+    if url.startswith("pipe:"):
+        from webdataset.gopen import gopen
+
+        with gopen(url) as stream:
+            yield stream
+    else:
+        fs, path = filesystem(url)
+        with fs.open(path, "rb", block_size=8 * CHUNK) as stream:
+            yield stream
+
+
+@contextmanager
+def _lock(path: Path):
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,69 @@
+"""Run `egom2p train` again and again, killing it at random moments (SIGKILL), until it has been killed so often and is done.
+
+    python -m tests.training.kill_harness CONFIG KILLS SEED key=value ...
+
+Every life is a fork of a process that has imported everything, so that 50 lives take a minute and not ten; the code it
+runs is the command's own. After each kill `checkpoints/latest` must name a checkpoint that loads. Prints one JSON object:
+kills, lives, and the moments (what was half-written) that were hit.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import egom2p.training.tasks  # noqa: F401 - imported before forking
+from egom2p.cli import main
+
+
+def check_latest(run: Path) -> None:
+    """`latest` names a whole checkpoint, or there is none yet."""
+    latest = run / "checkpoints/latest"
+    if not latest.is_symlink():
+        return
+    state = json.loads((latest / "state.json").read_text())
+    for name, digest in state["files"].items():
+        assert hashlib.sha256((latest / name).read_bytes()).hexdigest() == digest, f"{latest.resolve()}/{name}"
+
+
+def live(arguments: list[str], seconds: float) -> bool:
+    """One life, killed after `seconds`; True when it was over before that."""
+    pid = os.fork()
+    if pid == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        code = main(arguments)
+        os._exit(code)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert status == 0, f"the command failed by itself: {status}"
+            return True
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return False
+
+
+def run(config: str, kills: int, seed: int, overrides: list[str]) -> dict:
+    rng, moments, lives, killed = random.Random(seed), Counter(), 0, 0
+    folder = Path(next(o.partition("=")[2] for o in overrides if o.startswith("run.dir=")))
+    while True:
+        patience = rng.uniform(0.05, 1.6) if killed < kills else 1e9
+        lives += 1
+        if live(["train", config, *overrides, f"data.workers={rng.choice([0, 0, 1])}"], patience):
+            return {"kills": killed, "lives": lives, "moments": dict(moments)}
+        killed += 1
+        parts = [p.name.split("_")[0] for p in (folder / "checkpoints").glob(".*.part")] if (folder / "checkpoints").exists() else []
+        moments["inside a save" if parts else "elsewhere"] += 1
+        check_latest(folder)
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])))

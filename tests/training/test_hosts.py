@@ -1,0 +1,76 @@
+"""Two hosts on one machine: network namespaces with their own addresses, and a cable that is pulled in mid-step."""
+
+import subprocess
+import time
+
+import pytest
+
+from egom2p.training.log import read_metrics
+from tests.conftest import start_cli
+from tests.training.test_reliability import arguments, forget_after, wait_for
+from tests.training.test_training import curve, train
+
+HOSTS = {"egoa": "10.77.0.1", "egob": "10.77.0.2"}
+
+
+def ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def cable():
+    """Two namespaces joined by a pair of virtual cards, or a skip that says why there are none."""
+    try:
+        for name in HOSTS:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            ip("netns", "add", name)
+        ip("link", "add", "egoa0", "netns", "egoa", "type", "veth", "peer", "name", "egob0", "netns", "egob")
+        for name, address in HOSTS.items():
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{name}0")
+            ip("-n", name, "link", "set", f"{name}0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here: {getattr(error, 'stderr', error)}")
+    yield lambda state: ip("-n", "egob", "link", "set", "egob0", state)
+    for name in HOSTS:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def start(root, run, port: int) -> list[subprocess.Popen]:
+    """One torchrun on each host, meeting at the first."""
+    return [start_cli(*arguments(root, run, "train.steps=400", "train.timeout_s=8", "train.first_timeout_s=60", "checkpoint.every=10", "checkpoint.keep_last=99"), torchrun=1,
+                      launcher=("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", f"{HOSTS['egoa']}:{port}", "--local-addr", address, "--rdzv-conf", f"is_host={str(name == 'egoa').lower()}"),
+                      prefix=("ip", "netns", "exec", name), GLOO_SOCKET_IFNAME=f"{name}0") for name, address in HOSTS.items()]
+
+
+@pytest.mark.slow
+def test_a_host_cut_off_is_named_and_the_run_resumes(debug_tokens, tmp_path, cable):
+    run = tmp_path / "run"
+    hosts = start(debug_tokens, run, 29511)
+    wait_for(lambda: len(read_metrics(run)) > 30, hosts[0])
+    cable("down")
+    cut = time.time()
+    output = hosts[0].communicate(timeout=60)[0]
+    waited = time.time() - cut
+    assert hosts[0].returncode != 0
+    assert "missing" in output, output[-3000:]
+    assert "rank 1 of 2 is missing" in output or "rank 0 is missing" in output, output[-3000:]
+    assert waited < 8 + 10 + 20, f"ended {waited:.0f} s after the cable was pulled"
+    workers = subprocess.run(["pgrep", "-P", str(hosts[1].pid)], capture_output=True, text=True).stdout.split()
+    deadline = time.time() + 40
+    while workers and time.time() < deadline:
+        time.sleep(0.5)
+        workers = subprocess.run(["pgrep", "-P", str(hosts[1].pid)], capture_output=True, text=True).stdout.split()
+    assert not workers, "the cut-off host's training process hangs"
+    hosts[1].kill()
+    print(f"ended {waited:.1f} s after the cable was pulled: {[line for line in output.splitlines() if 'missing' in line][:1]}")
+
+    cable("up")
+    hosts = start(debug_tokens, run, 29512)
+    for host in hosts:
+        output = host.communicate(timeout=200)[0]
+        assert host.returncode == 0, output[-3000:]
+    train(debug_tokens, tmp_path / "whole", "train.steps=400", "checkpoint.every=10", "checkpoint.keep_last=99")
+    for ours, theirs in zip(curve(run), curve(tmp_path / "whole"), strict=True):
+        assert ours == pytest.approx(theirs, rel=5e-3), ours["step"]
+    forget_after(run, 0)
