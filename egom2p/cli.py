@@ -192,10 +192,11 @@ def _shards_check(args) -> int:
     from egom2p.data.shardtools import check
 
     problems, files = check(args.pattern, _modalities_of(args.config))
+    damages = [p for p in problems if not p.get("note")]
     for p in problems:
-        print(f"{p['file']}{': ' + p['key'] if p['key'] else ''}: {p['problem']}")
-    print(f"{files} token files read, {len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'}")
-    return 1 if problems else 0
+        print(f"{'note' if p.get('note') else 'damage'}\t{p['file']}{': ' + p['key'] if p['key'] else ''}: {p['problem']}")
+    print(f"{files} token files read, {len(damages) or 'no'} problem{'' if len(damages) == 1 else 's'}")
+    return 1 if damages else 0
 
 
 def _shards_stats(args) -> None:

@@ -45,7 +45,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise UserError(f"no configuration file {path}{_nearest_file(path)}")
     try:
         tree = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, OSError) as error:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path}: expected a mapping of keys to values at the top level")

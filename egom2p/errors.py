@@ -4,6 +4,9 @@
 class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the fix; the CLI prints it and exits 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
 
 class Preempted(Exception):
     """The run was asked to stop, saved a checkpoint and can go on from it. The CLI exits with EXIT_CODE."""

@@ -19,9 +19,9 @@ SHARD_CLIPS = 1000
 
 
 def check(pattern: str, modalities: ModalitySet | None = None) -> tuple[list[dict], int]:
-    """Read every token file that `pattern` names. Returns the problems ({file, key, problem}) and the files read.
+    """Read every token file that `pattern` names. Returns the problems ({file, key, problem, note}) and the files read.
 
-    Looks for damaged or empty tars, files that are not plain integer arrays, shapes that differ within a
+    A note is no damage: a clip may lack a modality. Looks for damaged or empty tars, files that are not plain integer arrays, shapes that differ within a
     folder, ids outside the vocabulary (when `modalities` are given), keys held twice, and shards or keys
     that one modality has and another lacks.
     """
@@ -147,6 +147,12 @@ def _pairing_problems(keys: dict) -> list[dict]:
     for (folder, dataset, shard), held in sorted(keys.items()):
         for absent in sorted(by_set[folder, dataset] - held.keys()):
             problems.append({"file": f"{folder}/{absent}/{dataset}/{shard}", "key": "", "problem": "whole shard missing for this modality"})
+        everything = set().union(*held.values())
+        for name, own in sorted(held.items()):
+            lacking = sorted(everything - own)
+            if lacking:
+                problems.append({"file": f"{folder}/{name}/{dataset}/{shard}", "key": lacking[0], "note": True,
+                                 "problem": f"absent here while other modalities hold it{f' (and {len(lacking) - 1} more)' if len(lacking) > 1 else ''}"})
     return problems
 
 

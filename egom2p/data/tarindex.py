@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
 VERSION = 1
+_NOTHING: dict = {"size": 0, "mtime_ns": 0, "keys": [], "suffixes": [], "offsets": [], "sizes": []}
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,20 @@ def index_tars(paths: list[Path]) -> list[TarEntry]:
     stored = {folder: _read_index(folder) for folder in {p.parent for p in paths}}
     entries, stale = [], set()
     for path in paths:
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError as error:
+            log.warning("%s: cannot be read (%s); its clips lack this modality", path, error.strerror)
+            entries.append(to_entry(path, {**_NOTHING, "damage": f"cannot be read ({error.strerror})"}))
+            continue
         record = stored[path.parent].get(path.name)
         if not record or (record["size"], record["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
             record = _scan(path)
             stored[path.parent][path.name] = record
             stale.add(path.parent)
         entries.append(to_entry(path, record))
+        if record["damage"]:
+            log.warning("%s: %s; the %d files before that are used", path, record["damage"], len(record["keys"]))
     for folder in stale:
         _write_index(folder, stored[folder])
     return entries
@@ -107,8 +115,6 @@ def _scan(path: Path) -> dict:
         damage = _describe(error, stat.st_size, len(keys))
     if len(set(zip(keys, suffixes, strict=True))) < len(keys):
         damage = damage or "holds a key twice"
-    if damage:
-        log.warning("%s: %s; the %d files before that are used", path, damage, len(keys))
     compact = suffixes[0] if suffixes and len(set(suffixes)) == 1 else suffixes
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "keys": keys, "suffixes": compact,
             "offsets": offsets, "sizes": sizes, "damage": damage}

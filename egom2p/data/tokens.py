@@ -52,6 +52,7 @@ class TokenDataset:
     def __init__(self, name: str, files: dict[int, list[Path | RemoteShard]], modalities: ModalitySet) -> None:
         self.name, self.modalities = name, modalities
         self.paths: list[Path | RemoteShard] = []
+        self.stamps: list[tuple[int, int]] = []
         self.damages: list[tuple[Path, str]] = []
         shards: dict[str, dict[int, dict[str, tuple[int, int, int]]]] = {}
         for index, paths in files.items():
@@ -95,7 +96,7 @@ class TokenDataset:
         for index in np.flatnonzero(self._file[:, element] >= 0):
             path = self.paths[self._file[index, element]]
             try:
-                data = read_at(path, int(self._offset[index, element]), int(self._size[index, element]))
+                data = read_at(path, int(self._offset[index, element]), int(self._size[index, element]), self.stamps[self._file[index, element]])
                 tokens[int(index)] = decode_tokens(data, self.modalities[index])
             except (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError, zipfile.BadZipFile, zlib.error) as error:
                 raise DamagedClip(f"{path}: key {self.keys[element]}: {error}") from error
@@ -126,6 +127,7 @@ class TokenDataset:
         if entry.damage:
             self.damages.append((entry.path, entry.damage))
         self.paths.append(entry.path)
+        self.stamps.append((entry.size, 0 if isinstance(entry.path, RemoteShard) else entry.mtime_ns))
         file = len(self.paths) - 1
         rows = zip(entry.keys, entry.suffixes, entry.offsets.tolist(), entry.sizes.tolist(), strict=True)
         return {key: (file, offset, size) for key, suffix, offset, size in rows if suffix in ("npy", "npz")}
@@ -179,6 +181,8 @@ _HEADERS: dict[bytes, tuple[np.dtype, tuple[int, ...], int]] = {}
 
 def _parse_npy(data: bytes) -> np.ndarray:
     """np.load for the plain case, with the parsed header remembered: shards repeat one header a million times."""
+    if len(data) < 12:
+        raise ValueError("npy header is cut off or absurdly long")
     length = int.from_bytes(data[8:10], "little") + 10 if data[6] == 1 else int.from_bytes(data[8:12], "little") + 12
     if length > min(len(data), MAX_HEADER):
         raise ValueError("npy header is cut off or absurdly long")
@@ -208,8 +212,11 @@ _FILES_PID = [os.getpid()]
 MAX_OPEN = 256
 
 
-def read_at(path: Path | RemoteShard, offset: int, size: int) -> bytes:
-    """Bytes of an open file; descriptors are kept, at most MAX_OPEN, and never shared across a fork."""
+def read_at(path: Path | RemoteShard, offset: int, size: int, stamp: tuple[int, int] = (-1, 0)) -> bytes:
+    """Bytes of an open file; descriptors are kept, at most MAX_OPEN, and never shared across a fork.
+
+    stamp: the file's size and modification time (0 = any) when it was indexed; another one raises OSError.
+    """
     if _FILES_PID[0] != os.getpid():
         _FILES.clear()
         _FILES_PID[0] = os.getpid()
@@ -218,6 +225,10 @@ def read_at(path: Path | RemoteShard, offset: int, size: int) -> bytes:
         while len(_FILES) >= MAX_OPEN:
             os.close(_FILES.pop(next(iter(_FILES))))
         descriptor = _FILES[path] = os.open(path if isinstance(path, Path) else path.local(), os.O_RDONLY)
+    if stamp[0] >= 0:
+        now = os.fstat(descriptor)
+        if now.st_size != stamp[0] or stamp[1] not in (0, now.st_mtime_ns):
+            raise OSError("the file changed since it was indexed")
     data = os.pread(descriptor, size, offset)
     if len(data) < size:
         raise EOFError(f"file ends {size - len(data)} bytes early; it changed since it was indexed")

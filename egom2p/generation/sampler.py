@@ -2,8 +2,8 @@
 
 A target's tokens are decoded in steps. Each step encodes what is visible (the condition and the target's
 tokens so far), predicts some hidden positions, and makes a few of them visible. Guidance adds, in the same
-pack, a second copy of every clip that sees no condition but the same target tokens. Chained targets join
-the condition of those after them.
+pack, further views of every clip that see none or some of the condition, but the same target tokens. Chained
+targets join the condition of those after them.
 """
 
 import hashlib
@@ -61,6 +61,22 @@ def generate(model: EgoM2P, tokens: dict[str, np.ndarray], targets: dict[str, Ta
     return out
 
 
+@torch.no_grad()
+def generate_samples(model: EgoM2P, tokens: dict[str, np.ndarray], targets: dict[str, TargetArgs], samples: int, seed: int = 0,
+                     keys: list[str] | None = None, known: dict[str, np.ndarray] | None = None, codes: dict[str, Tensor] | None = None) -> list[Generated]:
+    """`samples` independent draws for each clip, all in one batch. The first equals `generate`'s."""
+    num_clips = len(next(iter(tokens.values())))
+    keys = keys or [str(i) for i in range(num_clips)]
+
+    def repeat(grids: dict[str, np.ndarray] | None) -> dict[str, np.ndarray] | None:
+        return {n: np.concatenate([np.asarray(g)] * samples) for n, g in grids.items()} if grids else None
+
+    names = [k if i == 0 else f"{k}#{i}" for i in range(samples) for k in keys]
+    made = generate(model, repeat(tokens), targets, seed, names, repeat(known), codes)
+    return [Generated(*({n: v[i * num_clips : (i + 1) * num_clips] for n, v in part.items()} for part in (made.tokens, made.confidence, made.expected)))
+            for i in range(samples)]
+
+
 class _TargetDecoder:
     """Decodes one target for all clips; writes its ids into `state[name]`."""
 
@@ -71,6 +87,7 @@ class _TargetDecoder:
             self.hidden = [rng.permutation(h) for rng, h in zip(rngs, self.hidden, strict=True)]
         self.confidence = np.where(state[name] < 0, 0.0, 1.0)
         self.expected: Tensor | None = None
+        self.contexts: dict[frozenset[str], list[Tensor]] = {}
 
     def run(self, codes: Tensor | None) -> None:
         sizes = [self.args.sizes(len(h)) if len(h) else [] for h in self.hidden]
@@ -82,33 +99,64 @@ class _TargetDecoder:
             if not any(take):
                 break
             asked = [h if self.args.order == "maskgit" else h[:n] for h, n in zip(self.hidden, take, strict=True)]
-            logits = self._logits([np.sort(a) for a in asked]).float()
+            logits = self._logits([np.sort(a) for a in asked])
             self._commit([np.sort(a) for a in asked], take, logits, temperature, codes)
 
     def _logits(self, asked: list[np.ndarray]) -> Tensor:
-        """(sum of asked, vocab), guided."""
-        samples = [self._sample(i, positions, with_condition=True) for i, positions in enumerate(asked)]
-        guided = self.args.guidance != 1.0
-        if guided:
-            samples += [self._sample(i, positions, with_condition=False) for i, positions in enumerate(asked)]
-        batch = pack(samples, len(self.model.modalities)).to(self.model.device)
-        hidden = self.model(batch)
-        logits = self.model.heads[self.name](hidden)
-        if not guided:
-            return logits
-        conditional, unconditional = logits.chunk(2)
-        return unconditional + self.args.guidance * (conditional - unconditional)
+        """(sum of asked, vocab), guided. Every guided and unguided view of every clip goes through in one pack."""
+        views = self._views()
+        hidden = self._reused(views, asked) if self.args.reuse_condition else self._together(views, asked)
+        logits = self.model.heads[self.name](hidden).float().chunk(len(views))
+        weights = [w for _, w in views]
+        return sum(part * w for part, w in zip(logits[1:], weights[1:], strict=True)) + logits[0] * weights[0]
 
-    def _sample(self, clip: int, positions: np.ndarray, with_condition: bool) -> MaskedSample:
-        index = self.model.modalities.index_of(self.name)
+    def _views(self) -> list[tuple[frozenset[str], float]]:
+        """(condition modalities that are visible, weight of those logits) of each view; weights sum to 1."""
+        everything = frozenset(n for n, rows in self.state.items() if n != self.name and (rows >= 0).any())
+        scales = {frozenset([n]): w for n, w in self.args.condition_weights.items()} or {everything: self.args.guidance}
+        for name in self.args.condition_weights:
+            if name not in everything:
+                raise UserError(f"condition_weights names '{name}', which is not given; the condition is {', '.join(sorted(everything)) or 'empty'}")
+        if scales == {everything: 1.0}:
+            return [(everything, 1.0)]
+        return [(frozenset(), 1.0 - sum(scales.values())), *scales.items()]
+
+    def _together(self, views: list[tuple[frozenset[str], float]], asked: list[np.ndarray]) -> Tensor:
+        """Hidden states when each view's condition and the target's tokens so far are encoded together."""
+        samples = [MaskedSample(clip, self._tokens(clip, names | {self.name}), self._queries(positions))
+                   for names, _ in views for clip, positions in enumerate(asked)]
+        return self.model(pack(samples, len(self.model.modalities)).to(self.model.device))
+
+    def _reused(self, views: list[tuple[frozenset[str], float]], asked: list[np.ndarray]) -> Tensor:
+        """Hidden states when conditions are encoded once, and the target's tokens by themselves at every step."""
+        clips = range(len(asked))
+        own = self._context([self._tokens(clip, {self.name}) for clip in clips])
+        contexts = []
+        for names, _ in views:
+            if names not in self.contexts:
+                self.contexts[names] = self._context([self._tokens(clip, names) for clip in clips])
+            contexts += [torch.cat([self.contexts[names][clip], own[clip]]) for clip in clips]
+        none = FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
+        samples = [MaskedSample(clip, none, self._queries(positions)) for _ in views for clip, positions in enumerate(asked)]
+        batch = pack(samples, len(self.model.modalities)).to(self.model.device)
+        return self.model.decode_packed(batch, torch.cat(contexts), np.array([len(c) for c in contexts]))
+
+    def _context(self, tokens: list[FlatTokens]) -> list[Tensor]:
+        """What the decoder looks at for each clip: (tokens of the clip, dim)."""
+        none = FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
+        batch = pack([MaskedSample(i, t, none) for i, t in enumerate(tokens)], len(self.model.modalities)).to(self.model.device)
+        return list(self.model.context_packed(batch).split([len(t) for t in tokens]))
+
+    def _tokens(self, clip: int, names: frozenset[str] | set[str]) -> FlatTokens:
         parts = []
         for m, name in enumerate(self.model.modalities.names):
-            if with_condition or name == self.name:
+            if name in names:
                 shown = np.flatnonzero(self.state[name][clip] >= 0)
                 parts.append((np.full(len(shown), m), shown, self.state[name][clip][shown]))
-        inputs = FlatTokens(*(np.concatenate(p) for p in zip(*parts, strict=True)))
-        asked = FlatTokens(np.full(len(positions), index), positions, np.zeros(len(positions), np.int64))
-        return MaskedSample(clip, inputs, asked)
+        return FlatTokens(*(np.concatenate(p) for p in zip(*parts, strict=True))) if parts else FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
+
+    def _queries(self, positions: np.ndarray) -> FlatTokens:
+        return FlatTokens(np.full(len(positions), self.model.modalities.index_of(self.name)), positions, np.zeros(len(positions), np.int64))
 
     def _commit(self, asked: list[np.ndarray], take: list[int], logits: Tensor, temperature: float, codes: Tensor | None) -> None:
         """Sample ids for the asked positions and keep `take` of each clip."""

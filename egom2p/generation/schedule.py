@@ -13,8 +13,12 @@ class TargetArgs:
     order: roar (random order), maskgit (most confident first, Chang et al. 2022) or raster.
     step_sizes: linear or cosine shares of the tokens a step. temperature 0 = the likeliest id, otherwise it
     starts at `temperature` and stays (constant), falls to 0 (linear) or as 1/step (inverse).
-    guidance: classifier-free scale s, uncond + s * (cond - uncond); 1 = none.
+    guidance: classifier-free scale s, uncond + s * (cond - uncond); 1 = none (Ho and Salimans 2022).
+    condition_weights: {modality: w}, instead of one scale: uncond + sum of w * (cond on that modality alone - uncond), the
+    sum of weighted conditions of 4M (Mizrahi et al. 2023, section 4) after Liu et al. 2022.
     expected: decode the mean code over the predicted distribution instead of the sampled code.
+    reuse_condition: encode the condition once instead of together with the target's tokens at every step. Faster
+    and approximate (the model was trained on both together); see benchmarks/RESULTS.md for what it costs.
     """
 
     steps: int = 1
@@ -26,8 +30,12 @@ class TargetArgs:
     top_k: int = 0
     guidance: float = 1.0
     expected: bool = False
+    condition_weights: dict[str, float] = field(default_factory=dict)
+    reuse_condition: bool = False
 
     def __post_init__(self) -> None:
+        if self.condition_weights and self.guidance != 1.0:
+            raise ValueError("give guidance or condition_weights, not both")
         if self.steps < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError("steps must be at least 1, temperature and top_k at least 0, top_p in (0, 1]")
 

@@ -108,12 +108,19 @@ class EgoM2P(Exportable):
 
         (The loss is reachable from `forward` because DistributedDataParallel only wraps that.)
         """
-        place_E, place_D = self._place(batch.inputs), self._place(batch.targets)
-        context_ED = self.encode_packed(batch, place_E)
-        context_ED = self.context_projection(context_ED) + place_E
-        hidden_D = self._decode(batch, self.mask_token + place_D, context_ED)
-        hidden_D = permute_rows(hidden_D, batch.targets.by_modality, batch.targets.to_pack)
+        hidden_D = self.decode_packed(batch, self.context_packed(batch), batch.inputs.lengths.sum(1))
         return hidden_D if scale is None else self.loss(hidden_D, batch, scale)
+
+    def context_packed(self, batch: PackedBatch) -> Tensor:
+        """What the decoder looks at: (E, dim), projected encoder features of the visible tokens plus their places."""
+        place_E = self._place(batch.inputs)
+        return self.context_projection(self.encode_packed(batch, place_E)) + place_E
+
+    def decode_packed(self, batch: PackedBatch, context_ED: Tensor, context_lengths: np.ndarray) -> Tensor:
+        """Hidden states (D, dim) of the targets sorted by modality, given (E, dim) context of which the samples own
+        `context_lengths` (B,) rows each."""
+        hidden_D = self._decode(batch, self.mask_token + self._place(batch.targets), context_ED, context_lengths)
+        return permute_rows(hidden_D, batch.targets.by_modality, batch.targets.to_pack)
 
     def encode_packed(self, batch: PackedBatch, place_E: Tensor | None = None) -> Tensor:
         """Encoder features (E, dim) of the visible tokens, in pack order."""
@@ -149,6 +156,24 @@ class EgoM2P(Exportable):
         batch = pack(samples, len(self.modalities)).to(self.device)
         logits = self.logits(self(batch), batch.targets.modality_counts)
         return {m.name: rows for m, rows in zip(self.modalities, logits, strict=True) if m.name in tokens}
+
+    @torch.no_grad()
+    def score(self, tokens: dict[str, Tensor], is_input: dict[str, Tensor], is_target: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Log-likelihood (nats) of given tokens under a mask: log p(token | the inputs) of each target on its own.
+
+        tokens {modality: (B, *grid) ids}; is_input and is_target {modality: (B, n) bool} -> {modality: (B, n)}, NaN
+        where a position is no target.
+        """
+        samples = samples_from_grids(self.modalities, tokens, is_input, is_target)
+        batch = pack(samples, len(self.modalities)).to(self.device)
+        _, losses = self(batch, torch.ones(len(batch.targets), dtype=self.mask_token.dtype, device=self.device))
+        out = {}
+        for modality, rows in zip(self.modalities, losses.split(batch.targets.modality_counts), strict=True):
+            if modality.name in is_target:
+                mask = torch.as_tensor(is_target[modality.name], device=self.device).reshape(len(samples), -1)
+                out[modality.name] = rows.new_full(mask.shape, float("nan"))
+                out[modality.name][mask] = -rows
+        return out
 
     @torch.no_grad()
     def encode(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -187,11 +212,11 @@ class EgoM2P(Exportable):
         parts = [e.token(i) for e, i in zip(self.embeddings.values(), ids, strict=True)]
         return permute_rows(torch.cat(parts), tokens.to_pack, tokens.by_modality)
 
-    def _decode(self, batch: PackedBatch, x_DD: Tensor, context_ED: Tensor) -> Tensor:
+    def _decode(self, batch: PackedBatch, x_DD: Tensor, context_ED: Tensor, context_lengths: np.ndarray) -> Tensor:
         by_modality = batch.targets.lengths.reshape(-1)
         by_modality = by_modality[by_modality > 0]
         self_segments = Segments(by_modality, by_modality, x_DD.device)
-        cross_segments = Segments(batch.targets.lengths.sum(1), batch.inputs.lengths.sum(1), x_DD.device)
+        cross_segments = Segments(batch.targets.lengths.sum(1), context_lengths, x_DD.device)
         for block in self.decoder:
             x_DD = self._run(block, x_DD, context_ED, self_segments, cross_segments)
         return self.decoder_norm(x_DD)

@@ -54,7 +54,8 @@ def process_group(first_timeout_s: int) -> Iterator[World]:
     if size == 1:
         yield world
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=first_timeout_s))
+    timeout = timedelta(seconds=first_timeout_s)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_fresh_store(timeout), rank=rank, world_size=size, timeout=timeout)
     heartbeats = _Heartbeats(world)
     try:
         yield world
@@ -68,12 +69,26 @@ def process_group(first_timeout_s: int) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def shorten_timeout(seconds: int) -> None:
-    """From now on a rank that keeps the others waiting so long counts as lost."""
+def _fresh_store(timeout: timedelta) -> dist.Store:
+    """torchrun's key-value store, without what an earlier life of these workers left in it.
+
+    torchrun keeps one store for all its restarts, in which restarted workers may find the dead ones' addresses. On one
+    host the restart's number tells them apart; on several it is not the same everywhere, and torchrun has to be started
+    with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to restart workers reliably.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store
+
+
+def shorten_timeout(seconds: int, *groups: dist.ProcessGroup | None) -> None:
+    """From now on a rank that keeps the others waiting so long counts as lost, in the main group and in `groups`."""
     if dist.is_initialized():
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-        with contextlib.suppress(ValueError):
-            set_timeout(timedelta(seconds=seconds), None)
+        for group in (None, *groups):
+            with contextlib.suppress(ValueError):
+                set_timeout(timedelta(seconds=seconds), group)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

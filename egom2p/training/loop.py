@@ -223,7 +223,7 @@ class Loop:
                 self._leave()
             self.checkpoints.check()
             if first:
-                shorten_timeout(self.config.train.timeout_s)
+                shorten_timeout(self.config.train.timeout_s, stop.group)
                 first = False
         self.checkpoints.wait()
         barrier()

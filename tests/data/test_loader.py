@@ -110,3 +110,18 @@ def test_cost_is_the_number_of_tokens(debug_tokens):
     for number in range(40):
         sample = source.sample(number)
         assert source.cost(number) == len(sample.inputs) + len(sample.targets)
+
+
+def test_sixty_four_nodes_of_four_share_a_global_batch_exactly():
+    """256 ranks: every sample of the global batch goes to one rank, whatever the micro-batch; token counts balance."""
+    rng = np.random.default_rng(0)
+    costs = rng.integers(100, 4000, 4096)
+    for world, micro in ((256, 2), (256, 4), (64, 16), (1, 1024)):
+        for step in (0, 3):
+            dealt = [BatchPlan(1024, micro, 1024, rank, world).deal(step, lambda n: int(costs[n])) for rank in range(world)]
+            numbers = sorted(n for rank in dealt for part in rank for n in part)
+            assert numbers == list(range(step * 1024, (step + 1) * 1024))
+            assert len({len(rank) for rank in dealt}) == 1  # as many micro-batches everywhere
+            loads = np.array([sum(costs[n] for part in rank for n in part) for rank in dealt])
+            in_turn = np.array([costs[BatchPlan(1024, micro, 1024, rank, world).numbers(step)].sum() for rank in range(world)])
+            assert loads.max() <= in_turn.max()

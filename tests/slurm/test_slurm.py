@@ -115,7 +115,6 @@ def wait(condition, seconds: float, what: str, log: Path | None = None) -> None:
 @pytest.mark.parametrize("cause", ["preempted", "time limit"])
 def test_a_job_is_stopped_requeued_and_resumed_exactly(cluster, debug_tokens, tmp_path, monkeypatch, cause):
     """Two processes under torchrun in a SLURM job, stopped by a job of higher priority, or by the signal before the limit."""
-    monkeypatch.setattr(os, "environ", cluster)
     for key, value in cluster.items():
         monkeypatch.setenv(key, value)
     options = [f"data.root={debug_tokens}", "train.threads=1", "train.steps=400", "eval.every=50", "checkpoint.every=0"]
