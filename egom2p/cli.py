@@ -191,12 +191,12 @@ def _add_shards(commands) -> None:
 def _shards_check(args) -> int:
     from egom2p.data.shardtools import check
 
-    problems, files = check(args.pattern, _modalities_of(args.config))
-    damages = [p for p in problems if not p.get("note")]
-    for p in problems:
-        print(f"{'note' if p.get('note') else 'damage'}\t{p['file']}{': ' + p['key'] if p['key'] else ''}: {p['problem']}")
-    print(f"{files} token files read, {len(damages) or 'no'} problem{'' if len(damages) == 1 else 's'}")
-    return 1 if damages else 0
+    found = check(args.pattern, _modalities_of(args.config))
+    for kind, rows in (("damage", found.problems), ("note", found.notes)):
+        for row in rows:
+            print(f"{kind}\t{row['file']}{': ' + row['key'] if row['key'] else ''}: {row['problem']}")
+    print(f"{found.files} token files read, {len(found.problems) or 'no'} problem{'' if len(found.problems) == 1 else 's'}")
+    return 1 if found.problems else 0
 
 
 def _shards_stats(args) -> None:
@@ -254,6 +254,8 @@ def _add_generate(commands) -> None:
     parser.add_argument("--modality", default="", help="what the inputs are (default: the model's first picture modality)")
     parser.add_argument("--recipe", type=Path, help="YAML with recipes by target (cfgs/generate/)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1, help="draws a window; more than one also write their spread")
+    parser.add_argument("--overlap", type=float, default=0.5, help="seconds that neighbouring windows of a long recording share")
     parser.set_defaults(run=_generate)
 
 
@@ -265,7 +267,9 @@ def _generate(args) -> None:
     if not targets:
         raise UserError("say what to predict: --targets cam,depth or a --recipe")
     pipeline = Pipeline.from_pretrained(args.model, _device())
-    for folder in generate_files(pipeline, args.inputs, targets, args.out, args.modality or recipe.input, recipe.targets, args.seed):
+    if args.samples < 1 or not 0 <= args.overlap < 2:
+        raise UserError("--samples must be at least 1 and --overlap from 0 to below 2 seconds")
+    for folder in generate_files(pipeline, args.inputs, targets, args.out, args.modality or recipe.input, recipe.targets, args.seed, args.samples, args.overlap):
         print(folder)
 
 

@@ -180,7 +180,7 @@ def _encode(config: QuickstartConfig, out: Path, folders: dict[str, str]) -> Non
             time.sleep(0.5)
             bar.n = len(list((out / "tokens").glob("*/*/*.tar")))
             bar.refresh()
-    problems, files = check(f"{out}/tokens/*/*/*.tar")
+    problems, files, _ = check(f"{out}/tokens/*/*/*.tar")
     if problems:
         raise UserError(f"{len(problems)} problems in the shards, the first: {problems[0]}")
     print(f"shards check: {files} token files, no problem")

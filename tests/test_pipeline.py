@@ -46,20 +46,24 @@ def test_quickstart_refuses_another_configuration(finished, tmp_path):
 def test_generate_from_a_plain_video(finished, tmp_path):
     out, _, video, _ = finished
     done = run_cli("generate", out / "model", "--inputs", video, "--targets", "cam,gaze,depth,rgb", "--out", tmp_path)
-    folders = sorted(tmp_path.iterdir())
-    assert [f.name for f in folders] == ["walk-0000", "walk-0001"]  # 3 s of video: two windows
-    for folder in folders:
-        assert str(folder) in done.stdout
-        poses = np.load(folder / "cam.npy")
-        assert poses.shape == (60, 4, 4)
-        tum = np.loadtxt(folder / "cam.tum")
-        assert tum.shape == (60, 8)
-        assert np.allclose(np.linalg.norm(tum[:, 4:], axis=1), 1, atol=1e-4)
-        assert np.allclose(tum[:, 1:4], poses[:, :3, 3], atol=1e-5)
-        assert np.load(folder / "gaze.npy").shape == (60, 3)
-        assert np.load(folder / "depth.npy").shape == (16, 24, 24)
-        assert decode_video(folder / "rgb.mp4")[0].shape == (16, 24, 24, 3)
-        assert {"preview.png", "generated.json", "depth.mp4", "cam_tokens.npz"} <= {p.name for p in folder.iterdir()}
+    folder = tmp_path / "walk"  # 3 s of video: windows at 0 and at 1 s, joined
+    assert str(folder) in done.stdout
+    poses = np.load(folder / "cam.npy")
+    assert poses.shape == (90, 4, 4)
+    assert np.allclose(poses[:, :3, :3] @ poses[:, :3, :3].transpose(0, 2, 1), np.eye(3), atol=1e-5)
+    tum = np.loadtxt(folder / "cam.tum")
+    assert tum.shape == (90, 8)
+    assert np.allclose(np.linalg.norm(tum[:, 4:], axis=1), 1, atol=1e-4)
+    assert np.allclose(tum[:, 1:4], poses[:, :3, 3], atol=1e-5)
+    assert np.load(folder / "gaze.npy").shape == (90, 3)
+    assert np.load(folder / "depth.npy").shape == (24, 24, 24)
+    assert decode_video(folder / "rgb.mp4")[0].shape == (24, 24, 24, 3)
+    assert {p.name for p in folder.iterdir()} == {"preview.png", "generated.json", "depth.mp4", "rgb.mp4", "cam.npy", "cam.tum", "gaze.npy", "depth.npy",
+                                                  "cam_tokens.npy", "gaze_tokens.npy", "depth_tokens.npy", "rgb_tokens.npy"}
+    note = json.loads((folder / "generated.json").read_text())
+    assert note["starts_s"] == [0.0, 1.0]
+    assert note["drift"]["cam"]["joins"] == 1
+    assert np.load(folder / "cam_tokens.npy").shape == (2, 30)
 
 
 def test_generate_from_token_files_and_with_a_released_recipe(finished, tmp_path):
@@ -111,9 +115,13 @@ def test_library_use(finished):
     """The README's example."""
     out, _, video, _ = finished
     pipeline = Pipeline.from_pretrained(out / "model")
-    predictions = pipeline(video, targets=["cam", "depth"])
-    assert predictions[0].signals["cam"].shape == (60, 4, 4)
-    assert predictions[1].start == 2.0
+    prediction = pipeline(video, targets=["cam", "depth"], samples=3)
+    assert prediction.signals["cam"].shape == (90, 4, 4)
+    assert prediction.rates == {"cam": 30.0, "depth": 8.0}
+    assert "metres" in prediction.units["cam"]
+    assert prediction.spread["cam"].shape == (90, 1)
+    assert (prediction.spread["depth"] >= 0).all()
+    assert [w.start for w in prediction.windows] == [0.0, 1.0]
     with pytest.raises(UserError, match="no export or checkpoint"):
         EgoM2P.from_pretrained(out / "nothing")
 

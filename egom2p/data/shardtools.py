@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -18,10 +19,18 @@ log = logging.getLogger(__name__)
 SHARD_CLIPS = 1000
 
 
-def check(pattern: str, modalities: ModalitySet | None = None) -> tuple[list[dict], int]:
-    """Read every token file that `pattern` names. Returns the problems ({file, key, problem, note}) and the files read.
+class Checked(NamedTuple):
+    """problems and notes, each {file, key, problem}, and the number of files read. A note is no damage: a clip may lack a modality."""
 
-    A note is no damage: a clip may lack a modality. Looks for damaged or empty tars, files that are not plain integer arrays, shapes that differ within a
+    problems: list[dict]
+    files: int
+    notes: list[dict]
+
+
+def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
+    """Read every token file that `pattern` names.
+
+    Looks for damaged or empty tars, files that are not plain integer arrays, shapes that differ within a
     folder, ids outside the vocabulary (when `modalities` are given), keys held twice, and shards or keys
     that one modality has and another lacks.
     """
@@ -42,7 +51,8 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> tuple[list[dic
                 problems.append({"file": str(entry.path), "key": key, "problem": problem})
         folder, dataset = _place(entry.path)
         keys.setdefault((str(folder), dataset, entry.path.name), {})[_modality_name(entry.path)] = seen
-    return problems + _pairing_problems(keys), files
+    missing, notes = _pairing_problems(keys)
+    return Checked(problems + missing, files, notes)
 
 
 def stats(pattern: str) -> list[dict]:
@@ -138,9 +148,9 @@ def _file_problem(path: Path, offset: int, size: int, modality: Modality | None,
     return ""
 
 
-def _pairing_problems(keys: dict) -> list[dict]:
-    """Shards of one data set and number that exist for some modalities only, and keys only some of them hold."""
-    problems = []
+def _pairing_problems(keys: dict) -> tuple[list[dict], list[dict]]:
+    """Shards of one data set and number that exist for some modalities only; notes on keys only some of them hold."""
+    problems, notes = [], []
     by_set: dict[tuple[str, str], set[str]] = {}
     for (folder, dataset, _), held in keys.items():
         by_set.setdefault((folder, dataset), set()).update(held)
@@ -151,9 +161,9 @@ def _pairing_problems(keys: dict) -> list[dict]:
         for name, own in sorted(held.items()):
             lacking = sorted(everything - own)
             if lacking:
-                problems.append({"file": f"{folder}/{name}/{dataset}/{shard}", "key": lacking[0], "note": True,
-                                 "problem": f"absent here while other modalities hold it{f' (and {len(lacking) - 1} more)' if len(lacking) > 1 else ''}"})
-    return problems
+                notes.append({"file": f"{folder}/{name}/{dataset}/{shard}", "key": lacking[0],
+                              "problem": f"absent here while other modalities hold it{f' (and {len(lacking) - 1} more)' if len(lacking) > 1 else ''}"})
+    return problems, notes
 
 
 def _tars(pattern: str) -> list[Path]:

@@ -4,6 +4,7 @@ decord decodes where it is installed (x86-64); PyAV everywhere else, and always 
 """
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -32,6 +33,47 @@ def decode_video(source: str | Path | bytes) -> tuple[np.ndarray, float]:
     return np.stack(frames), rate
 
 
+def probe_video(path: Path) -> float:
+    """Length in seconds by the container's own account, 0 when it gives none."""
+    try:
+        with av.open(str(path)) as container:
+            return float(container.duration or 0) / av.time_base
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: cannot be decoded as video ({error}); give an mp4, mov or mkv file") from error
+
+
+def stream_frames(path: Path, rate: float, side: int) -> Iterator[np.ndarray]:
+    """Square (side, side, 3) uint8 frames at `rate` Hz, one at a time: for each moment the decoded frame nearest to it.
+
+    Works for variable frame rates (frames' own time stamps are used) and any length; one frame is held.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path}: holds no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            step = 1 / float(stream.average_rate or stream.guessed_rate or rate)
+            kept, kept_time, number, first = None, 0.0, 0, None
+            for index, frame in enumerate(container.decode(stream)):
+                moment = float(frame.time) if frame.time is not None else index * step
+                first = moment if first is None else first
+                moment -= first
+                if kept is not None:
+                    while number / rate < (kept_time + moment) / 2:
+                        yield kept
+                        number += 1
+                if (number / rate) < moment + step:
+                    kept, kept_time = square(frame.to_ndarray(format="rgb24")[None], side)[0], moment
+            if kept is None:
+                raise UserError(f"{path}: holds no video frame")
+            while number / rate < kept_time + step - 1e-6:
+                yield kept
+                number += 1
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: cannot be decoded as video ({error}); give an mp4, mov or mkv file") from error
+
+
 def resample(num_frames: int, rate: float, target_rate: float, target_frames: int, start: float = 0.0) -> np.ndarray:
     """Indices of the source frames nearest to `target_frames` times at `target_rate` from `start` s; ends repeat."""
     times = start + np.arange(target_frames) / target_rate
@@ -51,13 +93,30 @@ def square(frames: np.ndarray, side: int) -> np.ndarray:
     return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
+class VideoWriter:
+    """An H.264 mp4 at `rate` Hz that grows by (n, H, W, 3) uint8 frames with even sides."""
+
+    def __init__(self, path: Path, rate: float) -> None:
+        self.container = av.open(str(path), "w")
+        self.stream = self.container.add_stream("libx264", rate=round(rate))
+        self.stream.pix_fmt = "yuv420p"
+        self.stream.options = {"crf": "15"}
+        self.started = False
+
+    def append(self, frames: np.ndarray) -> None:
+        if not self.started:
+            self.stream.height, self.stream.width = frames.shape[1:3]
+            self.started = True
+        for frame in frames:
+            self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+
+    def close(self) -> None:
+        self.container.mux(self.stream.encode())
+        self.container.close()
+
+
 def write_video(path: Path, frames: np.ndarray, rate: float) -> None:
     """(T, H, W, 3) uint8 with even sides -> an H.264 mp4 at `rate` Hz."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=round(rate))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "15"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
+    writer = VideoWriter(path, rate)
+    writer.append(frames)
+    writer.close()
