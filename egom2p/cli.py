@@ -274,26 +274,46 @@ def _generate(args) -> None:
 
 
 def _add_eval(commands) -> None:
-    parser = commands.add_parser("eval", help="measure tasks on held-out clips")
+    parser = commands.add_parser("eval", help="measure tasks on held-out clips (under torchrun: clips are shared among the ranks)")
     parser.add_argument("model", help="run folder, export folder or Hub repository")
-    parser.add_argument("--tasks", required=True, help="for instance rgb2cam,rgb2gaze,rgb2depth,depth2rgb")
-    parser.add_argument("--data", required=True, help="pattern of clip tars")
+    parser.add_argument("--protocol", type=Path, help="YAML below cfgs/eval/: tasks, data, recipes and alignments in one")
+    parser.add_argument("--tasks", help="for instance rgb2cam,rgb2gaze,rgb2depth,depth2rgb")
+    parser.add_argument("--data", help="pattern of clip tars")
     parser.add_argument("--recipe", type=Path, help="YAML with recipes by target (cfgs/generate/)")
-    parser.add_argument("--limit", type=int, default=0, help="at most so many clips")
-    parser.add_argument("--out", type=Path, help="folder for results.json (default: MODEL/eval)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="at most so many clips, spread evenly")
+    parser.add_argument("--out", type=Path, help="folder for results.json, plots and the rows a stopped evaluation goes on from (default: MODEL/eval)")
+    parser.add_argument("--seed", type=int)
     parser.set_defaults(run=_eval)
 
 
 def _eval(args) -> None:
-    from egom2p.evaluation.run import evaluate, table, write_results
+    from egom2p.evaluation.run import evaluate_to, table
     from egom2p.model.egom2p import EgoM2P
+    from egom2p.training.distributed import process_group
 
-    model = EgoM2P.from_pretrained(args.model, _device())
-    evaluation = evaluate(model, args.tasks.split(","), args.data, _recipe(args.recipe).targets, args.limit, args.seed)
+    protocol = _protocol(args)
     out = args.out or Path(args.model) / "eval"
-    write_results(out, evaluation)
-    print(f"{table(evaluation.summary)}\nresults: {out / 'results.json'}")
+    with process_group(3600) as world:
+        evaluation = evaluate_to(out, EgoM2P.from_pretrained(args.model, str(world.device)), protocol, world)
+        if world.is_main:
+            print(f"{table(evaluation.summary)}\nresults: {out / 'results.json'}")
+
+
+def _protocol(args):
+    """The protocol file, with what the command line says instead."""
+    from dataclasses import replace
+
+    from egom2p.config import load
+    from egom2p.evaluation.run import ProtocolConfig
+
+    given = {"tasks": tuple(args.tasks.split(",")) if args.tasks else None, "data": args.data, "limit": args.limit, "seed": args.seed,
+             "recipes": _recipe(args.recipe).targets if args.recipe else None}
+    given = {k: v for k, v in given.items() if v is not None}
+    if args.protocol:
+        return replace(load(ProtocolConfig, args.protocol), **given)
+    if not {"tasks", "data"} <= given.keys():
+        raise UserError("say what to evaluate: --tasks rgb2cam --data 'clips/*.tar', or --protocol cfgs/eval/NAME.yaml")
+    return ProtocolConfig(**given)
 
 
 def _recipe(path: Path | None):

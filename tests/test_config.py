@@ -17,6 +17,7 @@ from tests.conftest import ROOT, run_cli
 TRAIN = sorted((ROOT / "cfgs/train").glob("*.yaml"))
 TOKENIZERS = sorted((ROOT / "tokenizers").glob("*/config.yaml"))
 QUICKSTARTS = sorted((ROOT / "cfgs").glob("*.yaml"))
+PROTOCOLS = sorted((ROOT / "cfgs/eval").glob("*.yaml"))
 RECIPES = sorted((ROOT / "cfgs/generate").glob("*.yaml"))
 FRAGMENTS = sorted(p for kind in ("model", "data", "modalities") for p in (ROOT / "cfgs" / kind).glob("*.yaml"))
 
@@ -26,7 +27,7 @@ def name(path: Path) -> str:
 
 
 def test_no_yaml_is_left_out():
-    known = {*TRAIN, *TOKENIZERS, *QUICKSTARTS, *RECIPES, *FRAGMENTS}
+    known = {*PROTOCOLS, *TRAIN, *TOKENIZERS, *QUICKSTARTS, *RECIPES, *FRAGMENTS}
     assert {*(ROOT / "cfgs").rglob("*.yaml"), *(ROOT / "tokenizers").rglob("*.yaml")} == known
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from egom2p.data.tarindex import npy_bytes, write_tar
+from egom2p.data.tarindex import index_tars, npy_bytes, write_tar
 from egom2p.data.video import decode_video
 from egom2p.errors import UserError
 
@@ -79,6 +79,41 @@ def read_clips(pattern: str, only: set[str] | None = None) -> Iterator[Clip]:
     """
     for path in expand_paths(pattern):
         yield from _read_tar(path, only)
+
+
+class ClipIndex:
+    """The clips that `pattern` names, read one at a time and in any order. A clip that cannot be decoded is None."""
+
+    def __init__(self, pattern: str) -> None:
+        self.rows: list[tuple[str, Path, dict[str, tuple[int, int]]]] = []
+        for entry in index_tars([p for p in expand_paths(pattern) if p.suffix == ".tar"]):
+            files: dict[str, dict[str, tuple[int, int]]] = {}
+            for key, suffix, offset, size in zip(entry.keys, entry.suffixes, entry.offsets.tolist(), entry.sizes.tolist(), strict=True):
+                files.setdefault(key, {})[suffix] = (offset, size)
+            self.rows += [(key, entry.path, members) for key, members in files.items()]
+        if not self.rows:
+            raise UserError(f"{pattern}: no clip there")
+        repeated = len(self.rows) - len({key for key, _, _ in self.rows})
+        if repeated:
+            raise UserError(f"{pattern}: {repeated} clip keys occur twice; evaluate the data sets one by one")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for key, _, _ in self.rows]
+
+    def read(self, number: int, only: set[str] | None = None) -> Clip | None:
+        """Clip `number` with its signals, or those named in `only`."""
+        key, path, members = self.rows[number]
+        with path.open("rb") as file:
+            files = {}
+            for suffix, (offset, size) in members.items():
+                if suffix == "json" or only is None or suffix.partition(".")[0] in only:
+                    file.seek(offset)
+                    files[suffix] = file.read(size)
+        return next(_decode_clip(path, key, files), None)
 
 
 def count_clips(pattern: str) -> int:

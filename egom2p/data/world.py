@@ -107,7 +107,7 @@ def make_clip(seed: int, number: int, size: int = 64, dataset: str = "world", wi
     signals = {"rgb": rgb, "depth": depth, "cam": world_from_camera.astype(np.float32), "gaze": gaze}
     absent = set(without) | {name for name, share in SHARE_WITHOUT.items() if rng.random() < share}
     meta = {"source": f"world-{seed}", "start": number * CLIP_SECONDS, "rates": RATES,
-            "intrinsics": intrinsics(size).tolist(), "balls": scene.balls.tolist(), "fixated": fixated.tolist()}
+            "intrinsics": intrinsics(size).tolist(), "side": size, "balls": scene.balls.tolist(), "fixated": fixated.tolist()}
     return Clip(f"{seed:03d}-{number:06d}", dataset, {k: v for k, v in signals.items() if k not in absent}, meta)
 
 

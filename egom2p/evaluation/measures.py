@@ -1,34 +1,59 @@
 """What to measure for each kind of signal, and the trivial predictions to measure against.
 
-Adding a metric means adding one entry here.
+Adding a metric means adding one entry here. `make_measures` fixes what papers leave open: alignments and units.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
 from egom2p import geometry
 from egom2p.evaluation.camera import ate, rre, rte
-from egom2p.evaluation.depth import align_inverse_depth, depth_errors
-from egom2p.evaluation.gaze import gaze_mse
+from egom2p.evaluation.depth import DEPTH_ALIGNMENTS, align_depth, depth_errors
+from egom2p.evaluation.gaze import gaze_angle_deg, gaze_distance, gaze_mse
 from egom2p.evaluation.video import psnr_db, ssim
 
-HIGHER_IS_BETTER = {"psnr_db", "ssim", "delta1"}
+HIGHER_IS_BETTER = {"psnr_db", "ssim", "delta1", "delta2", "delta3"}
+
+
+@dataclass(frozen=True)
+class MeasureArgs:
+    """pose_alignment: before ATE: se3 (centred rigid), sim3 (with scale) or none. depth_alignment: none (prediction is
+    metric inverse depth), median (of depth) or scale_shift (least squares in inverse depth); depth_per: what is aligned
+    together, a clip or a frame. gaze_window: (T, 2) predictions are compared as they are."""
+
+    pose_alignment: Literal["se3", "sim3", "none"] = "se3"
+    pose_delta: int = 1
+    depth_alignment: Literal["none", "median", "scale_shift"] = "scale_shift"
+    depth_per: Literal["clip", "frame"] = "clip"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """metrics(prediction, truth) -> {metric: value}; baselines(statistics, truth) -> {name: prediction};
-    alignment: what is fitted before the errors are taken."""
+    """metrics(prediction, truth, meta) -> {metric: value}, meta being the clip's; baselines(statistics, truth) -> {name:
+    prediction}; over_time(prediction, truth) -> (T,) error of each frame, named by `curve`; alignment: what is fitted
+    before the errors are taken. `main` is the metric that ranks clips."""
 
-    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    metrics: Callable[[np.ndarray, np.ndarray, dict[str, Any]], dict[str, float]]
     baselines: Callable[[dict[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
+    over_time: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    curve: str
+    main: str
     alignment: str
 
 
-def _pose_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    return {"ate_m": ate(predicted, truth), "rte_m": rte(predicted, truth), "rre_deg": rre(predicted, truth)}
+def _pose_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any], args: MeasureArgs) -> dict[str, float]:
+    return {"ate_m": ate(predicted, truth, args.pose_alignment), "rte_m": rte(predicted, truth, args.pose_delta), "rre_deg": rre(predicted, truth, args.pose_delta)}
+
+
+def _pose_over_time(predicted: np.ndarray, truth: np.ndarray, args: MeasureArgs) -> np.ndarray:
+    points, target = predicted[:, :3, 3].astype(np.float64), truth[:, :3, 3].astype(np.float64)
+    if args.pose_alignment != "none":
+        points = geometry.align(points, target, args.pose_alignment == "sim3")
+    return np.linalg.norm(points - target, axis=1)
 
 
 def _pose_baselines(statistics: dict[str, np.ndarray], truth: np.ndarray) -> dict[str, np.ndarray]:
@@ -42,8 +67,18 @@ def _pose_baselines(statistics: dict[str, np.ndarray], truth: np.ndarray) -> dic
     return found
 
 
-def _gaze_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    return {"gaze_mse": gaze_mse(predicted, truth)}
+def _gaze_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any]) -> dict[str, float]:
+    found = {"gaze_mse": gaze_mse(predicted, truth)}
+    if "side" in meta:
+        found["gaze_px"] = gaze_distance(predicted, truth) * meta["side"]
+        if "intrinsics" in meta:
+            found["gaze_deg"] = gaze_angle_deg(predicted, truth, np.array(meta["intrinsics"], np.float64), meta["side"])
+    return found
+
+
+def _gaze_over_time(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    valid = truth[:, 2] > 0
+    return np.where(valid, ((predicted[:, :2] - truth[:, :2]) ** 2).mean(1), np.nan)
 
 
 def _gaze_baselines(statistics: dict[str, np.ndarray], truth: np.ndarray) -> dict[str, np.ndarray]:
@@ -52,10 +87,15 @@ def _gaze_baselines(statistics: dict[str, np.ndarray], truth: np.ndarray) -> dic
     return {"frame centre": centre, **mean}
 
 
-def _depth_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def _depth_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any], args: MeasureArgs) -> dict[str, float]:
     truth = truth.astype(np.float32)
-    errors = depth_errors(align_inverse_depth(predicted, truth), truth)
-    return {k: errors[k] for k in ("abs_rel", "rmse_m", "delta1")}
+    return depth_errors(align_depth(predicted, truth, args.depth_alignment, args.depth_per), truth)
+
+
+def _depth_over_time(predicted: np.ndarray, truth: np.ndarray, args: MeasureArgs) -> np.ndarray:
+    truth = truth.astype(np.float32)
+    aligned = align_depth(predicted, truth, args.depth_alignment, args.depth_per)
+    return np.array([depth_errors(a, t)["abs_rel"] for a, t in zip(aligned, truth, strict=True)])
 
 
 def _depth_baselines(statistics: dict[str, np.ndarray], truth: np.ndarray) -> dict[str, np.ndarray]:
@@ -65,7 +105,7 @@ def _depth_baselines(statistics: dict[str, np.ndarray], truth: np.ndarray) -> di
     return flat
 
 
-def _rgb_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def _rgb_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any]) -> dict[str, float]:
     return {"psnr_db": psnr_db(predicted, truth), "ssim": ssim(predicted, truth)}
 
 
@@ -76,12 +116,20 @@ def _rgb_baselines(statistics: dict[str, np.ndarray], truth: np.ndarray) -> dict
     return grey
 
 
-MEASURES = {
-    "pose": Measure(_pose_metrics, _pose_baselines, "ATE after a centred rigid SE(3) fit; RTE and RRE at delta 1"),
-    "gaze": Measure(_gaze_metrics, _gaze_baselines, "none; frames with valid gaze"),
-    "depth": Measure(_depth_metrics, _depth_baselines, "scale and shift in inverse depth per clip; pixels with a reading"),
-    "rgb": Measure(_rgb_metrics, _rgb_baselines, "none"),
-}
+def make_measures(args: MeasureArgs = MeasureArgs()) -> dict[str, Measure]:
+    """One Measure for each kind of signal."""
+    se3 = {"se3": "a centred rigid SE(3) fit", "sim3": "a Sim(3) fit", "none": "no fit"}[args.pose_alignment]
+    depth = f"{DEPTH_ALIGNMENTS[args.depth_alignment]} per {args.depth_per}; pixels with a reading"
+    return {
+        "pose": Measure(partial(_pose_metrics, args=args), _pose_baselines, partial(_pose_over_time, args=args), "position error, m", "ate_m",
+                        f"ATE after {se3}; RTE and RRE at delta {args.pose_delta}"),
+        "gaze": Measure(_gaze_metrics, _gaze_baselines, _gaze_over_time, "squared error", "gaze_mse", "none; frames with valid gaze"),
+        "depth": Measure(partial(_depth_metrics, args=args), _depth_baselines, partial(_depth_over_time, args=args), "AbsRel", "abs_rel", depth),
+        "rgb": Measure(_rgb_metrics, _rgb_baselines, lambda p, t: np.array([psnr_db(a, b) for a, b in zip(p, t, strict=True)]), "PSNR, dB", "psnr_db", "none"),
+    }
+
+
+MEASURES = make_measures()
 
 
 def is_better(metric: str, a: float, b: float) -> bool:

@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class MetricsLog:
             self.wandb = wandb.init(project=args.project, name=run_dir.name, id=run_dir.resolve().name, dir=str(run_dir),
                                     config=config, resume="allow")
 
-    def write(self, figures: dict[str, float]) -> None:
+    def write(self, figures: dict[str, float], pictures: Sequence[Path] = ()) -> None:
+        """One line of metrics.jsonl; figures and pictures also to Weights & Biases when that is on."""
         if not self.active:
             return
         # JSON has no NaN: a figure that is not finite is null.
@@ -58,7 +60,10 @@ class MetricsLog:
         if "loss" in figures:
             self.bar.set_postfix_str(progress_text(figures), refresh=False)
         if self.wandb:
-            self.wandb.log({k: v for k, v in figures.items() if k != "step"}, step=int(figures["step"]))
+            import wandb
+
+            images = {f"pictures/{p.stem}": wandb.Image(str(p)) for p in pictures}
+            self.wandb.log({k: v for k, v in figures.items() if k != "step"} | images, step=int(figures["step"]))
 
     def _flush(self) -> None:
         """Append the lines not yet on disk. While the disk refuses they wait, and no half line stays behind."""

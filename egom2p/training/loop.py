@@ -12,7 +12,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from egom2p.config import dump, read_yaml, to_plain
 from egom2p.errors import Preempted, UserError
+from egom2p.generation.schedule import TargetArgs
 from egom2p.model.blocks import compile_blocks
 from egom2p.model.flops import peak_flops
 from egom2p.training.checkpoint import Checkpoints, restore_optimizer, restore_weights
@@ -106,13 +107,20 @@ class TrainArgs:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """every: steps between evaluations on held-out data (0 = never); the rest says on what."""
+    """every: steps between evaluations on held-out data (0 = never); samples, root, datasets: token loss on what.
+    tasks: also predict these (rgb2cam, ...) from `task_clips` of the clip tars that `clips` names, every `tasks_every`
+    steps (0 = whenever the loss is), with `recipes`; stop after max_s seconds. Figures and pictures are logged."""
 
     every: int = 0
     samples: int = 64
     root: str = ""
     datasets: tuple[str, ...] = ()
     clips: str = ""
+    tasks: tuple[str, ...] = ()
+    tasks_every: int = 0
+    task_clips: int = 8
+    max_s: float = 120.0
+    recipes: dict[str, TargetArgs] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -134,6 +142,8 @@ class Task(Protocol):
     def after_step(self, step: int, skipped: Tensor) -> None:
         """After the optimiser; skipped: 1.0 on the device when the step was left out."""
     def evaluate(self) -> dict[str, float]: ...
+    def predict(self, folder: Path) -> dict[str, float]:
+        """Figures of `eval.tasks`; pictures go to `folder`. Every rank calls it."""
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None: ...
     def inspect(self, batch: Any) -> list[dict[str, Any]]:
         """One row a sample of this rank: what it is and its own loss. For `debug.replay_step`."""
@@ -309,12 +319,16 @@ class Loop:
 
     def _evaluate(self) -> None:
         before = time.perf_counter()
+        args, pictures = self.config.eval, self.run_dir / "pictures" / f"step_{self.step:08d}"
         self.model.eval()
         with torch.no_grad(), self._autocast():
             figures = self.task.evaluate()
+            if args.tasks and (self._due(args.tasks_every or args.every) or self.step == self.total):
+                figures |= self.task.predict(pictures)
         self.model.train()
         if figures:
-            self.metrics.write({"step": self.step, **figures, "eval_s": time.perf_counter() - before})
+            self.metrics.write({"step": self.step, **figures, "eval_s": time.perf_counter() - before},
+                               sorted(pictures.glob("*.png")) if self.world.is_main else [])
 
     @torch.no_grad()
     def _inspect(self, batch: Any) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """The two trainings: the masked transformer on tokens, and a tokenizer on raw signals."""
 
 import contextlib
+import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +33,8 @@ from egom2p.training.distributed import World, sum_over_ranks
 from egom2p.training.log import LogArgs
 from egom2p.training.loop import DebugArgs, EvalArgs, ResumeArgs, RunArgs, TrainArgs, run_training
 from egom2p.training.optim import OptimArgs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -165,11 +169,37 @@ class PretrainTask:
         figures = self.figures(sum_over_ranks(sums))
         return {f"eval/{k}": v for k, v in figures.items() if k.startswith("loss/")}
 
+    def predict(self, folder: Path) -> dict[str, float]:
+        """Figures of the tasks on a few fixed clips, within eval.max_s; the first clip's sheet goes to `folder`.
+
+        Every rank predicts the same clips (a sharded model needs all of them); the main one keeps the picture.
+        """
+        from egom2p.evaluation.run import evaluate
+        from egom2p.visualize import plots
+
+        args, figures, started = self.config.eval, {}, time.perf_counter()
+        for task in args.tasks:
+            if time.perf_counter() - started > args.max_s and self.config.train.parallel == "ddp":
+                log.warning("eval.tasks: %s left out, eval.max_s=%g s are used up", task, args.max_s)
+                continue
+            done = evaluate(self.model, [task], args.clips, args.recipes, args.task_clips, shown=1)
+            figures |= {f"eval/{task}/{metric}": f["value"] for metric, f in done.summary[task].items()}
+            if self.world.is_main:
+                clip, predicted = done.shown[task][0]
+                frames = clip.signals.get("rgb", np.full((16, 48, 48, 3), 40, np.uint8))
+                kinds = {m.name: m.signal for m in self.modalities}
+                folder.mkdir(parents=True, exist_ok=True)
+                sheet = {k: v for k, v in predicted.items() if k != "ceiling"}
+                plots.save(plots.clip_sheet(frames, clip.signals, sheet, kinds, f"{task}, clip {clip.key}"), folder / f"{task}.png")
+        return {**figures, "eval/tasks_s": time.perf_counter() - started}
+
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         self.model.save_pretrained(folder, weights)
 
     def _open_held_out(self) -> FixedSet:
         args = self.config.eval
+        if args.tasks and not args.clips:
+            raise UserError("eval.tasks is set but eval.clips names no clip tars to predict on")
         if not args.datasets:
             raise UserError("eval.every is set but eval.datasets names no held-out data set; name some, or set eval.every=0")
         root = args.root or self.config.data.root
@@ -345,6 +375,10 @@ class TokenizerTask:
         perplexity = torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
         return {"loss": sums[0].item(), "error": sums[1].item(), "tokens": used.sum().item(),
                 "codes_used": (used > 0).double().mean().item(), "perplexity": perplexity.item()}
+
+    def predict(self, folder: Path) -> dict[str, float]:
+        """A tokenizer predicts nothing."""
+        return {}
 
     def after_step(self, step: int, skipped: Tensor) -> None:
         self.model.after_step(self.config.train.seed, step, bool(skipped))

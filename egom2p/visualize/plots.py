@@ -93,6 +93,34 @@ def clip_sheet(rgb: np.ndarray, truth: dict[str, np.ndarray], predicted: dict[st
     return fig
 
 
+def error_figure(rows: Any, measure: Any, title: str) -> plt.Figure:
+    """Left: error over the clip, mean and 10-90 % band over clips. Right: histogram of the clips' errors beside their means.
+
+    rows: evaluation.run.TaskRows; measure: evaluation.measures.Measure.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    curves = np.array(rows.curves["model"], np.float64)
+    share = np.linspace(0, 1, curves.shape[1])
+    with np.errstate(all="ignore"):
+        low, high = np.nanpercentile(curves, [10, 90], axis=0)
+        left.fill_between(share, low, high, color=PREDICTED, alpha=0.2, label="10 to 90 % of clips")
+        left.plot(share, np.nanmean(curves, 0), color=PREDICTED, label="mean")
+    left.set(xlabel="share of the clip", ylabel=measure.curve, title="over time")
+    left.legend()
+    values = np.array(rows.rows["model"][measure.main], np.float64)
+    baselines = {s: float(np.nanmean(m[measure.main])) for s, m in rows.rows.items() if s.startswith("baseline")}
+    right.hist(values[np.isfinite(values)], bins=min(40, max(8, len(values) // 4)), color=PREDICTED, alpha=0.75)
+    marks = {"model": (np.nanmean(values), PREDICTED), "ceiling": (np.nanmean(rows.rows["ceiling"][measure.main]), CEILING),
+             "other clip's input": (np.nanmean(rows.rows["shuffled"][measure.main]), "#edae49"), **{k.removeprefix("baseline: "): (v, TRUE) for k, v in baselines.items()}}
+    for (label, (value, colour)), dash in zip(marks.items(), ["-", ":", "--", "-.", (0, (1, 1)), (0, (5, 1))], strict=False):
+        right.axvline(value, color=colour, ls=dash, lw=1.5, label=f"{label} {value:.3g}")
+    right.set(xlabel=measure.main, ylabel="clips", title=f"{len(values)} clips, means as lines")
+    right.legend(fontsize=7)
+    fig.suptitle(title, fontsize=9)
+    fig.tight_layout()
+    return fig
+
+
 def draw_gaze(axis: Any, side: int, moment: float, truth: np.ndarray | None, predicted: np.ndarray) -> None:
     """Gaze at `moment` in [0, 1] of the clip: true as a white ring, predicted as a cross."""
     for gaze, style in ((truth, {"marker": "o", "mec": "white", "mfc": "none", "ms": 9, "mew": 1.6}),

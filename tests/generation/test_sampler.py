@@ -134,3 +134,66 @@ def test_library_methods(model):
     assert torch.allclose(alone[0], features[1], atol=1e-5)
     made = model.generate({"rgb": torch.from_numpy(rgb())}, ["cam"], seed=3)
     assert np.array_equal(made.tokens["cam"], generate(model, {"rgb": rgb()}, {"cam": TargetArgs()}, seed=3).tokens["cam"])
+
+
+def test_one_weighted_condition_is_guidance(model):
+    grid = rgb()
+    a = generate(model, {"rgb": grid}, {"cam": TargetArgs(steps=3, guidance=2.0)}, seed=1)
+    b = generate(model, {"rgb": grid}, {"cam": TargetArgs(steps=3, condition_weights={"rgb": 2.0})}, seed=1)
+    assert np.array_equal(a.tokens["cam"], b.tokens["cam"])
+
+
+def test_several_weighted_conditions_add_up(model):
+    """One step, greedy: argmax of uncond + sum w (cond - uncond), from three forward passes of our own."""
+    grids = {"rgb": rgb(2), "depth": np.random.default_rng(1).integers(0, 40, (2, 3, 2, 2))}
+    weights = {"rgb": 1.5, "depth": 0.7}
+    made = generate(model, grids, {"cam": TargetArgs(steps=1, temperature=0, condition_weights=weights)})
+    everything = {"cam": np.ones((2, 10), bool)}
+
+    def logits(shown: list[str]) -> torch.Tensor:
+        inputs = {n: np.ones((2, 12), bool) for n in shown}
+        return model.masked_logits({**grids, "cam": np.zeros((2, 10), int)}, inputs, everything)["cam"]
+
+    with torch.no_grad():
+        plain = logits([])
+        expected = plain + sum(w * (logits([n]) - plain) for n, w in weights.items())
+    assert np.array_equal(made.tokens["cam"].reshape(-1), expected.argmax(-1).numpy())
+    with pytest.raises(UserError, match="not given"):
+        generate(model, {"rgb": rgb(2)}, {"cam": TargetArgs(condition_weights={"depth": 1.0})})
+    with pytest.raises(ValueError, match="not both"):
+        TargetArgs(guidance=2.0, condition_weights={"rgb": 1.0})
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_reusing_the_condition_is_exact_in_one_step(model, guidance):
+    """With no target token visible there is nothing to encode together; later steps are an approximation."""
+    recipes = [{"cam": TargetArgs(steps=1, guidance=guidance, temperature=0, reuse_condition=reuse)} for reuse in (False, True)]
+    a, b = (generate(model, {"rgb": rgb()}, r) for r in recipes)
+    assert np.array_equal(a.tokens["cam"], b.tokens["cam"])
+    assert np.allclose(a.confidence["cam"], b.confidence["cam"], atol=1e-5)
+    many = generate(model, {"rgb": rgb()}, {"cam": TargetArgs(steps=4, guidance=guidance, reuse_condition=True)})
+    assert many.tokens["cam"].min() >= 0
+
+
+def test_several_samples(model):
+    from egom2p.generation.sampler import generate_samples
+
+    args = {"cam": TargetArgs(steps=2)}
+    draws = generate_samples(model, {"rgb": rgb(3)}, args, 4, seed=2, keys=["a", "b", "c"])
+    first = generate(model, {"rgb": rgb(3)}, args, seed=2, keys=["a", "b", "c"])
+    assert np.array_equal(draws[0].tokens["cam"], first.tokens["cam"])
+    assert len({d.tokens["cam"].tobytes() for d in draws}) == 4
+    assert draws[3].tokens["cam"].shape == (3, 10)
+
+
+def test_score_is_the_log_likelihood(model):
+    tokens = {"rgb": rgb(2), "cam": np.random.default_rng(3).integers(0, 30, (2, 10))}
+    shown = {"rgb": np.random.default_rng(4).random((2, 12)) < 0.5}
+    asked = {"cam": np.random.default_rng(5).random((2, 10)) < 0.6}
+    scores = model.score(tokens, shown, asked)["cam"]
+    with torch.no_grad():
+        rows = model.masked_logits(tokens, shown, asked)["cam"].log_softmax(-1)
+    expected = rows.gather(1, torch.from_numpy(tokens["cam"][asked["cam"]])[:, None])[:, 0]
+    assert scores.shape == (2, 10)
+    assert torch.isnan(scores[~torch.from_numpy(asked["cam"])]).all()
+    assert torch.allclose(scores[torch.from_numpy(asked["cam"])], expected, atol=1e-5)

@@ -1,0 +1,137 @@
+"""`egom2p eval`: ranks, resuming, plots, protocols; and evaluation during training."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from egom2p.config import load
+from egom2p.errors import UserError
+from egom2p.evaluation.run import ProtocolConfig, evaluate_to
+from egom2p.evaluation.video import frechet_distance, frechet_video_distance, lpips
+from egom2p.model.egom2p import EgoM2P
+from egom2p.training.log import read_metrics
+from tests.conftest import ROOT, run_cli, start_cli
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Forty clips of the size the tiny quickstart was trained on: three blocks."""
+    from egom2p.data.world import write_world
+
+    folder = tmp_path_factory.mktemp("eval")
+    write_world(folder, 40, seed=9, size=24, processes=1)
+    return f"{folder}/*.tar"
+
+
+def command(model, clips, out, *more):
+    return ["eval", str(model), "--tasks", "rgb2cam,rgb2depth", "--data", clips, "--recipe", "cfgs/generate/world.yaml", "--out", str(out), *more]
+
+
+def test_ranks_share_the_clips_and_agree(finished, clips, tmp_path):
+    model = finished[0] / "model"
+    run_cli(*command(model, clips, tmp_path / "one"))
+    process = start_cli(*command(model, clips, tmp_path / "two"), torchrun=2)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output[-3000:]
+    assert output.count("rgb2cam      ate_m") == 1
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    for task in ("rgb2cam", "rgb2depth"):
+        for metric, figures in one[task].items():
+            assert two[task][metric]["clips"] == figures["clips"] > 30
+            for name in ("value", "baseline", "shuffled", "ceiling"):
+                assert two[task][metric][name] == pytest.approx(figures[name], rel=1e-4)
+    written = [line for p in (tmp_path / "two/rows").glob("*.jsonl") for line in p.read_text().splitlines()]
+    assert len(written) == 80
+    assert len(list((tmp_path / "two/rows").glob("*.jsonl"))) == 2
+    for name in ("rgb2cam_errors", "rgb2cam_best", "rgb2cam_median", "rgb2cam_worst", "rgb2depth_errors"):
+        assert (tmp_path / "one" / f"{name}.png").stat().st_size > 5000
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(finished, clips, tmp_path, monkeypatch):
+    model = EgoM2P.from_pretrained(finished[0] / "model")
+    protocol = ProtocolConfig(("rgb2cam",), clips)
+    whole = evaluate_to(tmp_path / "whole", model, protocol)
+    rows = (tmp_path / "whole/rows/0-of-1.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "part/rows").mkdir(parents=True)
+    (tmp_path / "part/rows/0-of-1.jsonl").write_text("".join(rows[:17]) + rows[17][:40])  # one block and a bit; a line cut off
+    calls = []
+    import egom2p.evaluation.run as run
+
+    real = run.predict
+    monkeypatch.setattr(run, "predict", lambda *a: calls.append(a[-1]) or real(*a))
+    again = evaluate_to(tmp_path / "part", model, protocol)
+    assert again.summary == whole.summary
+    assert sum(len(keys) for keys in calls[::2]) <= 24 + 24 + 3  # the blocks that were missing, and three clips drawn
+    other = evaluate_to(tmp_path / "part", model, ProtocolConfig(("rgb2cam",), clips, seed=3, limit=20))
+    assert other.summary["rgb2cam"]["ate_m"]["clips"] == 20
+
+
+def test_alignments_and_units(finished, clips, tmp_path):
+    protocol = tmp_path / "p.yaml"
+    protocol.write_text(f"tasks: [rgb2depth, rgb2gaze]\ndata: '{clips}'\nlimit: 6\nmeasures: {{depth_alignment: median, depth_per: frame}}\n")
+    run_cli("eval", finished[0] / "model", "--protocol", protocol, "--out", tmp_path / "o")
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    assert {"abs_rel", "rmse_m", "delta1", "delta2", "delta3"} <= results["rgb2depth"].keys()
+    assert {"gaze_mse", "gaze_px", "gaze_deg"} <= results["rgb2gaze"].keys()
+    assert results["protocol"]["measures"]["depth_per"] == "frame"
+    mse, px = results["rgb2gaze"]["gaze_mse"]["value"], results["rgb2gaze"]["gaze_px"]["value"]
+    assert px <= np.sqrt(2 * mse) * 24 * 1.2
+    done = run_cli("eval", finished[0] / "model", "--tasks", "rgb2cam", check=False)
+    assert done.returncode == 2
+    assert "--protocol" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cfgs/eval").glob("*.yaml")), ids=lambda p: p.stem)
+def test_published_protocols_build_and_run(path, finished, clips, tmp_path):
+    """Every protocol on clips of the world: the command of its first line."""
+    protocol = load(ProtocolConfig, path)
+    assert path.read_text().startswith(f"# egom2p eval MODEL --protocol cfgs/eval/{path.name}")
+    run_cli("eval", finished[0] / "model", "--protocol", path, "--data", clips, "--limit", 3, "--out", tmp_path)
+    assert set(protocol.tasks) <= json.loads((tmp_path / "results.json").read_text()).keys()
+
+
+def test_evaluation_during_training(finished, clips, tmp_path):
+    """Figures in metrics.jsonl, a picture a task, the time spent."""
+    out = finished[0]
+    run = tmp_path / "run"
+    shutil.copy(out / "model/config.yaml", tmp_path / "c.yaml")
+    run_cli("train", tmp_path / "c.yaml", f"run.dir={run}", "train.steps=4", "optim.warmup_steps=0", "eval.every=2", "eval.tasks=[rgb2cam,rgb2gaze]", "eval.tasks_every=4",
+            f"eval.clips='{clips}'", "eval.task_clips=4")
+    with_tasks = [r for r in read_metrics(run) if "eval/rgb2cam/ate_m" in r]
+    assert [r["step"] for r in with_tasks] == [4]
+    assert np.isfinite(with_tasks[0]["eval/rgb2gaze/gaze_mse"])
+    assert with_tasks[0]["eval/tasks_s"] > 0
+    assert {p.name for p in (run / "pictures/step_00000004").iterdir()} == {"rgb2cam.png", "rgb2gaze.png"}
+    done = run_cli("train", tmp_path / "c.yaml", f"run.dir={tmp_path / 'x'}", "eval.tasks=[rgb2cam]", check=False)
+    assert done.returncode == 2
+    assert "eval.clips" in done.stderr
+
+
+def test_frechet_distance_of_known_gaussians(rng):
+    """Diagonal Gaussians: |m1 - m2|^2 + sum (s1 - s2)^2."""
+    a = rng.standard_normal((200_000, 3)) * [1, 2, 0.5] + [0, 1, 0]
+    b = rng.standard_normal((200_000, 3)) * [2, 1, 0.5] + [1, 1, 0]
+    assert frechet_distance(a, b) == pytest.approx(1 + 1 + 1, rel=0.03)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_video_distance_and_lpips_take_plugged_in_networks(rng, tmp_path):
+    clips = [rng.integers(0, 255, (4, 8, 8, 3)).astype(np.uint8) for _ in range(8)]
+    network = lambda x: torch.stack([x.mean((1, 2, 3, 4)), x.std((1, 2, 3, 4))], 1)  # noqa: E731
+    assert frechet_video_distance(clips, clips, network) == pytest.approx(0, abs=1e-9)
+    assert frechet_video_distance(clips, [c // 2 for c in clips], network) > 0.01
+    with pytest.raises(UserError, match="two clips"):
+        frechet_video_distance(clips[:1], clips, network)
+
+    class Distance(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (a - b).abs().mean((1, 2, 3))
+
+    torch.jit.script(Distance()).save(str(tmp_path / "net.pt"))
+    assert lpips(clips[0], clips[0], tmp_path / "net.pt") == 0
+    assert lpips(clips[0], clips[1], tmp_path / "net.pt") > 0.1
+    with pytest.raises(UserError, match="LPIPS"):
+        lpips(clips[0], clips[1], tmp_path / "none.pt")
