@@ -98,7 +98,7 @@ def error_figure(rows: Any, measure: Any, title: str) -> plt.Figure:
 
     rows: evaluation.run.TaskRows; measure: evaluation.measures.Measure.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), width_ratios=[1, 1.1])
     curves = np.array(rows.curves["model"], np.float64)
     share = np.linspace(0, 1, curves.shape[1])
     with np.errstate(all="ignore"):
@@ -115,7 +115,7 @@ def error_figure(rows: Any, measure: Any, title: str) -> plt.Figure:
     for (label, (value, colour)), dash in zip(marks.items(), ["-", ":", "--", "-.", (0, (1, 1)), (0, (5, 1))], strict=False):
         right.axvline(value, color=colour, ls=dash, lw=1.5, label=f"{label} {value:.3g}")
     right.set(xlabel=measure.main, ylabel="clips", title=f"{len(values)} clips, means as lines")
-    right.legend(fontsize=7)
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     fig.suptitle(title, fontsize=9)
     fig.tight_layout()
     return fig
