@@ -18,7 +18,8 @@ setup(
     packages=find_packages(include=["egom2p", "egom2p.*"]),
     install_requires=requirements,
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "hypothesis>=6", "evo>=1.28", "pre-commit>=3"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "moto[server]>=5", "s3fs>=2024.6", "aiohttp>=3.9", "ruff>=0.6", "hypothesis>=6", "evo>=1.28", "pre-commit>=3"],
+        "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],
         "viewer": ["rerun-sdk>=0.18"],
         "aria": ['projectaria-tools>=1.5; platform_machine == "x86_64" or sys_platform == "darwin"'],
     },
