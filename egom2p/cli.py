@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="egom2p", description="One masked transformer over egocentric video, depth, camera motion and gaze.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_world(commands)
+    _add_prepare(commands)
     _add_tokenizer(commands)
     _add_shards(commands)
     _add_train(commands)
@@ -66,6 +67,31 @@ def _world(args) -> None:
 
     without = tuple(s for s in args.without.split(",") if s)
     write_world(args.out, args.clips, args.seed, args.size, args.dataset, without, args.processes, args.first)
+
+
+def _add_prepare(commands) -> None:
+    from egom2p.datasets import ADAPTERS
+
+    parser = commands.add_parser("prepare", help="real recordings -> clips, a card and a contact sheet")
+    parser.add_argument("dataset", help=f"one of {', '.join(ADAPTERS)} (docs/data.md says how to get them)")
+    parser.add_argument("--root", type=Path, required=True, help="folder of the raw data as its authors publish it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the clips; a second run does what is missing")
+    parser.add_argument("--size", type=int, default=256, help="side of the stored frames")
+    parser.add_argument("--limit", type=int, default=0, help="at most so many clips a sequence")
+    parser.add_argument("--sequences", nargs="*", default=[], help="only these")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+    parser.set_defaults(run=_prepare)
+
+
+def _prepare(args) -> int:
+    from egom2p.datasets.card import describe
+    from egom2p.datasets.prepare import PrepareArgs, prepare
+
+    if args.size < 8 or min(args.limit, args.workers) < 0:
+        raise UserError("--size must be at least 8, --limit and --workers not below 0")
+    card = prepare(args.dataset, args.root, args.out, PrepareArgs(args.size, args.limit, args.workers), tuple(args.sequences))
+    print(f"{describe(card)}\ncard: {args.out / 'card.json'}, contact sheet: {args.out / 'contact_sheet.png'}")
+    return 0 if card["clips"] else 1
 
 
 def _add_tokenizer(commands) -> None:
