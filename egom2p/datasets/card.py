@@ -88,7 +88,7 @@ def draw_sheet(out: Path, card: dict[str, Any], histograms: dict[str, np.ndarray
         axis.set_title("depth, m", fontsize=7, pad=2)
         axis.axis("off")
         fig.colorbar(shown, ax=axis, fraction=0.046)
-    axis = fig.add_subplot(grid[2, 8:12])
+    axis = fig.add_subplot(grid[2, 9:12])
     for clip, colour in zip([c for c in chosen if "cam" in c.signals], plt.cm.tab20.colors, strict=False):
         path = geometry.relative_to_first(clip.signals["cam"].astype(np.float64))[:, :3, 3]
         axis.plot(path[:, 0], path[:, 2], color=colour, lw=1.2)
@@ -103,5 +103,5 @@ def draw_sheet(out: Path, card: dict[str, Any], histograms: dict[str, np.ndarray
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=6)
         axis.set_yticks([])
-    fig.suptitle(f"{card['dataset']}: {card['clips']} clips, {card['hours']:.2f} h, " + ", ".join(f"{k} {v:.0%}" for k, v in card["coverage"].items()), fontsize=11)
+    fig.suptitle(f"{card['dataset']}: {card['clips']} clips, {card['hours']:.2f} h, " + ", ".join(f"{k} {v:.0%}" for k, v in card["coverage"].items()), fontsize=11, y=0.94)
     plots.save(fig, out / "contact_sheet.png")

@@ -1,0 +1,323 @@
+"""The Aria sets on miniatures of their layouts: turned sensors, fisheye lenses, device clocks, rays from the pupil frame.
+
+VRS files cannot be written here, so `projectaria_tools` is stood in for by a reader of .npz files with the same calls; what is tested is
+everything around it.
+"""
+
+import csv
+import io
+import json
+import sys
+import tarfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from egom2p import geometry
+from egom2p.data.video import write_video
+from egom2p.datasets import ase
+from egom2p.datasets.aria import RAW_FROM_UPRIGHT, gaze_direction, transform
+from egom2p.datasets.hot3d import _pinhole
+from egom2p.datasets.lens import distort_fisheye624
+from egom2p.datasets.prepare import reprojection_error
+from egom2p.generation.pipeline import _quaternions
+from tests.conftest import run_cli
+from tests.datasets.miniature import Miniature, save_png
+from tests.datasets.test_adapters import SIZE, check, clips_of, prepare
+
+DEVICE_FROM_CAMERA = transform([0.33, 0.03, 0.03, 0.943] / np.linalg.norm([0.33, 0.03, 0.03, 0.943]), [-0.0075, -0.011, -0.0036])
+LENS = ase.LENS
+WIDE = 320
+
+
+def world_from_device(mini: Miniature, times: np.ndarray) -> np.ndarray:
+    return mini.poses(times) @ geometry.invert(RAW_FROM_UPRIGHT) @ geometry.invert(DEVICE_FROM_CAMERA)
+
+
+def write_trajectory(path: Path, times: np.ndarray, poses: np.ndarray, start_us: float) -> None:
+    """MPS columns in an order of their own, with one more that nobody asked for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = ["graph_uid", "tracking_timestamp_us", *(f"q{a}_world_device" for a in "xyzw"), *(f"t{a}_world_device" for a in "xyz"), "geo_available"]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for t, q, p in zip(times, _quaternions(poses[:, :3, :3]), poses[:, :3, 3], strict=True):
+            writer.writerow(["abc", round(start_us + t * 1e6), *q, *p, "False"])
+
+
+class Lens:
+    """What a turned Fisheye624 sensor records of the world; pixel centres at integers, as Aria's calibration has them."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+        self.params = np.array([side * 0.4228, side * 0.508, side * 0.496, *LENS])
+        matrix = _pinhole(self.params)
+        v, u = np.mgrid[0:side, 0:side]
+        wanted = (np.stack([u + 0.5, v + 0.5, np.ones_like(u)], -1) @ np.linalg.inv(matrix).T)[..., :2]
+        rays = wanted.copy()
+        for _ in range(60):
+            rays = rays - 0.7 * (distort_fisheye624(rays, LENS) - wanted)
+        upright = np.stack([-rays[..., 1], rays[..., 0]], -1)
+        self.inside = (np.abs(upright) < 0.98).all(-1) & (np.abs(distort_fisheye624(rays, LENS) - wanted).max(-1) < 1e-3)
+        self.pixel = np.clip((upright + 1) * WIDE / 2, 0, WIDE - 1).astype(int)
+        self.slant = np.sqrt(1 + (upright**2).sum(-1))
+
+    def see(self, wide: np.ndarray) -> np.ndarray:
+        """(T, WIDE, WIDE, ...) pinhole frames of 90 degrees -> (T, side, side, ...) raw ones."""
+        out = wide[:, self.pixel[..., 1], self.pixel[..., 0]]
+        out[:, ~self.inside] = 0
+        return out
+
+
+def expected(mini: Miniature, clip) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rgb, depth) of the world through the clip's own pinhole, and where the miniature covers it."""
+    inverse = np.linalg.inv(np.array(clip.meta["intrinsics"]))
+    v, u = np.mgrid[0:SIZE, 0:SIZE]
+    rays = (np.stack([u + 0.5, v + 0.5, np.ones_like(u)], -1) @ inverse.T)[..., :2]
+    inside = (np.abs(rays) < 0.9).all(-1)
+    pixel = np.clip((rays + 1) * WIDE / 2, 0, WIDE - 1).astype(int)
+    times = clip.meta["start"] + np.arange(16) / 8
+    wide = mini.at(mini.times[np.abs(mini.times[:, None] - times).argmin(0)], WIDE, WIDE)
+    return (*(w[:, pixel[..., 1], pixel[..., 0]] for w in wide), inside)
+
+
+def check_pinhole(clips: list, mini: Miniature, signals: tuple[str, ...], metres: float = 0.006) -> None:
+    assert clips
+    for clip in clips:
+        assert set(signals) <= clip.signals.keys(), clip.signals.keys()
+        rgb, depth, inside = expected(mini, clip)
+        assert inside.mean() > 0.5
+        assert np.abs(rgb[:, inside].astype(int) - clip.signals["rgb"][:, inside]).mean() < 12
+        motion = np.minimum(clip.meta["start"] + np.arange(60) / 30, mini.times[-1])
+        truth, got = (geometry.relative_to_first(p.astype(np.float64)) for p in (mini.poses(motion), clip.signals["cam"]))
+        assert np.linalg.norm(truth[:, :3, 3] - got[:, :3, 3], axis=1).max() < metres
+        assert geometry.rotation_angle_deg(truth[:, :3, :3].transpose(0, 2, 1) @ got[:, :3, :3]).max() < 0.4
+        if "depth" in signals:
+            seen = clip.signals["depth"][:, inside].astype(np.float32)
+            assert np.median(np.abs(seen - depth[:, inside]) / depth[:, inside].clip(0.1)) < 0.02
+            assert reprojection_error(clip.signals["depth"], clip.signals["cam"], np.array(clip.meta["intrinsics"])) < 0.08
+        if "gaze" in signals:
+            points = mini.in_camera(motion)
+            pixels = geometry.project(points, np.array(clip.meta["intrinsics"])) / SIZE
+            both = (clip.signals["gaze"][:, 2] > 0) & geometry.gaze_is_valid(pixels)
+            assert both.any()
+            assert np.abs(pixels[both] - clip.signals["gaze"][both, :2]).max() < 0.03
+
+
+def test_egoexo4d(tmp_path):
+    """Upright mp4 with a device clock from timesync, a stamp missing, gaze at 10 Hz, a take without its files."""
+    mini = Miniature(11, 96, 96, 30)
+    root, start_ns = tmp_path / "raw", 7_000_000_000
+    take = {"take_name": "cmu_bike14_4", "take_uid": "u1", "timesync_start_idx": 5, "capture": {"capture_name": "cmu_bike14", "cameras": [{"cam_id": "cam01", "is_ego": False}, {"cam_id": "aria02", "is_ego": True}]}}
+    folder = root / "takes/cmu_bike14_4"
+    (folder / "frame_aligned_videos/downscaled/448").mkdir(parents=True)
+    (root / "takes/empty_take").mkdir(parents=True)
+    (root / "takes.json").write_text(json.dumps([take, {**take, "take_name": "empty_take", "take_uid": "u2"}]))
+    write_video(folder / "frame_aligned_videos/downscaled/448/aria02_214-1.mp4", mini.frames[0], 30)
+    (root / "captures/cmu_bike14").mkdir(parents=True)
+    stamps = ["" if i == 40 else str(start_ns + round((i - 6) / 30 * 1e9)) for i in range(5 + 2 + len(mini.times))]
+    (root / "captures/cmu_bike14/timesync.csv").write_text("cam01_pts,aria02_214-1_capture_timestamp_ns\n" + "\n".join(f"{i},{s}" for i, s in enumerate(stamps)))
+    dense = np.arange(0, 6, 0.002)
+    write_trajectory(folder / "trajectory/closed_loop_trajectory.csv", dense, world_from_device(mini, dense), start_ns / 1000)
+    w, xyz = (q := _quaternions(DEVICE_FROM_CAMERA[None, :3, :3])[0])[3], q[:3]
+    calibration = {"CameraCalibrations": [{"Label": "camera-slam-left"}, {"Label": "camera-rgb", "T_Device_Camera": {"Translation": DEVICE_FROM_CAMERA[:3, 3].tolist(), "UnitQuaternion": [w, xyz.tolist()]},
+                                                                          "Projection": {"Params": [1.0] * 15}}]}
+    (folder / "trajectory/online_calibration.jsonl").write_text(json.dumps(calibration) + "\n")
+    slow = np.arange(0, 6, 0.1)
+    (folder / "eye_gaze").mkdir()
+    (folder / "eye_gaze/general_eye_gaze_2d.csv").write_text("x,y\n" + "\n".join(f"{x},{y}" for x, y in mini.gaze_pixels(slow) * 1408 / 96))
+    (root / "annotations").mkdir()
+    (root / "annotations/splits.json").write_text(json.dumps({"take_uid_to_split": {"u1": "val"}}))
+    card = prepare("egoexo4d", root, tmp_path / "out")
+    assert card["clips_by_split"] == {"val": 3}
+    assert list(card["failed"]) == ["empty_take"]
+    clips = clips_of(tmp_path / "out", "cmu_bike14_4")
+    check(clips, mini, signals=("rgb", "cam", "gaze"))
+    assert "intrinsics" not in clips[0].meta
+
+
+def test_ase(tmp_path, monkeypatch):
+    """A turned fisheye at 10 fps with depth along its rays."""
+    mini, lens = Miniature(12, WIDE, WIDE, 10), Lens(200)
+    monkeypatch.setattr(ase, "DEVICE_FROM_CAMERA", DEVICE_FROM_CAMERA)
+    monkeypatch.setattr(ase, "FOCAL", lens.params[0])
+    monkeypatch.setattr(ase, "CENTRE", (lens.params[1], lens.params[2]))
+    monkeypatch.setattr(ase, "SIDE", 200)
+    rgb, depth = mini.frames
+    for i, (frame, along) in enumerate(zip(lens.see(rgb), lens.see(depth) * lens.slant, strict=True)):
+        save_png(tmp_path / f"raw/7/rgb/vignette{i:07d}.png", frame)
+        save_png(tmp_path / f"raw/7/depth/depth{i:07d}.png", np.round(along * 1000).astype(np.uint16))
+    write_trajectory(tmp_path / "raw/7/trajectory.csv", mini.times, world_from_device(mini, mini.times), 0)
+    (tmp_path / "raw/8/rgb").mkdir(parents=True)
+    card = prepare("ase", tmp_path / "raw", tmp_path / "out")
+    assert list(card["failed"]) == ["8"]
+    check_pinhole(clips_of(tmp_path / "out", "7"), mini, ("rgb", "cam", "depth"))
+
+
+@pytest.mark.parametrize("headset", ["aria", "quest"])
+def test_hot3d_clips(tmp_path, headset):
+    """Tars of the Hub release: fisheye jpegs, world from camera with the scalar first, one pose missing."""
+    mini, lens = Miniature(13, WIDE, WIDE, 30, seconds=5), Lens(160)
+    stream = {"aria": "214-1", "quest": "1201-1"}[headset]
+    params = lens.params.tolist() if headset == "aria" else [lens.params[0], *lens.params.tolist()]
+    path = tmp_path / "raw/train/clip-000001.tar"
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w") as tar:
+        for i, frame in enumerate(lens.see(mini.frames[0])):
+            world_from_raw = mini.poses(mini.times[i : i + 1])[0] @ geometry.invert(RAW_FROM_UPRIGHT)
+            x, y, z, w = _quaternions(world_from_raw[None, :3, :3])[0]
+            camera = {"T_world_from_camera": {"translation_xyz": world_from_raw[:3, 3].tolist(), "quaternion_wxyz": [w, x, y, z]}, "calibration": {"projection_params": params}}
+            if i == 60:
+                camera["T_world_from_camera"] = None
+            buffer = io.BytesIO()
+            Image.fromarray(frame).save(buffer, "JPEG", quality=95)
+            for name, data in ((f"{i:06d}.image_{stream}.jpg", buffer.getvalue()), (f"{i:06d}.cameras.json", json.dumps({stream: camera}).encode()),
+                               (f"{i:06d}.info.json", b'{"participant_id": "P0014"}')):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    card = prepare(f"hot3d_{headset}", tmp_path / "raw", tmp_path / "out")
+    assert card["clips_by_split"] == {"val": 2}
+    check_pinhole(clips_of(tmp_path / "out", "train_clip-000001_tar"), mini, ("rgb", "cam"))
+
+
+class _Matrix:
+    def __init__(self, matrix: np.ndarray) -> None:
+        self.matrix = matrix
+
+    def to_matrix(self) -> np.ndarray:
+        return self.matrix
+
+
+class _Provider:
+    """The calls of a VRS data provider on a .npz file."""
+
+    OFFSET = 5_000_000  # between time code and device time, ns
+
+    def __init__(self, path: str) -> None:
+        self.data = np.load(path)
+
+    def get_stream_id_from_label(self, label: str) -> str:
+        assert label == "camera-rgb"
+        return "214-1"
+
+    def get_timestamps_ns(self, stream: str, domain: str) -> list[int]:
+        assert domain == "device"
+        return self.data["stamps"].tolist()
+
+    def get_image_data_by_index(self, stream: str, index: int) -> tuple:
+        frame = self.data["frames"][index]
+        return types.SimpleNamespace(to_numpy_array=lambda: frame), None
+
+    def get_device_calibration(self) -> "_Provider":
+        return self
+
+    def get_camera_calib(self, label: str) -> "_Provider":
+        return self
+
+    def get_image_size(self) -> np.ndarray:
+        return np.array(self.data["frames"].shape[2:0:-1])
+
+    def projection_params(self) -> np.ndarray:
+        return self.data["params"]
+
+    def get_transform_device_camera(self) -> _Matrix:
+        return _Matrix(DEVICE_FROM_CAMERA)
+
+    def get_transform_device_cpf(self) -> _Matrix:
+        return _Matrix(self.data["device_from_cpf"])
+
+    def convert_from_timecode_to_device_time_ns(self, stamp: int) -> int:
+        return stamp - self.OFFSET
+
+
+@pytest.fixture
+def vrs(monkeypatch):
+    """projectaria_tools, stood in for."""
+    core = types.ModuleType("projectaria_tools.core")
+    core.data_provider = types.SimpleNamespace(create_vrs_data_provider=_Provider)
+    core.sensor_data = types.SimpleNamespace(TimeDomain=types.SimpleNamespace(DEVICE_TIME="device"))
+    package = types.ModuleType("projectaria_tools")
+    package.core = core
+    for name, module in (("projectaria_tools", package), ("projectaria_tools.core", core), ("projectaria_tools.core.data_provider", core.data_provider)):
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+CPF_AXES = np.diag([-1.0, -1.0, 1.0, 1.0])  # x left, y up, z forward against OpenCV's right, down, forward
+
+
+def write_vrs(path: Path, mini: Miniature, lens: Lens, frames: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+    """Returns device_from_cpf: the pupils half a decimetre beside the camera, looking the way the wearer does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    upright_from_cpf = CPF_AXES.copy()
+    upright_from_cpf[:3, 3] = [0.05, 0.02, -0.01]
+    device_from_cpf = DEVICE_FROM_CAMERA @ RAW_FROM_UPRIGHT @ upright_from_cpf
+    with path.open("wb") as file:
+        np.savez(file, frames=frames, stamps=stamps, params=lens.params, device_from_cpf=device_from_cpf)
+    return upright_from_cpf
+
+
+def write_gaze(path: Path, mini: Miniature, upright_from_cpf: np.ndarray, start_us: float, per_eye: bool) -> None:
+    """Yaw, pitch and depth of the ball from the pupils, ten a second; one row lost."""
+    times = np.arange(0, mini.seconds, 0.1)
+    points = np.c_[mini.in_camera(times), np.ones(len(times))] @ np.linalg.inv(upright_from_cpf).T
+    x, y, z = points[:, :3].T
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        yaws = "left_yaw_rads_cpf,right_yaw_rads_cpf" if per_eye else "yaw_rads_cpf"
+        file.write(f"tracking_timestamp_us,{yaws},pitch_rads_cpf,depth_m\n")
+        for i, t in enumerate(times):
+            angles = [np.arctan(x[i] / z[i])] * (2 if per_eye else 1)
+            if i != 12:
+                file.write(",".join(map(str, [round(start_us + t * 1e6), *angles, np.arctan(y[i] / z[i]), np.linalg.norm(points[i, :3])])) + "\n")
+
+
+def test_hot3d_recording(vrs, tmp_path):
+    """The trajectory in time code, gaze from both eyes."""
+    mini, lens, start = Miniature(14, WIDE, WIDE, 30), Lens(160), 43_000_000_000
+    folder = tmp_path / "raw/P0014_abc"
+    upright_from_cpf = write_vrs(folder / "recording.vrs", mini, lens, lens.see(mini.frames[0]), start + np.round(mini.times * 1e9).astype(np.int64))
+    poses = world_from_device(mini, mini.times)
+    with (folder / "headset_trajectory.csv").open("w") as file:
+        file.write("object_uid,timestamp[ns],t_wo_x[m],t_wo_y[m],t_wo_z[m],q_wo_w,q_wo_x,q_wo_y,q_wo_z\n")
+        for t, pose, (x, y, z, w) in zip(mini.times, poses, _quaternions(poses[:, :3, :3]), strict=True):
+            file.write(",".join(map(str, ["h", start + round(t * 1e9) + _Provider.OFFSET, *pose[:3, 3], w, x, y, z])) + "\n")
+    (folder / "metadata.json").write_text(json.dumps({"headset": "Aria", "participant_id": "P0014"}))
+    write_gaze(folder / "mps/eye_gaze/general_eye_gaze.csv", mini, upright_from_cpf, start / 1000, per_eye=True)
+    card = prepare("hot3d_aria", tmp_path / "raw", tmp_path / "out")
+    assert card["clips_by_split"] == {"val": 3}
+    check_pinhole(clips_of(tmp_path / "out", "P0014_abc"), mini, ("rgb", "cam", "gaze"))
+
+
+def test_adt(vrs, tmp_path):
+    mini, lens, start = Miniature(15, WIDE, WIDE, 30), Lens(160), 1_000_000_000
+    folder = tmp_path / "raw/Apartment_release_1"
+    stamps = start + np.round(mini.times * 1e9).astype(np.int64)
+    upright_from_cpf = write_vrs(folder / "video.vrs", mini, lens, lens.see(mini.frames[0]), stamps)
+    write_vrs(folder / "depth_images.vrs", mini, lens, np.round(lens.see(mini.frames[1]) * 1000).astype(np.uint16), stamps)
+    dense = np.arange(0, 6, 0.01)
+    write_trajectory(folder / "aria_trajectory.csv", dense, world_from_device(mini, dense), start / 1000)
+    write_gaze(folder / "eyegaze.csv", mini, upright_from_cpf, start / 1000, per_eye=False)
+    card = prepare("adt", tmp_path / "raw", tmp_path / "out")
+    assert card["clips_by_split"] == {"test": 3}
+    check_pinhole(clips_of(tmp_path / "out", "Apartment_release_1"), mini, ("rgb", "cam", "depth", "gaze"))
+
+
+def test_without_projectaria_tools_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "projectaria_tools", None)
+    (tmp_path / "raw/Seq").mkdir(parents=True)
+    (tmp_path / "raw/Seq/aria_trajectory.csv").write_text("x\n1\n")
+    (tmp_path / "raw/Seq/video.vrs").write_bytes(b"")
+    done = run_cli("prepare", "adt", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1, check=False)
+    assert done.returncode == 2
+    assert "egom2p[aria]" in done.stderr
+    assert "aarch64" in done.stderr
+
+
+def test_both_eyes_make_one_ray():
+    both = gaze_direction({"left_yaw_rads_cpf": np.array([0.1]), "right_yaw_rads_cpf": np.array([0.3]), "pitch_rads_cpf": np.array([0.2]), "depth_m": np.array([np.nan])})
+    assert np.linalg.norm(both) == pytest.approx(1)
+    assert both[0, 0] / both[0, 2] == pytest.approx((np.tan(0.1) + np.tan(0.3)) / 2)
