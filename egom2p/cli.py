@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_world(commands)
     _add_prepare(commands)
+    _add_depth(commands)
     _add_tokenizer(commands)
     _add_shards(commands)
     _add_train(commands)
@@ -92,6 +93,20 @@ def _prepare(args) -> int:
     card = prepare(args.dataset, args.root, args.out, PrepareArgs(args.size, args.limit, args.workers), tuple(args.sequences))
     print(f"{describe(card)}\ncard: {args.out / 'card.json'}, contact sheet: {args.out / 'contact_sheet.png'}")
     return 0 if card["clips"] else 1
+
+
+def _add_depth(commands) -> None:
+    parser = commands.add_parser("depth", help="pseudo-label clips that have no depth")
+    parser.add_argument("--clips", required=True, help="pattern of clip tars, which are rewritten")
+    parser.add_argument("--model", required=True, help="rollingdepth, video-depth-anything:WEIGHTS, or package.module:Class")
+    parser.set_defaults(run=_depth)
+
+
+def _depth(args) -> None:
+    from egom2p.datasets.pseudo import label_depth
+
+    labelled, had = label_depth(args.clips, args.model)
+    print(f"{labelled} clips labelled, {had} had depth")
 
 
 def _add_tokenizer(commands) -> None:

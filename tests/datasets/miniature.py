@@ -40,9 +40,11 @@ class Miniature:
 
     def at(self, times: np.ndarray, width: int = 0, height: int = 0) -> tuple[np.ndarray, np.ndarray]:
         width, height = width or self.width, height or self.height
-        rgb, depth = render(self.scene, self.poses(times), width)
-        top = (width - height) // 2
-        return rgb[:, top : top + height], depth[:, top : top + height].astype(np.float32)
+        top, parts = (width - height) // 2, []
+        for start in range(0, len(times), 16):
+            rgb, depth = render(self.scene, self.poses(times[start : start + 16]), width)
+            parts.append((rgb[:, top : top + height], depth[:, top : top + height].astype(np.float32)))
+        return tuple(np.concatenate(p) for p in zip(*parts, strict=True))
 
     def gaze_pixels(self, times: np.ndarray) -> np.ndarray:
         """The first ball's centre in pixels, NaN behind the camera."""
