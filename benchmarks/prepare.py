@@ -1,6 +1,6 @@
 """`egom2p prepare`: clips a second on one core, and where the time goes.
 
-    python -m benchmarks.prepare [--width 896] [--height 504] [--seconds 20] [--size 256]
+    python -m benchmarks.prepare [--width 448] [--height 252] [--seconds 8] [--size 256]
 
 One procedural recording as a folder of one's own videos (H.264 at 30 fps, depth as .npy, a 30 Hz trajectory, gaze) is prepared in
 this process. Stages are timed by running them alone on the same recording: decoding every frame, decoding and resizing the
@@ -43,9 +43,9 @@ def seconds_of(function) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=896)
-    parser.add_argument("--height", type=int, default=504)
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--width", type=int, default=448)
+    parser.add_argument("--height", type=int, default=252)
+    parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--size", type=int, default=256)
     args = parser.parse_args()
     torch.set_num_threads(1)

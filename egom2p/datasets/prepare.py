@@ -5,6 +5,7 @@ was dropped and why. Sequences are independent: any number of processes writes t
 only what is missing, and one that fails is written down and harms no other.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -62,7 +63,7 @@ def prepare(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str
         if record["error"]:
             log.warning("%s: left out: %s", record["sequence"], record["error"])
     bar.close()
-    return write_card(out, name)
+    return write_card(out, set_name(name))
 
 
 def record_path(out: Path, sequence: str) -> Path:
@@ -75,15 +76,21 @@ def safe(sequence: str) -> str:
 
 
 def make_adapter(name: str):
-    """The adapter of a data set; UserError lists those there are."""
+    """The adapter of a data set, by its name or as `package.module:Class`; UserError lists those there are."""
     from egom2p.datasets import ADAPTERS
 
-    if name not in ADAPTERS:
-        raise UserError(f"no data set '{name}'; there are {', '.join(sorted(ADAPTERS))}")
-    module, _, attribute = ADAPTERS[name].partition(":")
-    import importlib
+    if name not in ADAPTERS and ":" not in name:
+        raise UserError(f"no data set '{name}'; there are {', '.join(sorted(ADAPTERS))}, or name your own as package.module:Class")
+    module, _, attribute = ADAPTERS.get(name, name).partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"data set '{name}': {error}; write package.module:Class of an importable module") from error
 
-    return getattr(importlib.import_module(module), attribute)()
+
+def set_name(name: str) -> str:
+    """What the clips of a data set are labelled with: its name, or the adapter's own for a package.module:Class."""
+    return make_adapter(name).name if ":" in name else name
 
 
 def _check_same_settings(out: Path, name: str, args: PrepareArgs) -> None:
@@ -113,7 +120,7 @@ def prepare_sequence(name: str, root: Path, out: Path, args: PrepareArgs, sequen
     try:
         recording = make_adapter(name).open(root, sequence)
         split, seconds = recording.split, float(np.ptp(recording.rgb.times)) if recording.rgb is not None and len(recording.rgb.times) else 0.0
-        clips = cut(recording, name, args, counts, stats)
+        clips = cut(recording, set_name(name), args, counts, stats)
         first = next(clips, None)
         if first is not None:
             write_clips(out / recording.split / f"{safe(sequence)}.tar", _chain(first, clips))

@@ -1,0 +1,30 @@
+"""The worked example of docs/data.md, as written there."""
+
+import re
+import sys
+
+import numpy as np
+
+from egom2p import geometry
+from egom2p.data.video import write_video
+from tests.conftest import ROOT, run_cli
+from tests.datasets.miniature import Miniature
+from tests.datasets.test_adapters import check, clips_of, prepare
+
+
+def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.S)[1]
+    (tmp_path / "my_set.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    mini = Miniature(21, 96, 72, 25)
+    folder = tmp_path / "raw/first"
+    folder.mkdir(parents=True)
+    write_video(folder / "video.mp4", mini.frames[0], 25)
+    np.save(folder / "poses.npy", geometry.invert(mini.poses(mini.times)))
+    card = prepare("my_set:MySet", tmp_path / "raw", tmp_path / "out")
+    assert card["dataset"] == "my_set"
+    check(clips_of(tmp_path / "out", "first"), mini, signals=("rgb", "cam"))
+    done = run_cli("prepare", "my_set:Nothing", "--root", tmp_path / "raw", "--out", tmp_path / "x", check=False)
+    assert done.returncode == 2
+    assert "package.module:Class" in done.stderr
+    sys.modules.pop("my_set", None)
