@@ -124,8 +124,12 @@ def _leave_at_once(error: BaseException, heartbeats: "_Heartbeats") -> None:
     os._exit(2 if isinstance(error, UserError) else 1)
 
 
+# What the backends say when another rank is gone; the wording depends on where in a collective they were.
+LOST_WORDS = ("gloo", "nccl", "processgroup", "connection closed by peer", "connection reset by peer", "broken pipe", "pair closure", "timed out", "timeout")
+
+
 def _is_collective(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "ProcessGroup", "Connection closed by peer"))
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOST_WORDS)
 
 
 class _Heartbeats:
