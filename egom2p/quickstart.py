@@ -202,7 +202,8 @@ def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, 
              ("torch", environment["torch"]), ("commit", (environment["commit"] or "none")[:10])]
     sheets = [(f"clip {clip.key}", plots.clip_sheet(clip.signals["rgb"], clip.signals, predicted, kinds, ""))
               for clip, predicted in _merge_shown(evaluation.shown)]
-    write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds, facts, pictures)
+    write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds, facts, pictures,
+                 [(f"{p.stem} at step {int(p.parent.name[5:])}", p) for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]])
 
 
 def _merge_shown(shown: dict) -> list[tuple]:

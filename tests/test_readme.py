@@ -28,7 +28,9 @@ def places(finished, tmp_path_factory):
     write_video(folder / "my_video.mp4", np.random.default_rng(0).integers(0, 255, (50, 48, 64, 3)).astype(np.uint8), 25)
     write_released(folder / "egom2p_base.pth", reference("model_swiglu")["state_dict"], model="fm_base_12e_12d_swiglu_nobias")
     write_released(folder / "camera_tokenizer.pth", reference("vqvae_cam")["state_dict"], model="vqvae")
-    files = {n: str(folder / n) for n in ("my_video.mp4", "egom2p_base.pth", "camera_tokenizer.pth")}
+    (folder / "my_videos").mkdir()
+    write_video(folder / "my_videos/walk.mp4", np.random.default_rng(1).integers(0, 255, (75, 48, 64, 3)).astype(np.uint8), 25)
+    files = {n: str(folder / n) for n in ("my_videos", "my_video.mp4", "egom2p_base.pth", "camera_tokenizer.pth")}
     return {"runs/quickstart": str(finished[0]), **files, "runs/": f"{folder}/runs/"}
 
 

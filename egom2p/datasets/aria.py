@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from egom2p.datasets.lens import Undistortion, distort_fisheye624
 from egom2p.datasets.recording import BadSequence, Pictures, Track, find
 from egom2p.datasets.video import rotations
 from egom2p.errors import UserError
@@ -128,6 +129,58 @@ def open_vrs(path: Path) -> tuple[Any, Any]:
     if provider is None:
         raise BadSequence(f"{path} cannot be opened as VRS")
     return core, provider
+
+
+def pinhole(params: np.ndarray) -> np.ndarray:
+    """Aria's f, cu, cv (pixel centres at integers) as a matrix with pixel centres at half-integers."""
+    return np.array([[params[0], 0, params[1] + 0.5], [0, params[0], params[2] + 0.5], [0, 0, 1.0]])
+
+
+class AriaRecording:
+    """The rgb stream of a VRS file with its calibration, all clocks from its first frame. raw: pinhole matrix of the unturned frames."""
+
+    def __init__(self, path: Path) -> None:
+        core, self.provider = open_vrs(path)
+        self.domain = core.sensor_data.TimeDomain.DEVICE_TIME
+        self.stream = self.provider.get_stream_id_from_label(RGB)
+        self.stamps = np.array(self.provider.get_timestamps_ns(self.stream, self.domain), np.int64)
+        self.calibration = self.provider.get_device_calibration()
+        camera = self.calibration.get_camera_calib(RGB)
+        width, self.height = (int(n) for n in camera.get_image_size())
+        params = np.array(camera.projection_params(), np.float64)
+        self.raw = pinhole(params)
+        self.undistort = Undistortion(self.raw, width, self.height, lambda rays: distort_fisheye624(rays, params[3:]))
+        self.device_from_camera = np.asarray(camera.get_transform_device_camera().to_matrix(), np.float64)
+
+    @property
+    def intrinsics(self) -> np.ndarray:
+        return turn_intrinsics(self.raw, self.height)
+
+    def rgb(self) -> VrsPictures:
+        return VrsPictures(self.provider, self.stream, self.stamps, self.stamps[0], self.undistort)
+
+    def depth(self, path: Path) -> VrsPictures:
+        """The depth stream of another VRS file of the same recording."""
+        _, provider = open_vrs(path)
+        stream = provider.get_stream_id_from_label(RGB)
+        return VrsPictures(provider, stream, provider.get_timestamps_ns(stream, self.domain), self.stamps[0], self.undistort, depth=True)
+
+    def seconds(self, device_ns: np.ndarray) -> np.ndarray:
+        return (device_ns - self.stamps[0]) / 1e9
+
+    def camera_track(self, device_ns: np.ndarray, world_from_device: np.ndarray) -> Track:
+        order = np.argsort(device_ns, kind="stable")
+        return Track(self.seconds(device_ns[order]), (world_from_device @ self.device_from_camera @ RAW_FROM_UPRIGHT)[order])
+
+    def gaze(self, path: Path) -> Track:
+        """MPS gaze as pixels of the upright, undistorted frames, NaN behind the camera."""
+        columns = read_csv(path)
+        upright_from_cpf = RAW_FROM_UPRIGHT.T @ np.linalg.inv(self.device_from_camera) @ np.asarray(self.calibration.get_transform_device_cpf().to_matrix(), np.float64)
+        points = np.c_[gaze_direction(columns), np.ones(len(columns["tracking_timestamp_us"]))] @ upright_from_cpf.T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            pixels = (points[:, :3] @ self.intrinsics.T)[:, :2] / points[:, 2:3]
+        pixels[~(points[:, 2] > 0.05)] = np.nan
+        return Track(self.seconds(columns["tracking_timestamp_us"] * 1000), pixels)
 
 
 def _number(text: str | None) -> float:

@@ -18,12 +18,11 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from egom2p.datasets.aria import RAW_FROM_UPRIGHT, RGB, VrsPictures, gaze_direction, open_vrs, read_csv, transform, turn, turn_intrinsics
+from egom2p.datasets.aria import RAW_FROM_UPRIGHT, AriaRecording, pinhole, read_csv, transform, turn, turn_intrinsics
 from egom2p.datasets.lens import Undistortion, distort_fisheye624
 from egom2p.datasets.recording import Adapter, BadSequence, Pictures, Recording, Track, need
 from egom2p.datasets.video import rotations
@@ -76,27 +75,16 @@ class HOT3DAria(Adapter):
         return Recording(sequence, _split(participant), rgb=pictures, cam=Track(pictures.times, poses @ RAW_FROM_UPRIGHT), intrinsics=turn_intrinsics(raw, height))
 
     def _open_vrs(self, folder: Path, sequence: str) -> Recording:
-        core, provider = open_vrs(folder / "recording.vrs")
-        stream = provider.get_stream_id_from_label(RGB)
-        domain = core.sensor_data.TimeDomain.DEVICE_TIME
-        stamps = np.array(provider.get_timestamps_ns(stream, domain), np.int64)
-        calibration = provider.get_device_calibration()
-        camera = calibration.get_camera_calib(RGB)
-        width, height = (int(n) for n in camera.get_image_size())
-        params = np.array(camera.projection_params(), np.float64)
-        raw = _pinhole(params)
-        undistort = Undistortion(raw, width, height, lambda rays: distort_fisheye624(rays, params[3:]))
-        device_from_camera = np.asarray(camera.get_transform_device_camera().to_matrix(), np.float64)
+        aria = AriaRecording(folder / "recording.vrs")
         columns = read_csv(folder / "headset_trajectory.csv")
-        device = np.array([provider.convert_from_timecode_to_device_time_ns(int(t)) for t in columns["timestamp[ns]"]], np.int64)
-        order = np.argsort(device, kind="stable")
+        device = np.array([aria.provider.convert_from_timecode_to_device_time_ns(int(t)) for t in columns["timestamp[ns]"]], np.int64)
         poses = np.tile(np.eye(4), (len(device), 1, 1))
         poses[:, :3, :3] = rotations(np.stack([columns[f"q_wo_{a}"] for a in "xyzw"], -1))
         poses[:, :3, 3] = np.stack([columns[f"t_wo_{a}[m]"] for a in "xyz"], -1)
-        cam = Track((device[order] - stamps[0]) / 1e9, (poses @ device_from_camera @ RAW_FROM_UPRIGHT)[order])
         meta = json.loads((folder / "metadata.json").read_text()) if (folder / "metadata.json").exists() else {}
-        return Recording(sequence, _split(str(meta.get("participant_id", sequence[:5]))), rgb=VrsPictures(provider, stream, stamps, stamps[0], undistort), cam=cam,
-                         gaze=vrs_gaze(folder / "mps/eye_gaze", calibration, device_from_camera, raw, height, int(stamps[0])), intrinsics=turn_intrinsics(raw, height))
+        gaze = next((p for kind in ("personalized", "general") if (p := folder / f"mps/eye_gaze/{kind}_eye_gaze.csv").exists()), None)
+        return Recording(sequence, _split(str(meta.get("participant_id", sequence[:5]))), rgb=aria.rgb(), cam=aria.camera_track(device, poses),
+                         gaze=aria.gaze(gaze) if gaze else None, intrinsics=aria.intrinsics)
 
 
 class HOT3DQuest(HOT3DAria):
@@ -120,31 +108,11 @@ class _ClipPictures(Pictures):
         return self.function(frame) if self.function else frame
 
 
-def vrs_gaze(folder: Path, calibration: Any, device_from_camera: np.ndarray, raw: np.ndarray, height: int, first: int) -> Track | None:
-    """MPS gaze as pixels of the upright, undistorted rgb frames."""
-    path = next((p for p in (folder / "personalized_eye_gaze.csv", folder / "general_eye_gaze.csv", folder) if p.is_file()), None)
-    if path is None:
-        return None
-    columns = read_csv(path)
-    device_from_cpf = np.asarray(calibration.get_transform_device_cpf().to_matrix(), np.float64)
-    points = np.c_[gaze_direction(columns), np.ones(len(columns["tracking_timestamp_us"]))] @ (RAW_FROM_UPRIGHT.T @ np.linalg.inv(device_from_camera) @ device_from_cpf).T
-    matrix = turn_intrinsics(raw, height)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        pixels = (points[:, :3] @ matrix.T)[:, :2] / points[:, 2:3]
-    pixels[~(points[:, 2] > 0.05)] = np.nan
-    return Track((columns["tracking_timestamp_us"] * 1000 - first) / 1e9, pixels)
-
-
-def _pinhole(params: np.ndarray) -> np.ndarray:
-    """Aria's f, cu, cv (pixel centres at integers) as a matrix with pixel centres at half-integers."""
-    return np.array([[params[0], 0, params[1] + 0.5], [0, params[0], params[2] + 0.5], [0, 0, 1.0]])
-
-
 def _camera(params: list[float], pictures: Pictures) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Pinhole matrix, lens coefficients and size from projection_params of 15 (f) or 16 (fx, fy) numbers."""
     height, width = pictures.read(0).shape[:2]
     params = np.array(params if len(params) == 15 else [params[0], *params[2:]], np.float64)
-    return _pinhole(params), params[3:15], height, width
+    return pinhole(params), params[3:15], height, width
 
 
 def _split(participant: str) -> str:

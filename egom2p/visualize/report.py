@@ -32,11 +32,12 @@ MAIN_METRICS = {"ate_m": "trajectory error, m", "gaze_mse": "gaze error (MSE)", 
 
 
 def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], metrics: list[dict[str, Any]], sheets: list[tuple[str, plt.Figure]],
-                 seconds: dict[str, float], facts: list[tuple[str, str]], pictures: list[tuple[str, Path]] | None = None) -> None:
-    """Write the page. sheets: (caption, figure); facts: (name, value); pictures: (caption, PNG file)."""
+                 seconds: dict[str, float], facts: list[tuple[str, str]], pictures: list[tuple[str, Path]] | None = None, during: list[tuple[str, Path]] | None = None) -> None:
+    """Write the page. sheets: (caption, figure); facts: (name, value); pictures, during (training): (caption, PNG file)."""
     parts = [f"<h1>{html.escape(title)}</h1>", _lead(facts), _cards(summary),
              "<h2>Results on held-out clips</h2>", _RESULT_NOTE, _result_table(summary),
-             "<h2>Training</h2>", _image(plots.loss_curves(metrics)), "<h2>Clips</h2>", _CLIP_NOTE]
+             "<h2>Training</h2>", _image(plots.loss_curves(metrics)),
+             *(f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}' for caption, file in during or []), "<h2>Clips</h2>", _CLIP_NOTE]
     for caption, figure in sheets:
         parts += [f'<p class="soft">{html.escape(caption)}</p>', _image(figure)]
     if pictures:

@@ -19,8 +19,7 @@ from PIL import Image
 from egom2p import geometry
 from egom2p.data.video import write_video
 from egom2p.datasets import ase
-from egom2p.datasets.aria import RAW_FROM_UPRIGHT, gaze_direction, transform
-from egom2p.datasets.hot3d import _pinhole
+from egom2p.datasets.aria import RAW_FROM_UPRIGHT, gaze_direction, pinhole, transform
 from egom2p.datasets.lens import distort_fisheye624
 from egom2p.datasets.prepare import reprojection_error
 from egom2p.generation.pipeline import _quaternions
@@ -54,7 +53,7 @@ class Lens:
     def __init__(self, side: int) -> None:
         self.side = side
         self.params = np.array([side * 0.4228, side * 0.508, side * 0.496, *LENS])
-        matrix = _pinhole(self.params)
+        matrix = pinhole(self.params)
         v, u = np.mgrid[0:side, 0:side]
         wanted = (np.stack([u + 0.5, v + 0.5, np.ones_like(u)], -1) @ np.linalg.inv(matrix).T)[..., :2]
         rays = wanted.copy()
