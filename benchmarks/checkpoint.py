@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.train_step import RELEASED, Side, make_samples
-from egom2p.config import build, read_yaml, to_plain
-from egom2p.model.egom2p import EgoM2P, ModelArgs
+from benchmarks.train_step import RELEASED, Side, make_samples, model_sizes
+from egom2p.model.egom2p import EgoM2P
 from egom2p.training.checkpoint import CheckpointArgs, Checkpoints
 
 
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    sizes = build(ModelArgs, to_plain(dict(read_yaml(Path(f"cfgs/model/{args.size}.yaml"))["model"])), "model", args.size)
+    sizes = model_sizes(args.size)
     model = EgoM2P(RELEASED, sizes)
     side = Side("ours", model, bfloat16=False)
     samples = make_samples(1, 0)

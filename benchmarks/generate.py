@@ -9,30 +9,25 @@ runs one side only. "reused" is ours with reuse_condition (the condition is enco
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.plain_generate import PlainGenerator
-from benchmarks.train_step import RELEASED, REUSED_HEAP
-from egom2p.config import build, load, read_yaml, to_plain
+from benchmarks.train_step import RELEASED, REUSED_HEAP, model_sizes, run_child
+from egom2p.config import load
 from egom2p.generation.sampler import generate
 from egom2p.generation.schedule import RecipeConfig
-from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.model.egom2p import EgoM2P
 
 
 def measure(args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
-    sizes = build(ModelArgs, to_plain(dict(read_yaml(Path(f"cfgs/model/{args.size}.yaml"))["model"])), "model", args.size)
-    model = EgoM2P(RELEASED, sizes).eval()
+    model = EgoM2P(RELEASED, model_sizes(args.size)).eval()
     with torch.no_grad():
         for head in model.heads.values():
             head.weight.mul_(20)  # random weights give flat predictions; sharper ones leave no ties to rounding
@@ -65,11 +60,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def child(args: argparse.Namespace, sides: str, allocator: dict[str, str], rounds: int, recipes: str, check: bool) -> dict:
-    command = [sys.executable, "-m", "benchmarks.generate", "--size", args.size, "--precision", args.precision, "--rounds", str(rounds), "--recipes", recipes, "--sides", sides]
-    done = subprocess.run([*command, *(["--check"] if check else [])], env={**os.environ, **allocator}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_child("benchmarks.generate", ["--size", args.size, "--precision", args.precision, "--rounds", str(rounds), "--recipes", recipes, "--sides", sides,
+                                             *(["--check"] if check else [])], allocator)
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from benchmarks.plain import PlainEgoM2P
-from benchmarks.train_step import RELEASED, make_samples
-from egom2p.config import build, load, read_yaml, to_plain
+from benchmarks.train_step import RELEASED, make_samples, model_sizes
+from egom2p.config import load
 from egom2p.data.batch import FlatTokens, MaskedSample, PackedBatch, pack
 from egom2p.generation.schedule import RecipeConfig
 from egom2p.modalities import Modality, ModalitySet
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="toy sizes, any device")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    args.sizes = build(ModelArgs, to_plain(dict(read_yaml(Path(f"cfgs/model/{args.size}.yaml"))["model"])), "model", args.size)
+    args.sizes = model_sizes(args.size)
     if args.smoke:
         args.sizes, args.micro, args.steps, args.recipes = ModelArgs(32, 2, 1, 1), [1], 1, ["rgb2cam"]
     print(f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, torch {torch.__version__}, size {args.size}")

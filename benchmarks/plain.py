@@ -44,18 +44,11 @@ class PlainEgoM2P:
         targets, target_ok = _first(batch["is_target"], self.num_targets)
         x = _gather(embedded + place, inputs)
         visible = input_ok[:, None, :]
-        for block in model.encoder:
-            x = x + self._self_attention(block.attn, block.norm1(x), visible)
-            x = x + block.mlp(block.norm2(x))
-        context = model.context_projection(model.encoder_norm(x)) + _gather(place, inputs)
+        context = model.context_projection(self.encode(x, visible)) + _gather(place, inputs)
         y = _gather(model.mask_token + place, targets)
         modality = batch["modality"].gather(1, targets)
         same = (modality[:, :, None] == modality[:, None, :]) & target_ok[:, None, :]
-        for block in model.decoder:
-            y = y + self._self_attention(block.self_attn, block.norm1(y), same)
-            y = y + self._cross_attention(block.cross_attn, block.query_norm(y), block.context_norm(context), visible)
-            y = y + block.mlp(block.norm2(y))
-        y, ids = model.decoder_norm(y), batch["tokens"].gather(1, targets)
+        y, ids = self.decode(y, same, context, visible), batch["tokens"].gather(1, targets)
         losses = []
         for index, head in enumerate(model.heads.values()):
             rows = (modality == index) & target_ok
@@ -63,6 +56,21 @@ class PlainEgoM2P:
             logits = logits if logits.dtype == torch.float64 else logits.float()
             losses.append(F.cross_entropy(logits, ids[rows]) if rows.any() else y.new_zeros(()))
         return torch.stack(losses).mean()
+
+    def encode(self, x: Tensor, visible: Tensor) -> Tensor:
+        """(B, N, dim) inputs under a mask of keys (B, 1, N)."""
+        for block in self.model.encoder:
+            x = x + self._self_attention(block.attn, block.norm1(x), visible)
+            x = x + block.mlp(block.norm2(x))
+        return self.model.encoder_norm(x)
+
+    def decode(self, y: Tensor, same: Tensor, context: Tensor, visible: Tensor) -> Tensor:
+        """(B, T, dim) queries that see each other where `same` (B, T, T) and the context where `visible` (B, 1, N)."""
+        for block in self.model.decoder:
+            y = y + self._self_attention(block.self_attn, block.norm1(y), same)
+            y = y + self._cross_attention(block.cross_attn, block.query_norm(y), block.context_norm(context), visible)
+            y = y + block.mlp(block.norm2(y))
+        return self.model.decoder_norm(y)
 
     def _self_attention(self, attn: SelfAttention, x: Tensor, allowed: Tensor) -> Tensor:
         q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)

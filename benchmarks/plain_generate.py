@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.plain import PlainEgoM2P, _first, _gather
 from egom2p.generation.sampler import _clip_rng
 from egom2p.generation.schedule import TargetArgs
+from egom2p.model.blocks import CrossAttention
 from egom2p.model.egom2p import EgoM2P
 
 
@@ -60,20 +61,14 @@ class PlainGenerator(PlainEgoM2P):
         targets, _ = _first(asked, int(asked.sum()))
         x = _gather(embedded + place, inputs)
         visible = input_ok[:, None, :]
-        for block in model.encoder:
-            x = x + self._self_attention(block.attn, block.norm1(x), visible)
-            x = x + block.mlp(block.norm2(x))
-        context = model.context_projection(model.encoder_norm(x)) + _gather(place, inputs)
+        context = model.context_projection(self.encode(x, visible)) + _gather(place, inputs)
         y = _gather(model.mask_token + place, targets)
         same = torch.ones(1, y.shape[1], y.shape[1], dtype=torch.bool)
-        if not bool(input_ok.any()):
-            visible = torch.zeros_like(visible)
-        for block in model.decoder:
-            y = y + self._self_attention(block.self_attn, block.norm1(y), same)
-            cross = self._cross_attention(block.cross_attn, block.query_norm(y), block.context_norm(context), visible)
-            y = y + (cross if bool(visible.any()) else cross - cross + block.cross_attn.proj(torch.zeros_like(y)))
-            y = y + block.mlp(block.norm2(y))
-        return model.heads[target](model.decoder_norm(y))[0].float()
+        return model.heads[target](self.decode(y, same, context, visible))[0].float()
+
+    def _cross_attention(self, attn: CrossAttention, x: Tensor, context: Tensor, allowed: Tensor) -> Tensor:
+        """Nothing to look at gives zeros before the projection."""
+        return super()._cross_attention(attn, x, context, allowed) if bool(allowed.any()) else attn.proj(torch.zeros_like(x))
 
 
 def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -35,6 +35,19 @@ RELEASED = ModalitySet([Modality("rgb", 64000, (5, 32, 32)), Modality("depth", 6
 REUSED_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 
 
+def model_sizes(name: str) -> ModelArgs:
+    """The sizes in cfgs/model/NAME.yaml."""
+    return build(ModelArgs, to_plain(dict(read_yaml(Path(f"cfgs/model/{name}.yaml"))["model"])), "model", name)
+
+
+def run_child(module: str, arguments: list[str], allocator: dict[str, str]) -> dict:
+    """The JSON object that `python -m MODULE ARGUMENTS` prints last, under the given allocator settings."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], env={**os.environ, **allocator}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def make_samples(count: int, start: int) -> list[MaskedSample]:
     masker, rng = Masker(MaskArgs(), RELEASED, seed=0), np.random.default_rng(start)
     tokens = [{i: rng.integers(0, m.vocab_size, m.num_tokens).astype(np.int32) for i, m in enumerate(RELEASED)} for _ in range(count)]
@@ -68,7 +81,7 @@ class Side:
 def measure(args: argparse.Namespace) -> dict:
     """Alternate the sides named in args.sides; medians over rounds."""
     torch.manual_seed(0)
-    sizes = build(ModelArgs, to_plain(dict(read_yaml(Path(f"cfgs/model/{args.size}.yaml"))["model"])), "model", args.size)
+    sizes = model_sizes(args.size)
     model = EgoM2P(RELEASED, sizes)
     sides = [Side(name, model, args.precision == "bfloat16") for name in args.sides.split(",")]
     seconds: dict[str, list[float]] = {s.name: [] for s in sides}
@@ -91,12 +104,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def child(args: argparse.Namespace, sides: str, allocator: dict[str, str], rounds: int) -> dict:
-    command = [sys.executable, "-m", "benchmarks.train_step", "--size", args.size, "--samples", str(args.samples), "--precision", args.precision,
-               "--rounds", str(rounds), "--sides", sides]
-    done = subprocess.run(command, env={**os.environ, **allocator}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_child("benchmarks.train_step", ["--size", args.size, "--samples", str(args.samples), "--precision", args.precision, "--rounds", str(rounds),
+                                               "--sides", sides], allocator)
 
 
 def main() -> None:

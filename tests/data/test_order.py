@@ -68,3 +68,17 @@ def test_any_cluster_sees_the_same_global_batches(world, batch):
         dealt = np.concatenate([BatchPlan(batch, 4, batch, rank, world).numbers(step) for rank in range(world)])
         assert sorted(dealt) == one.tolist()
         assert len({len(BatchPlan(batch, 4, batch, rank, world).numbers(step)) for rank in range(world)}) == 1
+
+
+def test_the_next_window_is_known_ahead():
+    """What is read ahead for remote shards: the shards that the window after this one draws from, over the end of a pass too."""
+    sizes = np.array([5, 7, 3, 6, 4])
+    order = PassOrder(sizes, 2, seed=3, salt=1)
+    ends = np.cumsum(sizes)
+    shard = [int(np.searchsorted(ends, order.element(d), side="right")) for d in range(3 * sizes.sum())]
+    windows = [order.window(d) for d in range(3 * sizes.sum())]
+    assert [w for w, _ in windows] == sorted(w for w, _ in windows)
+    for number in range(windows[-1][0]):
+        ahead = next(following for w, following in windows if w == number)
+        drawn = {shard[d] for d, (w, _) in enumerate(windows) if w == number + 1}
+        assert drawn == set(ahead)
