@@ -297,6 +297,7 @@ def _add_generate(commands) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1, help="draws a window; more than one also write their spread")
     parser.add_argument("--overlap", type=float, default=0.5, help="seconds that neighbouring windows of a long recording share")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: slower to start, faster for many windows")
     parser.set_defaults(run=_generate)
 
 
@@ -308,6 +309,10 @@ def _generate(args) -> None:
     if not targets:
         raise UserError("say what to predict: --targets cam,depth or a --recipe")
     pipeline = Pipeline.from_pretrained(args.model, _device())
+    if args.compile:
+        from egom2p.model.blocks import compile_blocks
+
+        compile_blocks(pipeline.model)
     if args.samples < 1 or not 0 <= args.overlap < 2:
         raise UserError("--samples must be at least 1 and --overlap from 0 to below 2 seconds")
     for folder in generate_files(pipeline, args.inputs, targets, args.out, args.modality or recipe.input, recipe.targets, args.seed, args.samples, args.overlap):

@@ -66,6 +66,15 @@ def test_generate_from_a_plain_video(finished, tmp_path):
     assert np.load(folder / "cam_tokens.npy").shape == (2, 30)
 
 
+@pytest.mark.slow
+def test_compiled_generation_predicts_the_same(finished, tmp_path):
+    out, _, video, _ = finished
+    for folder, more in (("plain", []), ("compiled", ["--compile"])):
+        run_cli("generate", out / "model", "--inputs", video, "--targets", "cam", "--recipe", "cfgs/generate/world.yaml", "--out", tmp_path / folder, *more)
+    assert np.array_equal(np.load(tmp_path / "plain/walk/cam_tokens.npy"), np.load(tmp_path / "compiled/walk/cam_tokens.npy"))
+    assert np.allclose(np.load(tmp_path / "plain/walk/cam.npy"), np.load(tmp_path / "compiled/walk/cam.npy"), atol=1e-4)
+
+
 def test_generate_from_token_files_and_with_a_released_recipe(finished, tmp_path):
     out, _, _, _ = finished
     tokens = tmp_path / "tokens.npz"

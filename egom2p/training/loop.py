@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 # Keys that may change when a run is resumed: they move the work around or add to it, and change no step.
 MAY_CHANGE = ("run.", "data.workers", "data.cache", "train.micro_batch_size", "train.steps", "train.tokens", "train.timeout_s",
-              "train.first_timeout_s", "train.parallel", "train.max_skipped", "log.", "checkpoint.", "eval.", "resume.", "debug.")
+              "train.first_timeout_s", "train.parallel", "train.max_skipped", "log.", "checkpoint.", "resume.", "debug.")
 
 
 @dataclass(frozen=True)
