@@ -147,7 +147,8 @@ class AriaRecording:
         self.calibration = self.provider.get_device_calibration()
         camera = self.calibration.get_camera_calib(RGB)
         width, self.height = (int(n) for n in camera.get_image_size())
-        params = np.array(camera.projection_params(), np.float64)
+        read = getattr(camera, "get_projection_params", None) or camera.projection_params  # the older name is going
+        params = np.array(read(), np.float64)
         self.raw = pinhole(params)
         self.undistort = Undistortion(self.raw, width, self.height, lambda rays: distort_fisheye624(rays, params[3:]))
         self.device_from_camera = np.asarray(camera.get_transform_device_camera().to_matrix(), np.float64)

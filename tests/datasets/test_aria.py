@@ -320,3 +320,30 @@ def test_both_eyes_make_one_ray():
     both = gaze_direction({"left_yaw_rads_cpf": np.array([0.1]), "right_yaw_rads_cpf": np.array([0.3]), "pitch_rads_cpf": np.array([0.2]), "depth_m": np.array([np.nan])})
     assert np.linalg.norm(both) == pytest.approx(1)
     assert both[0, 0] / both[0, 2] == pytest.approx((np.tan(0.1) + np.tan(0.3)) / 2)
+
+
+def test_lens_turn_and_constants_are_projectaria_tools_own():
+    """Against the authors' package, where it is installed: projection, the turn to upright, ASE's calibration, the calls we make."""
+    pytest.importorskip("projectaria_tools", reason="projectaria-tools is not installed (pip install 'egom2p[aria]', x86-64 and macOS)")
+    from projectaria_tools.core import calibration, data_provider, sensor_data
+    from projectaria_tools.projects import ase as theirs
+
+    from egom2p.datasets.aria import turn_intrinsics
+
+    camera = theirs.get_ase_rgb_calibration()
+    read = getattr(camera, "get_projection_params", None) or camera.projection_params
+    params = np.array(read())
+    assert np.allclose(params, [ase.FOCAL, *ase.CENTRE, *ase.LENS])
+    assert np.allclose(camera.get_transform_device_camera().to_matrix(), ase.DEVICE_FROM_CAMERA, atol=1e-12)
+    points = np.c_[np.random.default_rng(0).uniform(-0.8, 0.8, (200, 2)), np.ones(200)]
+    expected = np.array([camera.project(p) for p in points])
+    assert np.allclose(params[0] * distort_fisheye624(points[:, :2], params[3:]) + params[1:3], expected, atol=1e-9)
+    turned = calibration.rotate_camera_calib_cw90deg(camera)
+    assert np.allclose(turned.get_transform_device_camera().to_matrix(), ase.DEVICE_FROM_CAMERA @ RAW_FROM_UPRIGHT, atol=1e-12)
+    upright = np.array((getattr(turned, "get_projection_params", None) or turned.projection_params)())
+    assert np.allclose(turn_intrinsics(pinhole(params), 704)[:2, 2] - 0.5, upright[1:3])
+    provider = data_provider.VrsDataProvider
+    for name in ("get_stream_id_from_label", "get_timestamps_ns", "get_device_calibration", "get_image_data_by_index", "convert_from_timecode_to_device_time_ns"):
+        assert hasattr(provider, name)
+    assert hasattr(sensor_data.TimeDomain, "DEVICE_TIME")
+    assert hasattr(sensor_data.ImageData, "to_numpy_array")
