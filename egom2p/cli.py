@@ -193,19 +193,12 @@ def _submit(args) -> None:
     if not all("=" in item for item in args.sbatch):
         raise UserError("--sbatch takes OPTION=VALUE, for instance --sbatch constraint=gh200 mem=0")
     given = {"nodes": args.nodes, "gpus-per-node": args.gpus_per_node or "", "cpus-per-task": args.cpus_per_task, "time": args.time,
-             "partition": args.partition, "account": args.account, "qos": args.qos, "job-name": args.name or _run_name(args)}
+             "partition": args.partition, "account": args.account, "qos": args.qos, "job-name": args.name}
     options = {k: str(v) for k, v in given.items() if v is not None} | dict(item.split("=", 1) for item in args.sbatch)
     variables = {"PROCESSES": args.processes or args.gpus_per_node or 1, "VENV": args.venv, "CONTAINER": args.container, "MOUNTS": args.mounts}
     job = JobArgs(options, {k: str(v) for k, v in variables.items() if v}, args.chain)
     for number in submit(args.config, args.overrides, job, args.template or TEMPLATE, not args.dry_run) or ["not sent; see RUN/frozen/submit.sh"]:
         print(number)
-
-
-def _run_name(args) -> str:
-    from egom2p.config import load
-    from egom2p.training.tasks import PretrainConfig
-
-    return Path(load(PretrainConfig, args.config, args.overrides).run.dir).name
 
 
 def _add_shards(commands) -> None:

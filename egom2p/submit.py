@@ -25,7 +25,7 @@ TEMPLATE = PACKAGE.parent / "scripts/slurm/train.sbatch"
 
 @dataclass(frozen=True)
 class JobArgs:
-    """options: sbatch options by long name, without dashes; "" as value drops the script's own. environment: variables the
+    """options: sbatch options by long name, without dashes; "" as value drops the script's own; the job's name is the run folder's unless given. environment: variables the
     script reads. chain: so many jobs, each waiting for the one before (for clusters that forbid requeueing)."""
 
     options: dict[str, str] = field(default_factory=dict)
@@ -38,7 +38,7 @@ def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path 
     if not template.is_file():
         raise UserError(f"no SLURM script {template}; run from a clone, or name one with --template")
     resolved = load(PretrainConfig, config, overrides)
-    frozen = freeze(Path(resolved.run.dir), dump(resolved), fill(template.read_text(), job.options))
+    frozen = freeze(Path(resolved.run.dir), dump(resolved), fill(template.read_text(), {"job-name": Path(resolved.run.dir).name, **job.options}))
     environment = {**job.environment, "FROZEN": str(frozen.resolve())}
     command = ["sbatch", "--parsable", f"--export={','.join(['ALL', *(f'{k}={v}' for k, v in environment.items())])}"]
     chained = ["--dependency=singleton"] if job.chain > 1 else []

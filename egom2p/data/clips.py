@@ -93,16 +93,13 @@ class ClipIndex:
             self.rows += [(key, entry.path, members) for key, members in files.items()]
         if not self.rows:
             raise UserError(f"{pattern}: no clip there")
-        repeated = len(self.rows) - len({key for key, _, _ in self.rows})
+        self.keys = [key for key, _, _ in self.rows]
+        repeated = len(self.keys) - len(set(self.keys))
         if repeated:
             raise UserError(f"{pattern}: {repeated} clip keys occur twice; evaluate the data sets one by one")
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def keys(self) -> list[str]:
-        return [key for key, _, _ in self.rows]
 
     def read(self, number: int, only: set[str] | None = None) -> Clip | None:
         """Clip `number` with its signals, or those named in `only`."""

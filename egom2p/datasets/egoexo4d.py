@@ -16,6 +16,7 @@ as EgoM2P has it; so clips carry no pinhole intrinsics. No depth.
 """
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ class EgoExo4D(Adapter):
 
     def _takes(self, root: Path) -> dict[str, dict]:
         path = root / "takes.json"
-        return {t["take_name"]: t for t in json.loads(path.read_text())} if path.exists() else {}
+        return _takes_by_name(path) if path.exists() else {}
 
     def _aria(self, take: dict, folder: Path) -> str:
         named = [c["cam_id"] for c in take.get("capture", {}).get("cameras", []) if c.get("is_ego")]
@@ -86,4 +87,14 @@ class EgoExo4D(Adapter):
 
     def _split(self, root: Path, uid: str) -> str:
         path = root / "annotations/splits.json"
-        return json.loads(path.read_text())["take_uid_to_split"].get(uid, "train") if path.exists() else "train"
+        return _split_by_uid(path).get(uid, "train") if path.exists() else "train"
+
+
+@lru_cache(maxsize=2)  # these hold every take of the release and are asked for at each
+def _takes_by_name(path: Path) -> dict[str, dict]:
+    return {t["take_name"]: t for t in json.loads(path.read_text())}
+
+
+@lru_cache(maxsize=2)
+def _split_by_uid(path: Path) -> dict[str, str]:
+    return json.loads(path.read_text())["take_uid_to_split"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from egom2p.data.tokens import load_array
 from egom2p.datasets.recording import Adapter, ArrayPictures, BadSequence, Pictures, Recording, Track, VideoPictures, find, need, numbers
 
 OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -28,7 +29,7 @@ class EgoGen(Adapter):
         return need(root, sorted(p.stem for p in (root / "cam").glob("*.npz")), self)
 
     def open(self, root: Path, sequence: str) -> Recording:
-        poses = load_array(root / f"cam/{sequence}.npz").astype(np.float64) @ OPENGL_FROM_OPENCV
+        poses = load_array(find(root / f"cam/{sequence}.npz").read_bytes()).astype(np.float64) @ OPENGL_FROM_OPENCV
         if poses.ndim != 3 or poses.shape[1:] != (4, 4):
             raise BadSequence(f"cam/{sequence}.npz is {poses.shape}, expected (T, 4, 4)")
         video = VideoPictures(find(root / f"rgb/{sequence}.mp4", root / f"rgb_256_8fps/{sequence}.mp4"))
@@ -37,27 +38,5 @@ class EgoGen(Adapter):
                          intrinsics=numbers(path, 3)[:3] if path.exists() else None)
 
     def _depth(self, root: Path, sequence: str, times: np.ndarray) -> Pictures | None:
-        if (root / f"depth/{sequence}.npy").exists():
-            return ArrayPictures(root / f"depth/{sequence}.npy", times)
-        if (root / f"depth/{sequence}.npz").exists():
-            return _Held(load_array(root / f"depth/{sequence}.npz"), times)
-        return None
-
-
-class _Held(Pictures):
-    """Frames of an array in memory (a .npz cannot be mapped)."""
-
-    def __init__(self, array: np.ndarray, times: np.ndarray) -> None:
-        if len(array) != len(times):
-            raise BadSequence(f"{len(array)} depth frames for {len(times)} video frames")
-        self.array, self.times = array, times
-
-    def read(self, index: int) -> np.ndarray:
-        return np.nan_to_num(self.array[index].astype(np.float32))
-
-
-def load_array(path: Path) -> np.ndarray:
-    with np.load(find(path), allow_pickle=False) as archive:
-        if "arr_0" not in archive:
-            raise BadSequence(f"{path} holds no arr_0")
-        return archive["arr_0"]
+        path = next((p for suffix in ("npy", "npz") if (p := root / f"depth/{sequence}.{suffix}").exists()), None)
+        return ArrayPictures(path, times) if path else None

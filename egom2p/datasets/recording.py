@@ -14,6 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from egom2p.data.tokens import load_array
 from egom2p.errors import UserError
 
 
@@ -126,17 +127,16 @@ class ImagePictures(Pictures):
 
 
 class ArrayPictures(Pictures):
-    """Frames of a .npy file (T, H, W[, 3]), memory-mapped."""
+    """Depth frames of a .npy file (memory-mapped) or of a .npz's arr_0, (T, H, W) metres, NaN or 0 = no reading."""
 
-    def __init__(self, path: Path, times: np.ndarray, scale: float = 1.0) -> None:
-        self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+    def __init__(self, path: Path, times: np.ndarray) -> None:
+        self.array = np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else load_array(path.read_bytes())
         if len(self.array) != len(times):
             raise BadSequence(f"{path} holds {len(self.array)} frames, expected {len(times)}")
-        self.times, self.scale = np.asarray(times, np.float64), scale
+        self.times = np.asarray(times, np.float64)
 
     def read(self, index: int) -> np.ndarray:
-        frame = np.array(self.array[index])
-        return frame if frame.dtype == np.uint8 else np.nan_to_num(frame.astype(np.float32) * np.float32(self.scale))
+        return np.nan_to_num(self.array[index].astype(np.float32))
 
 
 class MappedPictures(Pictures):

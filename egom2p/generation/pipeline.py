@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import gcd
+from math import gcd, lcm
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +140,16 @@ class Pipeline:
         if tokenizer.modality.signal not in PICTURES:
             raise UserError(f"{path}: '{modality}' is not a picture modality; give its tokens as .npz or .npy instead")
         count = tokenizer.args.num_frames
-        unit = self._unit(count, targets)
-        shared = min(count - unit, unit * -(-round(overlap * count / CLIP_SECONDS) // unit))
-        for first, clip in cut(stream_frames(path, count / CLIP_SECONDS, tokenizer.frame_size), count, count - max(0, shared), unit):
+        hop, unit = self._hop(count, targets, overlap)
+        for first, clip in cut(stream_frames(path, count / CLIP_SECONDS, tokenizer.frame_size), count, hop, unit):
             yield first * CLIP_SECONDS / count, tokenizer.encode_frames(clip), clip
 
-    def _unit(self, count: int, targets: list[str]) -> int:
-        """Windows start at multiples of so many video frames, so that they start on a frame of every target too."""
-        unit = 1
-        for name in targets:
-            step = count // gcd(count, self.num_frames(name))
-            unit = unit * step // gcd(unit, step)
-        return min(unit, count)
+    def _hop(self, count: int, targets: list[str], overlap: float) -> tuple[int, int]:
+        """(video frames from one window's start to the next, unit): windows of `count` frames share at least `overlap` seconds
+        and start at multiples of `unit`, so that they start on a frame of every target too."""
+        unit = min(count, lcm(*(count // gcd(count, self.num_frames(name)) for name in targets)))
+        shared = unit * -(-round(overlap * count / CLIP_SECONDS) // unit)
+        return count - max(0, min(count - unit, shared)), unit
 
     def num_frames(self, name: str) -> int:
         """Frames of a decoded window of this modality."""
@@ -165,8 +163,7 @@ class Pipeline:
         if path.suffix in (".npz", ".npy") or not path.is_file():
             return 1
         count = self.tokenizer(modality or self._first_picture()).args.num_frames
-        unit = self._unit(count, targets)
-        hop = (count - max(0, min(count - unit, unit * -(-round(overlap * count / CLIP_SECONDS) // unit)))) * CLIP_SECONDS / count
+        hop = self._hop(count, targets, overlap)[0] * CLIP_SECONDS / count
         return max(1, 1 + int(np.ceil((probe_video(path) - CLIP_SECONDS) / hop)))
 
     def _read_tokens(self, path: Path, modality: str) -> np.ndarray:
