@@ -2,10 +2,10 @@
 
     python benchmarks/ablate_start.py [--data runs/quickstart] [--steps 400]
 
-Trains the quickstart's model three times on the quickstart's tokens (same data order, masks, steps and seed) and measures
-all three on its test clips: (a) released start, token tables normal(0.02); (b) normal(0.7), the size of the position
-table; (c) (b) started from the tokenizers' code vectors. Each figure stands beside the strongest trivial prediction and
-the control with inputs from another clip.
+Trains the quickstart's model three times on the quickstart's tokens (same data order, masks, steps and seed) and
+measures all three on its test clips: (a) released start, token tables normal(0.02); (b) normal(0.7), the size of the
+position table; (c) (b) started from the tokenizers' code vectors. Each figure stands beside the strongest trivial
+prediction and the control with inputs from another clip.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from egom2p.config import load
 from egom2p.evaluation.run import evaluate
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
-from egom2p.training.tasks import PretrainConfig, pretrain
+from egom2p.training.pretraining import PretrainConfig, pretrain
 
 VARIANTS = {"normal(0.02), released": ["init.codes=false", "model.embedding_std=0.02"],
             "normal(0.7)": ["init.codes=false", "model.embedding_std=0.7"],
@@ -34,11 +34,14 @@ def main() -> None:
         run = args.data / "ablate_start" / name.split(",")[0].replace(" ", "_")
         shutil.rmtree(run, ignore_errors=True)
         tokenizers = [f"modalities.{n}.tokenizer={args.data}/tokenizers/{n}" for n in ("rgb", "depth", "cam", "gaze")]
-        pretrain(load(PretrainConfig, "cfgs/train/quickstart.yaml", [f"run.dir={run}", f"data.root={args.data}/tokens", f"train.steps={args.steps}",
-                                                                    "eval.every=0", "checkpoint.every=0", *tokenizers, *overrides]))
+        pretrain(load(PretrainConfig, "cfgs/train/quickstart.yaml",
+                      [f"run.dir={run}", f"data.root={args.data}/tokens", f"train.steps={args.steps}",
+                                                                    "eval.every=0", "checkpoint.every=0", *tokenizers,
+                                                                    *overrides]))
         recipes = {n: TargetArgs(expected=True) for n in ("cam", "gaze", "depth")}
         summary = evaluate(EgoM2P.from_pretrained(run), MAIN, f"{args.data}/clips/test/*.tar", recipes).summary
-        print(f"{name:24} " + " ".join(f"{summary[t][m]['value']:20.4f} {summary[t][m]['shuffled']:9.4f}" for t, m in MAIN.items()), flush=True)
+        print(f"{name:24} " + " ".join(f"{summary[t][m]['value']:20.4f} {summary[t][m]['shuffled']:9.4f}"
+                                       for t, m in MAIN.items()), flush=True)
     print(f"{'strongest trivial':24} " + " ".join(f"{summary[t][m]['baseline']:20.4f} {'':9}" for t, m in MAIN.items()))
 
 

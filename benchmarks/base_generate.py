@@ -1,6 +1,7 @@
 """The released recipes at the released size, random weights: seconds and peak memory of the real command's function.
 
-    python benchmarks/base_generate.py [--tokens ../shared/data/egom2p_examples/rgb2cam_egoexo.npz] [--recipes rgb2cam,rgb2gaze]
+    python benchmarks/base_generate.py [--tokens ../shared/data/egom2p_examples/rgb2cam_egoexo.npz] [--recipes
+    rgb2cam,rgb2gaze]
 
 Random weights do the same work as trained ones. Without --tokens the input is a random 5 x 32 x 32 grid.
 """
@@ -15,7 +16,8 @@ import numpy as np
 
 from egom2p.compat.released import CAMERA_MEAN, CAMERA_STD
 from egom2p.config import load, read_yaml
-from egom2p.generation.pipeline import Pipeline, generate_files
+from egom2p.generation.pipeline import Pipeline
+from egom2p.generation.recordings import generate_files
 from egom2p.generation.schedule import RecipeConfig
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
@@ -30,9 +32,12 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        MotionTokenizer(Modality("cam", 256, (30,), "pose"), MotionArgs(60, CAMERA_MEAN, CAMERA_STD)).save_pretrained(root / "cam")
-        MotionTokenizer(Modality("gaze", 256, (30,), "gaze"), MotionArgs(60, (0.5, 0.5), (0.5, 0.5))).save_pretrained(root / "gaze")
-        modalities = ModalitySet([Modality("rgb", 64000, (5, 32, 32), "rgb"), Modality("depth", 64000, (5, 32, 32), "depth"),
+        MotionTokenizer(Modality("cam", 256, (30,), "pose"),
+                        MotionArgs(60, CAMERA_MEAN, CAMERA_STD)).save_pretrained(root / "cam")
+        MotionTokenizer(Modality("gaze", 256, (30,), "gaze"),
+                        MotionArgs(60, (0.5, 0.5), (0.5, 0.5))).save_pretrained(root / "gaze")
+        modalities = ModalitySet([Modality("rgb", 64000, (5, 32, 32), "rgb"),
+                                  Modality("depth", 64000, (5, 32, 32), "depth"),
                                   Modality("cam", 256, (30,), "pose", tokenizer=str(root / "cam")),
                                   Modality("gaze", 256, (30,), "gaze", tokenizer=str(root / "gaze"))])
         sizes = dict(read_yaml(Path(f"cfgs/model/{args.size}.yaml"))["model"])
@@ -47,7 +52,8 @@ def main() -> None:
             started = time.perf_counter()
             generate_files(pipeline, [tokens], list(recipe.targets), root / "out", recipe.input, recipe.targets)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            print(f"{args.size} {name}: {time.perf_counter() - started:.1f} s a clip, peak memory {peak:.1f} GB", flush=True)
+            print(f"{args.size} {name}: {time.perf_counter() - started:.1f} s a clip, peak memory {peak:.1f} GB",
+                  flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoint [--size tiny] [--rounds 5] [--out FOLDER]
 
-Stall is the time `Checkpoints.save` takes (a copy of weights and optimiser state into host memory, or all of the writing,
-hashing and flushing). "step beside a write" is a training step while the thread writes, over one while nothing does:
-the writing shares this machine's cores, which a GPU node would not notice.
+Stall is the time `Checkpoints.save` takes (a copy of weights and optimiser state into host memory, or all of the
+writing, hashing and flushing). "step beside a write" is a training step while the thread writes, over one while nothing
+does: the writing shares this machine's cores, which a GPU node would not notice.
 """
 
 import argparse
@@ -33,7 +33,8 @@ def main() -> None:
     samples = make_samples(1, 0)
     side.step(samples)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        kinds = {kind: Checkpoints(Path(folder) / kind, CheckpointArgs(keep_last=1, background=kind == "background")) for kind in ("background", "at once")}
+        kinds = {kind: Checkpoints(Path(folder) / kind, CheckpointArgs(keep_last=1, background=kind == "background"))
+                 for kind in ("background", "at once")}
         stalls: dict[str, list[float]] = {k: [] for k in kinds}
         alone, beside = [], []
         for step in range(args.rounds + 1):
@@ -48,8 +49,10 @@ def main() -> None:
         size = sum(p.stat().st_size for p in (Path(folder) / "background/checkpoints/latest/").iterdir())
     medians = {k: statistics.median(v[1:]) for k, v in stalls.items()}
     ratio = statistics.median(a / b for a, b in zip(stalls["background"][1:], stalls["at once"][1:], strict=True))
-    print(f"{args.size}, {size / 1e9:.2f} GB a checkpoint: stall {medians['background']:.3f} s in the background, {medians['at once']:.3f} s at once, ratio {ratio:.3f}")
-    print(f"step beside a write / step alone: {statistics.median(b / a for a, b in zip(alone[1:], beside[1:], strict=True)):.2f}")
+    print(f"{args.size}, {size / 1e9:.2f} GB a checkpoint: stall {medians['background']:.3f} s in the background, "
+          f"{medians['at once']:.3f} s at once, ratio {ratio:.3f}")
+    print(f"step beside a write / step alone: "
+          f"{statistics.median(b / a for a, b in zip(alone[1:], beside[1:], strict=True)):.2f}")
 
 
 if __name__ == "__main__":

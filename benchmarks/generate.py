@@ -1,10 +1,11 @@
 """Generation of the four released recipes: clips a second and peak memory, ours against the plain padded way.
 
-    python -m benchmarks.generate [--size tiny] [--recipes rgb2cam,rgb2gaze,rgb2depth,depth2rgb] [--rounds 3] [--precision float32]
+    python -m benchmarks.generate [--size tiny] [--recipes rgb2cam,rgb2gaze,rgb2depth,depth2rgb] [--rounds 3]
+    [--precision float32]
 
-Both sides run alternating in one process on the same random weights and token grids (one clip), under glibc's default allocator
-and with the heap reused. With temperature 0 the ids must be identical (float32). Peak memory is that of a process that
-runs one side only. "reused" is ours with reuse_condition (the condition is encoded once; approximate).
+Both sides run alternating in one process on the same random weights and token grids (one clip), under glibc's default
+allocator and with the heap reused. With temperature 0 the ids must be identical (float32). Peak memory is that of a
+process that runs one side only. "reused" is ours with reuse_condition (the condition is encoded once; approximate).
 """
 
 import argparse
@@ -42,7 +43,8 @@ def measure(args: argparse.Namespace) -> dict:
         def ours(recipe, source=source, target=target, grid=grid):
             return generate(model, {source: grid}, {target: recipe}).tokens[target].reshape(-1)
 
-        ways = {"plain": lambda r, source=source, target=target, grid=grid: plain.generate({source: grid}, target, r), "ours": ours,
+        ways = {"plain": lambda r, source=source, target=target, grid=grid: plain.generate({source: grid}, target, r),
+                "ours": ours,
                 "reused": lambda r, ours=ours: ours(replace(r, reuse_condition=True))}
         seconds: dict[str, list[float]] = {s: [] for s in args.sides.split(",")}
         with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bfloat16"):
@@ -59,8 +61,10 @@ def measure(args: argparse.Namespace) -> dict:
     return {"seconds": found, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
-def child(args: argparse.Namespace, sides: str, allocator: dict[str, str], rounds: int, recipes: str, check: bool) -> dict:
-    return run_child("benchmarks.generate", ["--size", args.size, "--precision", args.precision, "--rounds", str(rounds), "--recipes", recipes, "--sides", sides,
+def child(args: argparse.Namespace, sides: str, allocator: dict[str, str], rounds: int, recipes: str,
+          check: bool) -> dict:
+    return run_child("benchmarks.generate", ["--size", args.size, "--precision", args.precision, "--rounds",
+                                             str(rounds), "--recipes", recipes, "--sides", sides,
                                              *(["--check"] if check else [])], allocator)
 
 
@@ -81,10 +85,13 @@ def main() -> None:
             seconds = child(args, "plain,ours,reused", allocator, args.rounds, recipe, not allocator)["seconds"][recipe]
             memory = {side: child(args, side, allocator, 1, recipe, False)["peak_gb"] for side in ("plain", "ours")}
             medians = {s: statistics.median(v) for s, v in seconds.items()}
-            ratio = {s: statistics.median(p / o for p, o in zip(seconds["plain"], seconds[s], strict=True)) for s in ("ours", "reused")}
+            ratio = {s: statistics.median(p / o for p, o in zip(seconds["plain"], seconds[s], strict=True))
+                     for s in ("ours", "reused")}
             same = ", greedy ids identical" if not allocator and args.precision == "float32" else ""
-            print(f"{args.size} {recipe}, {args.precision}, {setting}: plain {medians['plain']:.2f} s, ours {medians['ours']:.2f} s ({ratio['ours']:.2f} x), "
-                  f"reused {medians['reused']:.2f} s ({ratio['reused']:.2f} x); peak {memory['plain']:.1f} and {memory['ours']:.1f} GB{same}", flush=True)
+            print(f"{args.size} {recipe}, {args.precision}, {setting}: plain {medians['plain']:.2f} s, ours "
+                  f"{medians['ours']:.2f} s ({ratio['ours']:.2f} x), "
+                  f"reused {medians['reused']:.2f} s ({ratio['reused']:.2f} x); peak {memory['plain']:.1f} and "
+                  f"{memory['ours']:.1f} GB{same}", flush=True)
 
 
 if __name__ == "__main__":

@@ -49,13 +49,17 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-3, tor
 def error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """|ours - reference| / |reference|, infinite when ours holds a NaN."""
     ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
-    return float("inf") if not ours.isfinite().all() else float((ours - reference).norm() / reference.norm().clamp(min=1e-30))
+    if not ours.isfinite().all():
+        return float("inf")
+    return float((ours - reference).norm() / reference.norm().clamp(min=1e-30))
 
 
-def padded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: np.ndarray, keys: np.ndarray) -> torch.Tensor:
+def padded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: np.ndarray,
+                     keys: np.ndarray) -> torch.Tensor:
     """Dense softmax under a block mask; zeros for queries without keys."""
     number = torch.arange(len(queries))
-    allowed = number.repeat_interleave(torch.from_numpy(queries))[:, None] == number.repeat_interleave(torch.from_numpy(keys))[None]
+    query, key = (number.repeat_interleave(torch.from_numpy(n)) for n in (queries, keys))
+    allowed = query[:, None] == key[None]
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num()
     return torch.einsum("hqk,khd->qhd", weights, v)
@@ -87,23 +91,28 @@ def small_samples(seed: int) -> list[MaskedSample]:
     rng = np.random.default_rng(seed)
 
     def side(counts: dict[int, int], skip: dict[int, int] | None = None) -> FlatTokens:
-        parts = [(np.full(n, m), np.arange((skip or {}).get(m, 0), (skip or {}).get(m, 0) + n), rng.integers(0, SMALL[m].vocab_size, n)) for m, n in counts.items()]
+        parts = [(np.full(n, m), np.arange((skip or {}).get(m, 0), (skip or {}).get(m, 0) + n),
+                  rng.integers(0, SMALL[m].vocab_size, n)) for m, n in counts.items()]
         return FlatTokens(*(np.concatenate(a) for a in zip(*parts, strict=True)))
 
-    plans = [({0: 20, 1: 9, 2: 3}, {0: 9, 1: 11, 2: 6}), ({0: 11}, {0: 30}), ({2: 1}, {1: 8, 2: 4}), ({0: 5, 2: 2}, {1: 1})]
+    plans = [({0: 20, 1: 9, 2: 3}, {0: 9, 1: 11, 2: 6}), ({0: 11}, {0: 30}), ({2: 1}, {1: 8, 2: 4}),
+             ({0: 5, 2: 2}, {1: 1})]
     return [MaskedSample(i, side(a), side(b, a)) for i, (a, b) in enumerate(plans)]
 
 
-def loss_and_gradients(model: EgoM2P, samples: list[MaskedSample], device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(model: EgoM2P, samples: list[MaskedSample],
+                       device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     batch = pack(samples, len(SMALL)).to(device)
-    scale = torch.cat([torch.full((n,), 1 / (3 * max(n, 1)), dtype=model.mask_token.dtype) for n in batch.targets.modality_counts]).to(device)
+    scale = torch.cat([torch.full((n,), 1 / (3 * max(n, 1)), dtype=model.mask_token.dtype)
+                       for n in batch.targets.modality_counts]).to(device)
     total, _ = model(batch, scale)
     total.backward()
     return total, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def check_model() -> dict[str, float]:
-    """Every variant and dtype on the device against the padded network in float64 on the CPU; worst of loss and gradients."""
+    """Every variant and dtype on the device against the padded network in float64 on the CPU; worst of loss and
+    gradients."""
     errors = {}
     for variant in ("gelu", "swiglu", "swiglu_qknorm"):
         torch.manual_seed(0)
@@ -113,14 +122,17 @@ def check_model() -> dict[str, float]:
         expected = plain.loss(plain.collate(samples))
         expected.backward()
         grads = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
-        for name, dtype, bf16, limit in (("float64", torch.float64, False, 1e-9), ("float32", torch.float32, False, 1e-3), ("bf16 autocast", torch.float32, True, 5e-2)):
+        for name, dtype, bf16, limit in (("float64", torch.float64, False, 1e-9),
+                                         ("float32", torch.float32, False, 1e-3),
+                                         ("bf16 autocast", torch.float32, True, 5e-2)):
             model = EgoM2P(SMALL, ModelArgs(64, 4, 2, 2, variant=variant)).to(DEVICE, dtype)
             model.load_state_dict({k: v.to(dtype) for k, v in reference.state_dict().items()})
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
                 loss, ours = loss_and_gradients(model, samples, DEVICE)
             # In bf16 single small gradients are mostly rounding; what the optimiser follows is the whole gradient.
             names = [n for n, g in grads.items() if g.norm() > 1e-7]
-            whole = error(torch.cat([ours[n].double().flatten().cpu() for n in names]), torch.cat([grads[n].flatten() for n in names]))
+            whole = error(torch.cat([ours[n].double().flatten().cpu() for n in names]),
+                          torch.cat([grads[n].flatten() for n in names]))
             worst = max(error(loss, expected), whole if bf16 else max(error(ours[n], grads[n]) for n in names))
             errors[f"{variant} {name}"] = worst
             assert worst < limit, f"{variant} in {name}: error {worst:.1e} above {limit:.0e}"
@@ -140,7 +152,8 @@ class Trainer:
         self.sizes = sizes
         self.host = [pack(make_samples(micro, i * micro), 4) for i in range(batches)]
         self.host = [b.pin_memory() for b in self.host] if DEVICE.type == "cuda" else self.host
-        self.scales = [torch.cat([torch.full((n,), 1 / (4 * max(n, 1))) for n in b.targets.modality_counts]).to(DEVICE) for b in self.host]
+        self.scales = [torch.cat([torch.full((n,), 1 / (4 * max(n, 1))) for n in b.targets.modality_counts]).to(DEVICE)
+                       for b in self.host]
 
     def step(self, number: int) -> None:
         batch: PackedBatch = self.host[number % len(self.host)].to(DEVICE)
@@ -154,7 +167,8 @@ class Trainer:
     def work(self, number: int) -> tuple[float, int]:
         """Model FLOPs and real tokens of a step."""
         batch = self.host[number % len(self.host)]
-        flops = training_flops(self.sizes, [m.vocab_size for m in RELEASED], batch.inputs.lengths, batch.targets.lengths)
+        flops = training_flops(self.sizes, [m.vocab_size for m in RELEASED], batch.inputs.lengths,
+                               batch.targets.lengths)
         return flops, len(batch.inputs) + len(batch.targets)
 
 
@@ -181,7 +195,8 @@ def time_steps(sizes: ModelArgs, micro: int, compiled: bool, steps: int) -> dict
     flops = statistics.median(f / s for s, f, _ in rows)
     peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
     return {"micro": micro, "compile": compiled, "ms": 1e3 * seconds, "samples_per_s": micro / seconds,
-            "tokens_per_s": statistics.median(t / s for s, _, t in rows), "tflops": flops / 1e12, "mfu": flops / peak if peak else None,
+            "tokens_per_s": statistics.median(t / s for s, _, t in rows), "tflops": flops / 1e12, "mfu": flops / peak
+            if peak else None,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None}
 
 
@@ -239,7 +254,8 @@ def section_generate(args) -> dict[str, float]:
     seconds = {}
     for name in args.recipes:
         recipe = load(RecipeConfig, f"cfgs/generate/{name}.yaml")
-        targets = {k: replace(t, steps=min(t.steps, 2)) for k, t in recipe.targets.items()} if args.smoke else recipe.targets
+        targets = {k: replace(t, steps=min(t.steps, 2))
+                   for k, t in recipe.targets.items()} if args.smoke else recipe.targets
         grid = np.random.default_rng(0).integers(0, 64000, (1, 5, 32, 32))
         started = time.perf_counter()
         with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -254,19 +270,25 @@ def section_train(args) -> dict[str, float]:
     root = args.out / "tokens"
     config = "cfgs/train/debug.yaml" if args.smoke else "cfgs/train/egom2p_base.yaml"
     if not root.exists():
-        subprocess.run([sys.executable, "-m", "egom2p", "shards", "random", config, "--out", root, "--count", "40" if args.smoke else "500"],
+        subprocess.run([sys.executable, "-m", "egom2p", "shards", "random", config, "--out", root, "--count", "40"
+                        if args.smoke else "500"],
                        check=True, stderr=subprocess.DEVNULL)
     micro = 4 if args.smoke else max(args.micro)
     changes = ["train.steps=5", "train.batch_size=8"] if args.smoke else [
-        f"train.steps={args.train_steps}", f"train.batch_size={2 * micro}", "loss.group_samples=0", "train.tokens=0", "optim.warmup_tokens=0",
+        f"train.steps={args.train_steps}", f"train.batch_size={2 * micro}", "loss.group_samples=0", "train.tokens=0",
+        "optim.warmup_tokens=0",
         "optim.warmup_steps=20", "data.workers=8", f"train.compile={str(args.compile_train).lower()}", "log.every=10"]
-    done = subprocess.run([sys.executable, "-m", "egom2p", "train", config, f"data.root={root}", f"run.dir={args.out / f'run-{time.time_ns()}'}",
-                           f"train.micro_batch_size={micro}", "checkpoint.every=0", "eval.every=0", *changes], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "egom2p", "train", config, f"data.root={root}",
+                           f"run.dir={args.out / f'run-{time.time_ns()}'}",
+                           f"train.micro_batch_size={micro}", "checkpoint.every=0", "eval.every=0",
+                           *changes], capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr[-1500:]}
     newest = max(args.out.glob("run-*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
     rows = [json.loads(line) for line in newest.read_text().splitlines()][1:]
-    return {k: statistics.median(r[k] for r in rows if k in r) for k in ("samples_per_s", "tokens_per_s", "mfu", "data_wait_share", "peak_memory_gb") if any(k in r for r in rows)}
+    return {k: statistics.median(r[k] for r in rows if k in r)
+            for k in ("samples_per_s", "tokens_per_s", "mfu", "data_wait_share", "peak_memory_gb")
+            if any(k in r for r in rows)}
 
 
 SECTIONS = {"correct": section_correct, "sync": section_sync, "step": section_step, "profile": section_profile,
@@ -279,7 +301,8 @@ def main() -> None:
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--micro", type=lambda s: [int(n) for n in s.split(",")], default=[8, 16, 32, 64])
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--recipes", type=lambda s: s.split(","), default=["rgb2cam", "rgb2gaze", "rgb2depth", "depth2rgb"])
+    parser.add_argument("--recipes", type=lambda s: s.split(","),
+                        default=["rgb2cam", "rgb2gaze", "rgb2depth", "depth2rgb"])
     parser.add_argument("--train-steps", type=int, default=150)
     parser.add_argument("--compile-train", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
@@ -289,7 +312,8 @@ def main() -> None:
     args.sizes = model_sizes(args.size)
     if args.smoke:
         args.sizes, args.micro, args.steps, args.recipes = ModelArgs(32, 2, 1, 1), [1], 1, ["rgb2cam"]
-    print(f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, torch {torch.__version__}, size {args.size}")
+    print(f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, torch {torch.__version__}, size "
+          f"{args.size}")
     results, summary = {}, []
     for name in args.sections.split(","):
         started = time.perf_counter()
@@ -299,7 +323,8 @@ def main() -> None:
         except Exception as problem:  # one section's failure must not cost the others their lease
             results[name] = summary_line = f"FAILED: {type(problem).__name__}: {problem}"
             summary.append(f"{name}: {summary_line}")
-        print(f"--- {name}\n{results[name] if isinstance(results[name], str) else json.dumps(results[name], indent=1)}", flush=True)
+        print(f"--- {name}\n{results[name] if isinstance(results[name], str) else json.dumps(results[name], indent=1)}",
+              flush=True)
         (args.out / "gpu.json").write_text(json.dumps(results, indent=1))
     best = max((r["samples_per_s"] for r in results["step"]), default=0) if isinstance(results.get("step"), list) else 0
     print("\n".join([*summary, f"best {best:.1f} samples/s; the goal is {GOAL:.0f} on an H100"]))

@@ -3,9 +3,9 @@
     python -m benchmarks.loader [--count 960] [--rounds 5]
 
 Ours reads from our uint16 shards and from the released `.npz` form. The plain pipeline is the ordinary way: iterate the
-tars of each modality side by side, decode each npz, mask with torch sample by sample over all positions, and collate full
-grids. Both run in this process on one thread, alternating, on the same random tokens in four modalities with the released
-budgets; medians over rounds. Also: memory a forked worker adds, and the time from start to the first batch.
+tars of each modality side by side, decode each npz, mask with torch sample by sample over all positions, and collate
+full grids. Both run in this process on one thread, alternating, on the same random tokens in four modalities with the
+released budgets; medians over rounds. Also: memory a forked worker adds, and the time from start to the first batch.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from egom2p.data.masking import MaskArgs
 from egom2p.data.shardtools import write_random
 from egom2p.modalities import Modality, ModalitySet
 
-RELEASED = ModalitySet([Modality("rgb", 64000, (5, 32, 32)), Modality("depth", 64000, (5, 32, 32)), Modality("cam", 256, (30,)), Modality("gaze", 256, (30,))])
+RELEASED = ModalitySet([Modality("rgb", 64000, (5, 32, 32)), Modality("depth", 64000, (5, 32, 32)),
+                        Modality("cam", 256, (30,)), Modality("gaze", 256, (30,))])
 BATCH = 32
 
 
@@ -47,7 +48,8 @@ def write_released(root: Path, out: Path) -> None:
 
 
 def open_stream(root: Path, sets: Sequence[str] = ("set",)) -> TokenStream:
-    return TokenStream(DataArgs(str(root), {name: DatasetArgs() for name in sets}), RELEASED, MaskArgs(), seed=0)
+    return TokenStream(DataArgs(root=str(root), datasets={name: DatasetArgs() for name in sets}), RELEASED, MaskArgs(),
+                       seed=0)
 
 
 def ours(stream: TokenStream, count: int, start: int) -> None:
@@ -62,7 +64,8 @@ def plain(root: Path, count: int) -> None:
     for index, members in enumerate(zip(*tars, strict=False)):
         if index == count:
             break
-        ids = [torch.from_numpy(np.load(io.BytesIO(tar.extractfile(m).read()))["arr_0"].astype(np.int64)).flatten() for tar, m in zip(tars, members, strict=True)]
+        ids = [torch.from_numpy(np.load(io.BytesIO(tar.extractfile(m).read()))["arr_0"].astype(np.int64)).flatten()
+               for tar, m in zip(tars, members, strict=True)]
         alpha = torch.full((4,), [0.01, 0.1, 1.0, 10.0][int(torch.randint(4, (1,)))])
         shares = [torch.distributions.Dirichlet(alpha).sample() * 2048 for _ in range(2)]
         sample = {}
@@ -106,18 +109,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=960)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shards", type=int, default=500, help="shards of the start-up and memory measurement, over eight data sets")
+    parser.add_argument("--shards", type=int, default=500,
+                        help="shards of the start-up and memory measurement, over eight data sets")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_random(DataArgs("", {"set": DatasetArgs()}), (), RELEASED, root / "ours", 1000)
+        write_random(DataArgs(root="", datasets={"set": DatasetArgs()}), (), RELEASED, root / "ours", 1000)
         write_released(root / "ours", root / "released")
         streams = {"our shards": open_stream(root / "ours"), "released npz": open_stream(root / "released")}
         rates: dict[str, list[float]] = {"plain": [], **{k: [] for k in streams}}
         for round_number in range(args.rounds + 1):
             for name, stream in streams.items():
-                rates[name].append(rate(lambda s=stream, r=round_number: ours(s, args.count, r * args.count), args.count))
+                rates[name].append(rate(lambda s=stream, r=round_number: ours(s, args.count, r * args.count),
+                                        args.count))
             rates["plain"].append(rate(lambda: plain(root / "released", args.count), args.count))
         for name, values in rates.items():
             ratio = statistics.median(v / p for v, p in zip(values[1:], rates["plain"][1:], strict=True))
@@ -133,7 +138,8 @@ def main() -> None:
         started = time.perf_counter()
         stream = open_stream(many, sets)
         ours(stream, BATCH, 0)
-        print(f"first batch after {time.perf_counter() - started:.2f} s on {args.shards} shards of 1 000 clips in 4 modalities and {len(sets)} data sets (index fresh)")
+        print(f"first batch after {time.perf_counter() - started:.2f} s on {args.shards} shards of 1 000 clips in 4 "
+              f"modalities and {len(sets)} data sets (index fresh)")
         print(f"a forked worker adds {forked_worker_mb(stream):.0f} MB")
 
 

@@ -25,20 +25,25 @@ class PlainEgoM2P:
     def collate(self, samples: list[MaskedSample]) -> dict[str, Tensor]:
         """Full grids (B, N) of ids, which are inputs, which targets, and each position's modality."""
         total = self.starts[-1]
-        tokens, is_input, is_target = (torch.zeros(len(samples), total, dtype=d) for d in (torch.long, torch.bool, torch.bool))
+        tokens, is_input, is_target = (torch.zeros(len(samples), total, dtype=d)
+                                       for d in (torch.long, torch.bool, torch.bool))
         for row, sample in enumerate(samples):
             for side, mask in ((sample.inputs, is_input), (sample.targets, is_target)):
-                where = torch.tensor(self.starts)[torch.from_numpy(side.modality).long()] + torch.from_numpy(side.position).long()
+                start = torch.tensor(self.starts)[torch.from_numpy(side.modality).long()]
+                where = start + torch.from_numpy(side.position).long()
                 tokens[row, where] = torch.from_numpy(side.token).long()
                 mask[row, where] = True
-        modality = torch.repeat_interleave(torch.arange(len(self.model.modalities)), torch.tensor([m.num_tokens for m in self.model.modalities]))
-        return {"tokens": tokens, "is_input": is_input, "is_target": is_target, "modality": modality.expand(len(samples), -1)}
+        modality = torch.repeat_interleave(torch.arange(len(self.model.modalities)),
+                                           torch.tensor([m.num_tokens for m in self.model.modalities]))
+        return {"tokens": tokens, "is_input": is_input, "is_target": is_target,
+                "modality": modality.expand(len(samples), -1)}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy averaged inside each modality, then over all modalities."""
         model = self.model
         grids = batch["tokens"].split([m.num_tokens for m in model.modalities], 1)
-        place = torch.cat([(e.position + e.modality).expand(len(grids[0]), -1, -1) for e in model.embeddings.values()], 1)
+        place = torch.cat([(e.position + e.modality).expand(len(grids[0]), -1, -1) for e in model.embeddings.values()],
+                          1)
         embedded = torch.cat([e.token(g) for e, g in zip(model.embeddings.values(), grids, strict=True)], 1)
         inputs, input_ok = _first(batch["is_input"], self.num_inputs)
         targets, target_ok = _first(batch["is_target"], self.num_targets)

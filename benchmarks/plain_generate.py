@@ -1,9 +1,9 @@
 """Generation written the plain way: padded, every position embedded at every step, guided and unguided passes apart.
 
-Decoding schedule, random numbers and weights are those of `egom2p.generation.sampler`, so greedy ids can be compared and
-only the way of computing differs: at each step all positions of all modalities are embedded, the inputs (at least 2 048) and the
-step's targets are gathered and attended under dense masks with an explicit softmax, the guided and the unguided pass are two,
-and top-p sorts the whole vocabulary.
+Decoding schedule, random numbers and weights are those of `egom2p.generation.sampler`, so greedy ids can be compared
+and only the way of computing differs: at each step all positions of all modalities are embedded, the inputs (at least 2
+048) and the step's targets are gathered and attended under dense masks with an explicit softmax, the guided and the
+unguided pass are two, and top-p sorts the whole vocabulary.
 """
 
 import numpy as np
@@ -24,7 +24,8 @@ class PlainGenerator(PlainEgoM2P):
         super().__init__(model, num_inputs, 0)
 
     @torch.no_grad()
-    def generate(self, condition: dict[str, np.ndarray], target: str, args: TargetArgs, seed: int = 0, key: str = "0") -> np.ndarray:
+    def generate(self, condition: dict[str, np.ndarray], target: str, args: TargetArgs, seed: int = 0,
+                 key: str = "0") -> np.ndarray:
         """(n,) ids of the target."""
         model, names = self.model, self.model.modalities.names
         spans = {n: slice(self.starts[i], self.starts[i + 1]) for i, n in enumerate(names)}
@@ -68,7 +69,8 @@ class PlainGenerator(PlainEgoM2P):
 
     def _cross_attention(self, attn: CrossAttention, x: Tensor, context: Tensor, allowed: Tensor) -> Tensor:
         """Nothing to look at gives zeros before the projection."""
-        return super()._cross_attention(attn, x, context, allowed) if bool(allowed.any()) else attn.proj(torch.zeros_like(x))
+        return super()._cross_attention(attn, x, context,
+                                        allowed) if bool(allowed.any()) else attn.proj(torch.zeros_like(x))
 
 
 def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -79,4 +81,5 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -
         drop = (values.cumsum(-1) - values) >= top_p
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
     cumulative = (logits / temperature).softmax(-1).double().cumsum(-1)
-    return torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:],
+                              right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

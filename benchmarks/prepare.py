@@ -2,9 +2,9 @@
 
     python -m benchmarks.prepare [--width 448] [--height 252] [--seconds 8] [--size 256]
 
-One procedural recording as a folder of one's own videos (H.264 at 30 fps, depth as .npy, a 30 Hz trajectory, gaze) is prepared in
-this process. Stages are timed by running them alone on the same recording: decoding every frame, decoding and resizing the
-frames that are used, poses and gaze, writing.
+One procedural recording as a folder of one's own videos (H.264 at 30 fps, depth as .npy, a 30 Hz trajectory, gaze) is
+prepared in this process. Stages are timed by running them alone on the same recording: decoding every frame, decoding
+and resizing the frames that are used, poses and gaze, writing.
 """
 
 import argparse
@@ -17,11 +17,13 @@ import numpy as np
 import torch
 
 from egom2p.data.clips import write_clips
-from egom2p.data.video import decode_video, write_video
-from egom2p.datasets.prepare import PrepareArgs, _Stats, cut, prepare_sequence
+from egom2p.data.video import decode_video
+from egom2p.datasets.checks import Statistics
+from egom2p.datasets.cutting import cut
+from egom2p.datasets.prepare import PrepareArgs, prepare_sequence
 from egom2p.datasets.recording import VideoPictures
 from egom2p.datasets.video import VideoFolder
-from egom2p.generation.pipeline import write_tum
+from egom2p.signals.writers import write_tum, write_video
 from tests.datasets.miniature import Miniature
 
 
@@ -32,7 +34,8 @@ def write_recording(root: Path, width: int, height: int, seconds: float) -> None
     np.save(root / "walk.depth.npy", depth.astype(np.float16))
     write_tum(root / "walk.cam.tum", mini.poses(mini.times), 30)
     np.savetxt(root / "walk.intrinsics.txt", mini.intrinsics)
-    (root / "walk.gaze.csv").write_text("time,x,y\n" + "\n".join(f"{t},{x},{y}" for t, (x, y) in zip(mini.times, mini.gaze_pixels(mini.times), strict=True)))
+    gaze = zip(mini.times, mini.gaze_pixels(mini.times), strict=True)
+    (root / "walk.gaze.csv").write_text("time,x,y\n" + "\n".join(f"{t},{x},{y}" for t, (x, y) in gaze))
 
 
 def seconds_of(function) -> float:
@@ -63,13 +66,15 @@ def main() -> None:
             recording.rgb = VideoPictures(root / "walk.mp4")
             if not with_tracks:
                 recording.cam = recording.gaze = recording.depth = None
-            made[:] = cut(recording, "video", settings, Counter(), _Stats())
+            made[:] = cut(recording, "video", settings.size, settings.limit, Counter(), Statistics())
 
         pictures, everything = seconds_of(lambda: cut_all(False)), seconds_of(lambda: cut_all(True))
         write = seconds_of(lambda: write_clips(out / "again.tar", made))
     clips = len(made)
-    print(f"{args.width} x {args.height} at 30 fps -> {args.size}, {clips} clips, one core: {clips / whole:.2f} clips/s ({2 * clips / whole:.1f} x real time)")
-    for name, value in (("decode every frame", decode), ("crop and resize", max(0.0, pictures - decode)), ("depth, poses, gaze, checks", max(0.0, everything - pictures)), ("write", write)):
+    print(f"{args.width} x {args.height} at 30 fps -> {args.size}, {clips} clips, one core: {clips / whole:.2f} "
+          f"clips/s ({2 * clips / whole:.1f} x real time)")
+    for name, value in (("decode every frame", decode), ("crop and resize", max(0.0, pictures - decode)),
+                        ("depth, poses, gaze, checks", max(0.0, everything - pictures)), ("write", write)):
         print(f"  {name:28} {value:6.2f} s {value / whole:6.0%}")
 
 

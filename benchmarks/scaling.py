@@ -1,12 +1,13 @@
-"""What docs/scaling.md rests on: imbalance of token counts, cost of the dealing, and cost against size, budget and batch.
+"""What docs/scaling.md rests on: imbalance of token counts, cost of the dealing, and cost against size, budget and
+batch.
 
     python -m benchmarks.scaling [--steps 40] [--cost]
 
 Imbalance: sample costs come from the released mixture of eight data sets (weights, modalities and masks of
 cfgs/data/egom2p.yaml) through the Masker that training uses. For each number of GPUs and samples a GPU, the mean over
 steps of (most tokens on a rank / mean over ranks): every rank waits for the fullest at each all-reduce, so the excess
-over 1 is time lost. "dealt in turn" gives sample j to rank j mod world; "balanced" is BatchPlan.deal. The same is shown in model FLOPs
-of EgoM2P-base, which the dealing does not see (it balances tokens).
+over 1 is time lost. "dealt in turn" gives sample j to rank j mod world; "balanced" is BatchPlan.deal. The same is shown
+in model FLOPs of EgoM2P-base, which the dealing does not see (it balances tokens).
 --cost measures seconds a step on this machine against width, depth, budget and batch, float32, beside the model FLOPs.
 """
 
@@ -28,7 +29,7 @@ from egom2p.data.order import MixtureOrder
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.flops import training_flops
 from egom2p.training.optim import OptimArgs, make_optimizer
-from egom2p.training.tasks import PretrainConfig
+from egom2p.training.pretraining import PretrainConfig
 
 BASE = ModelArgs(768, 12, 12, 12)
 VOCAB = [m.vocab_size for m in RELEASED]
@@ -80,7 +81,8 @@ def _deal_all(plan: BatchPlan, step: int, mixture: Mixture) -> list[list[int]]:
     key = (plan.batch_size, plan.world, step)
     if key not in _DEALT:
         _DEALT.clear()
-        _DEALT[key] = [list(chain.from_iterable(replace(plan, rank=r).deal(step, mixture.tokens))) for r in range(plan.world)]
+        _DEALT[key] = [list(chain.from_iterable(replace(plan, rank=r).deal(step, mixture.tokens)))
+                       for r in range(plan.world)]
     return _DEALT[key]
 
 
@@ -100,7 +102,8 @@ def seconds_a_step(sizes: ModelArgs, budget: int, samples: int, rounds: int = 3)
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - started)
         work.append(training_flops(sizes, VOCAB, batch.inputs.lengths, batch.targets.lengths))
-    return statistics.median(t / w for t, w in zip(times[1:], work[1:], strict=True)) * float(np.mean(work)), float(np.mean(work))
+    return statistics.median(t / w for t, w in zip(times[1:], work[1:],
+                                                   strict=True)) * float(np.mean(work)), float(np.mean(work))
 
 
 def main() -> None:
@@ -112,24 +115,35 @@ def main() -> None:
     mixture = Mixture()
     sample = [mixture.flops(n) for n in range(200 if args.smoke else 4096)]
     tokens = [mixture.lengths(n) for n in range(len(sample))]
-    print(f"a sample: {np.mean([i.sum() for i, _ in tokens]):.0f} encoder + {np.mean([t.sum() for _, t in tokens]):.0f} decoder tokens, "
-          f"{np.mean(sample) / 1e12:.2f} TFLOP forward and backward (base), standard deviation of tokens {np.std([i.sum() + t.sum() for i, t in tokens]) / np.mean([i.sum() + t.sum() for i, t in tokens]):.2f} of the mean")
+    print(f"a sample: {np.mean([i.sum() for i, _ in tokens]):.0f} encoder + "
+          f"{np.mean([t.sum() for _, t in tokens]):.0f} decoder tokens, "
+          f"{np.mean(sample) / 1e12:.2f} TFLOP forward and backward (base), standard deviation of tokens "
+          f"{np.std([i.sum() + t.sum() for i, t in tokens]) / np.mean([i.sum() + t.sum() for i, t in tokens]):.2f} of "
+          f"the mean")
     started = time.perf_counter()
     BatchPlan(1024, 32, 1024, 0, 8).deal(1000, mixture.tokens)
     print(f"dealing a step of 1 024 samples: {1e3 * (time.perf_counter() - started):.0f} ms in a loader worker")
     print("max / mean over ranks       tokens: in turn, balanced      FLOPs: in turn, balanced")
-    for world, per_rank in ((2, 4),) if args.smoke else ((8, 16), (8, 32), (8, 128), (32, 32), (64, 16), (128, 8), (256, 4)):
-        turn, dealt = (imbalance(mixture, world, per_rank, 3 if args.smoke else max(4, args.steps * 8 // world), b) for b in (False, True))
-        print(f"{world:4} GPUs x {per_rank:3} samples {turn[0]:14.3f} {dealt[0]:9.3f} {turn[1]:18.3f} {dealt[1]:9.3f}", flush=True)
+    for world, per_rank in ((2, 4),) if args.smoke else ((8, 16), (8, 32), (8, 128), (32, 32), (64, 16), (128, 8),
+                                                         (256, 4)):
+        turn, dealt = (imbalance(mixture, world, per_rank, 3 if args.smoke else max(4, args.steps * 8 // world), b)
+                       for b in (False, True))
+        print(f"{world:4} GPUs x {per_rank:3} samples {turn[0]:14.3f} {dealt[0]:9.3f} {turn[1]:18.3f} {dealt[1]:9.3f}",
+              flush=True)
     if args.cost:
         print("seconds a step, float32, this machine")
         for label, sizes, budget, samples in (
-                ("128 wide, 2 + 2", ModelArgs(128, 2, 2, 2), 512, 2), ("256 wide, 2 + 2", ModelArgs(256, 4, 2, 2), 512, 2),
-                ("384 wide, 6 + 6 (tiny)", ModelArgs(384, 6, 6, 6), 512, 2), ("512 wide, 8 + 8 (small)", ModelArgs(512, 8, 8, 8), 512, 2),
-                ("tiny, budget 1024", ModelArgs(384, 6, 6, 6), 1024, 2), ("tiny, budget 2048", ModelArgs(384, 6, 6, 6), 2048, 2),
-                ("tiny, 4 samples", ModelArgs(384, 6, 6, 6), 512, 4), ("tiny, 8 samples", ModelArgs(384, 6, 6, 6), 512, 8)):
+                ("128 wide, 2 + 2", ModelArgs(128, 2, 2, 2), 512, 2),
+                ("256 wide, 2 + 2", ModelArgs(256, 4, 2, 2), 512, 2),
+                ("384 wide, 6 + 6 (tiny)", ModelArgs(384, 6, 6, 6), 512, 2),
+                ("512 wide, 8 + 8 (small)", ModelArgs(512, 8, 8, 8), 512, 2),
+                ("tiny, budget 1024", ModelArgs(384, 6, 6, 6), 1024, 2),
+                ("tiny, budget 2048", ModelArgs(384, 6, 6, 6), 2048, 2),
+                ("tiny, 4 samples", ModelArgs(384, 6, 6, 6), 512, 4),
+                ("tiny, 8 samples", ModelArgs(384, 6, 6, 6), 512, 8)):
             seconds, flops = seconds_a_step(sizes, budget, samples)
-            print(f"  {label:26} budget {budget:5} {samples} samples {seconds:7.2f} s {flops / 1e9:9.0f} GFLOP {flops / seconds / 1e9:6.0f} GFLOP/s", flush=True)
+            print(f"  {label:26} budget {budget:5} {samples} samples {seconds:7.2f} s {flops / 1e9:9.0f} GFLOP "
+                  f"{flops / seconds / 1e9:6.0f} GFLOP/s", flush=True)
 
 
 if __name__ == "__main__":

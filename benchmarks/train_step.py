@@ -1,12 +1,14 @@
-"""A training step, ours against the plain padded way (benchmarks/plain.py), alternating in one run on identical batches.
+"""A training step, ours against the plain padded way (benchmarks/plain.py), alternating in one run on identical
+batches.
 
     python benchmarks/train_step.py [--size tiny] [--samples 2] [--precision float32|bfloat16] [--rounds 5]
 
 Prints, for glibc's default allocator and for a reused heap (MALLOC_* in the environment of a child process; both sides
-always run under the same setting): samples/s, real tokens/s, model FLOP/s, peak memory, and the ratios. A step is forward,
-backward, clipping and fused AdamW. Batches are drawn from the released mask mixture over four modalities. Model FLOPs are
-counted on real tokens (egom2p/model/flops.py: 3 x forward; attention 4 d a pair, heads 2 d vocab a target). Peak memory is
-that of a process that runs one side only, model and optimiser included. Losses of the two sides must agree to 1e-4.
+always run under the same setting): samples/s, real tokens/s, model FLOP/s, peak memory, and the ratios. A step is
+forward, backward, clipping and fused AdamW. Batches are drawn from the released mask mixture over four modalities.
+Model FLOPs are counted on real tokens (egom2p/model/flops.py: 3 x forward; attention 4 d a pair, heads 2 d vocab a
+target). Peak memory is that of a process that runs one side only, model and optimiser included. Losses of the two sides
+must agree to 1e-4.
 """
 
 import argparse
@@ -31,7 +33,8 @@ from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.flops import training_flops
 from egom2p.training.optim import OptimArgs, make_optimizer
 
-RELEASED = ModalitySet([Modality("rgb", 64000, (5, 32, 32)), Modality("depth", 64000, (5, 32, 32)), Modality("cam", 256, (30,)), Modality("gaze", 256, (30,))])
+RELEASED = ModalitySet([Modality("rgb", 64000, (5, 32, 32)), Modality("depth", 64000, (5, 32, 32)),
+                        Modality("cam", 256, (30,)), Modality("gaze", 256, (30,))])
 REUSED_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 
 
@@ -42,7 +45,8 @@ def model_sizes(name: str) -> ModelArgs:
 
 def run_child(module: str, arguments: list[str], allocator: dict[str, str]) -> dict:
     """The JSON object that `python -m MODULE ARGUMENTS` prints last, under the given allocator settings."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], env={**os.environ, **allocator}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", module, *arguments], env={**os.environ, **allocator},
+                          capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -50,12 +54,14 @@ def run_child(module: str, arguments: list[str], allocator: dict[str, str]) -> d
 
 def make_samples(count: int, start: int) -> list[MaskedSample]:
     masker, rng = Masker(MaskArgs(), RELEASED, seed=0), np.random.default_rng(start)
-    tokens = [{i: rng.integers(0, m.vocab_size, m.num_tokens).astype(np.int32) for i, m in enumerate(RELEASED)} for _ in range(count)]
+    tokens = [{i: rng.integers(0, m.vocab_size, m.num_tokens).astype(np.int32) for i, m in enumerate(RELEASED)}
+              for _ in range(count)]
     return [MaskedSample(start + i, *masker.mask(t, start + i)) for i, t in enumerate(tokens)]
 
 
 class Side:
-    """One way of computing the step, with its own optimiser over the same parameters (a rate so small that they stay)."""
+    """One way of computing the step, with its own optimiser over the same parameters (a rate so small that they
+    stay)."""
 
     def __init__(self, name: str, model: EgoM2P, bfloat16: bool) -> None:
         self.name, self.model, self.bfloat16 = name, model, bfloat16
@@ -98,13 +104,16 @@ def measure(args: argparse.Namespace) -> dict:
         if len(losses) == 2 and args.precision != "bfloat16":
             assert abs(losses["plain"] / losses["ours"] - 1) < 1e-4, losses
         if round_number:
-            work.append(training_flops(sizes, [m.vocab_size for m in RELEASED], batch.inputs.lengths, batch.targets.lengths))
+            work.append(training_flops(sizes, [m.vocab_size for m in RELEASED], batch.inputs.lengths,
+                                       batch.targets.lengths))
             tokens.append(len(batch.inputs) + len(batch.targets))
-    return {"seconds": seconds, "flops": work, "tokens": tokens, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return {"seconds": seconds, "flops": work, "tokens": tokens,
+            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
 def child(args: argparse.Namespace, sides: str, allocator: dict[str, str], rounds: int) -> dict:
-    return run_child("benchmarks.train_step", ["--size", args.size, "--samples", str(args.samples), "--precision", args.precision, "--rounds", str(rounds),
+    return run_child("benchmarks.train_step", ["--size", args.size, "--samples", str(args.samples), "--precision",
+                                               args.precision, "--rounds", str(rounds),
                                                "--sides", sides], allocator)
 
 
@@ -128,9 +137,11 @@ def main() -> None:
             rates = [args.samples / s for s in both["seconds"][side]]
             flops = statistics.median(f / s for f, s in zip(both["flops"], both["seconds"][side], strict=True))
             per_second = statistics.median(t / s for t, s in zip(both["tokens"], both["seconds"][side], strict=True))
-            print(f"  {side:6} {statistics.median(rates):8.3f} samples/s {per_second:8.0f} tokens/s {flops / 1e9:8.1f} GFLOP/s {memory[side]:6.2f} GB peak")
+            print(f"  {side:6} {statistics.median(rates):8.3f} samples/s {per_second:8.0f} tokens/s {flops / 1e9:8.1f} "
+                  f"GFLOP/s {memory[side]:6.2f} GB peak")
         ratio = statistics.median(p / o for p, o in zip(both["seconds"]["plain"], both["seconds"]["ours"], strict=True))
-        print(f"  ours / plain: {ratio:.2f} x the samples/s, {memory['ours'] / memory['plain']:.2f} of the peak memory", flush=True)
+        print(f"  ours / plain: {ratio:.2f} x the samples/s, {memory['ours'] / memory['plain']:.2f} of the peak memory",
+              flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 import statistics
 import time
 
-from egom2p.data.world import make_clip
+from egom2p.datasets.world import make_clip
 
 CLIPS = 20
 

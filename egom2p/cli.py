@@ -6,11 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import egom2p
 from egom2p.errors import Preempted, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a user's mistake prints one line and returns 2, a run that was asked to stop and saved returns 75."""
+    """Run one command; a user's mistake prints one line and returns 2, a run that was asked to stop and saved returns
+    75."""
     parser = _parser()
     args = parser.parse_args(argv)
     _set_up_logging()
@@ -34,7 +36,10 @@ def _set_up_logging() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="egom2p", description="One masked transformer over egocentric video, depth, camera motion and gaze.")
+    parser = argparse.ArgumentParser(prog="egom2p",
+                                     description="One masked transformer over egocentric video, depth, camera motion "
+                                                 "and gaze.")
+    parser.add_argument("--version", action="version", version=f"egom2p {egom2p.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_world(commands)
     _add_prepare(commands)
@@ -45,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_submit(commands)
     _add_generate(commands)
     _add_eval(commands)
+    _add_export(commands)
     _add_import(commands)
+    _add_configs(commands)
     _add_quickstart(commands)
     return parser
 
@@ -64,7 +71,7 @@ def _add_world(commands) -> None:
 
 
 def _world(args) -> None:
-    from egom2p.data.world import write_world
+    from egom2p.datasets.world import write_world
 
     without = tuple(s for s in args.without.split(",") if s)
     write_world(args.out, args.clips, args.seed, args.size, args.dataset, without, args.processes, args.first)
@@ -76,7 +83,8 @@ def _add_prepare(commands) -> None:
     parser = commands.add_parser("prepare", help="real recordings -> clips, a card and a contact sheet")
     parser.add_argument("dataset", help=f"one of {', '.join(ADAPTERS)} (docs/data.md says how to get them)")
     parser.add_argument("--root", type=Path, required=True, help="folder of the raw data as its authors publish it")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the clips; a second run does what is missing")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="folder for the clips; a second run does what is missing")
     parser.add_argument("--size", type=int, default=256, help="side of the stored frames")
     parser.add_argument("--limit", type=int, default=0, help="at most so many clips a sequence")
     parser.add_argument("--sequences", nargs="*", default=[], help="only these")
@@ -90,7 +98,8 @@ def _prepare(args) -> int:
 
     if args.size < 8 or min(args.limit, args.workers) < 0:
         raise UserError("--size must be at least 8, --limit and --workers not below 0")
-    card = prepare(args.dataset, args.root, args.out, PrepareArgs(args.size, args.limit, args.workers), tuple(args.sequences))
+    card = prepare(args.dataset, args.root, args.out, PrepareArgs(args.size, args.limit, args.workers),
+                   tuple(args.sequences))
     print(f"{describe(card)}\ncard: {args.out / 'card.json'}, contact sheet: {args.out / 'contact_sheet.png'}")
     return 0 if card["clips"] else 1
 
@@ -98,7 +107,8 @@ def _prepare(args) -> int:
 def _add_depth(commands) -> None:
     parser = commands.add_parser("depth", help="pseudo-label clips that have no depth")
     parser.add_argument("--clips", required=True, help="pattern of clip tars, which are rewritten")
-    parser.add_argument("--model", required=True, help="rollingdepth, video-depth-anything:WEIGHTS, or package.module:Class")
+    parser.add_argument("--model", required=True,
+                        help="rollingdepth, video-depth-anything:WEIGHTS, or package.module:Class")
     parser.set_defaults(run=_depth)
 
 
@@ -130,7 +140,7 @@ def _add_tokenizer(commands) -> None:
 
 def _tokenizer_train(args) -> None:
     from egom2p.config import load
-    from egom2p.training.tasks import TokenizerConfig, train_tokenizer
+    from egom2p.training.tokenizer_training import TokenizerConfig, train_tokenizer
 
     train_tokenizer(load(TokenizerConfig, args.config, args.overrides))
 
@@ -158,7 +168,7 @@ def _add_train(commands) -> None:
 
 def _train(args) -> None:
     from egom2p.config import load
-    from egom2p.training.tasks import PretrainConfig, pretrain
+    from egom2p.training.pretraining import PretrainConfig, pretrain
 
     pretrain(load(PretrainConfig, args.config, args.overrides))
 
@@ -167,7 +177,8 @@ def _add_submit(commands) -> None:
     parser = commands.add_parser("submit", help="freeze a run's code and configuration and send it to SLURM")
     _add_config(parser)
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="also the processes a node; 4 on GH200, 0 for CPUs")
+    parser.add_argument("--gpus-per-node", type=int, default=8,
+                        help="also the processes a node; 4 on GH200, 0 for CPUs")
     parser.add_argument("--processes", type=int, help="training processes a node, when not one a GPU")
     parser.add_argument("--cpus-per-task", type=int, help="cores a node")
     parser.add_argument("--time", help="limit of one job, D-HH:MM:SS; the run goes on in the next")
@@ -178,8 +189,10 @@ def _add_submit(commands) -> None:
     parser.add_argument("--venv", help="virtual environment to enter; %%m stands for the machine, x86_64 or aarch64")
     parser.add_argument("--container", help="image: a .sif for apptainer, else for srun --container-image")
     parser.add_argument("--mounts", help="folders the container sees")
-    parser.add_argument("--chain", type=int, default=1, help="so many jobs one after another, where requeueing is forbidden")
-    parser.add_argument("--sbatch", nargs="*", default=[], metavar="OPTION=VALUE", help="further sbatch options, without dashes")
+    parser.add_argument("--chain", type=int, default=1,
+                        help="so many jobs one after another, where requeueing is forbidden")
+    parser.add_argument("--sbatch", nargs="*", default=[], metavar="OPTION=VALUE",
+                        help="further sbatch options, without dashes")
     parser.add_argument("--template", type=Path, help="another script than scripts/slurm/train.sbatch")
     parser.add_argument("--dry-run", action="store_true", help="write RUN/frozen, send nothing")
     parser.set_defaults(run=_submit)
@@ -192,22 +205,27 @@ def _submit(args) -> None:
         raise UserError("--nodes and --chain must be at least 1, --gpus-per-node at least 0")
     if not all("=" in item for item in args.sbatch):
         raise UserError("--sbatch takes OPTION=VALUE, for instance --sbatch constraint=gh200 mem=0")
-    given = {"nodes": args.nodes, "gpus-per-node": args.gpus_per_node or "", "cpus-per-task": args.cpus_per_task, "time": args.time,
+    given = {"nodes": args.nodes, "gpus-per-node": args.gpus_per_node or "", "cpus-per-task": args.cpus_per_task,
+             "time": args.time,
              "partition": args.partition, "account": args.account, "qos": args.qos, "job-name": args.name}
     options = {k: str(v) for k, v in given.items() if v is not None} | dict(item.split("=", 1) for item in args.sbatch)
-    variables = {"PROCESSES": args.processes or args.gpus_per_node or 1, "VENV": args.venv, "CONTAINER": args.container, "MOUNTS": args.mounts}
+    variables = {"PROCESSES": args.processes or args.gpus_per_node or 1, "VENV": args.venv, "CONTAINER": args.container,
+                 "MOUNTS": args.mounts}
     job = JobArgs(options, {k: str(v) for k, v in variables.items() if v}, args.chain)
-    for number in submit(args.config, args.overrides, job, args.template or TEMPLATE, not args.dry_run) or ["not sent; see RUN/frozen/submit.sh"]:
+    for number in submit(args.config, args.overrides, job, args.template or TEMPLATE,
+                         not args.dry_run) or ["not sent; see RUN/frozen/submit.sh"]:
         print(number)
 
 
 def _add_shards(commands) -> None:
     shards = commands.add_parser("shards", help="check, describe, index, convert or invent token shards")
     verbs = shards.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, text in (("check", "read every token file and list what is wrong"), ("stats", "clips, ids and sizes by folder"),
+    for verb, text in (("check", "read every token file and list what is wrong"),
+                       ("stats", "clips, ids and sizes by folder"),
                        ("index", "write index.json beside the shards")):
         parser = verbs.add_parser(verb, help=text)
-        parser.add_argument("pattern", help="for instance 'tokens/[rgb,cam]/rooms/shard-{000000..000004}.tar' or a folder")
+        parser.add_argument("pattern", help="for instance 'tokens/[rgb,cam]/rooms/shard-{000000..000004}.tar' or a "
+                                            "folder")
         parser.add_argument("--config", type=Path, help="train config whose modalities the tokens must fit")
         parser.set_defaults(run={"check": _shards_check, "stats": _shards_stats, "index": _shards_index}[verb])
     convert = verbs.add_parser("convert", help="rewrite released or loose token files in the compact form")
@@ -229,7 +247,8 @@ def _shards_check(args) -> int:
     for kind, rows in (("damage", found.problems), ("note", found.notes)):
         for row in rows:
             print(f"{kind}\t{row['file']}{': ' + row['key'] if row['key'] else ''}: {row['problem']}")
-    print(f"{found.files} token files read, {len(found.problems) or 'no'} problem{'' if len(found.problems) == 1 else 's'}")
+    print(f"{found.files} token files read, {len(found.problems) or 'no'} "
+          f"problem{'' if len(found.problems) == 1 else 's'}")
     return 1 if found.problems else 0
 
 
@@ -247,7 +266,8 @@ def _shards_index(args) -> None:
     from egom2p.data.tarindex import index_tars
 
     entries = index_tars([p for p in expand_paths(args.pattern) if p.suffix == ".tar"])
-    print(f"{len(entries)} shards, {sum(len(e.keys) for e in entries)} files indexed, {sum(bool(e.damage) for e in entries)} damaged")
+    print(f"{len(entries)} shards, {sum(len(e.keys) for e in entries)} files indexed, "
+          f"{sum(bool(e.damage) for e in entries)} damaged")
 
 
 def _shards_convert(args) -> None:
@@ -260,7 +280,7 @@ def _shards_random(args) -> None:
     from egom2p.config import load
     from egom2p.data.shardtools import write_random
     from egom2p.modalities import ModalitySet
-    from egom2p.training.tasks import PretrainConfig
+    from egom2p.training.pretraining import PretrainConfig
 
     if args.count < 1:
         raise UserError(f"--count must be at least 1, not {args.count}")
@@ -274,7 +294,7 @@ def _modalities_of(config: Path | None):
         return None
     from egom2p.config import load
     from egom2p.modalities import ModalitySet
-    from egom2p.training.tasks import PretrainConfig
+    from egom2p.training.pretraining import PretrainConfig
 
     return ModalitySet.from_config(load(PretrainConfig, config).modalities)
 
@@ -282,20 +302,26 @@ def _modalities_of(config: Path | None):
 def _add_generate(commands) -> None:
     parser = commands.add_parser("generate", help="predict modalities from videos or token files")
     parser.add_argument("model", help="run folder, export folder or Hub repository")
-    parser.add_argument("--inputs", nargs="+", type=Path, required=True, metavar="FILE", help="videos, or token files (.npz, .npy)")
-    parser.add_argument("--targets", default="", help="modalities to predict, in order: cam,depth (default: those of the recipe)")
+    parser.add_argument("--inputs", nargs="+", type=Path, required=True, metavar="FILE",
+                        help="videos, or token files (.npz, .npy)")
+    parser.add_argument("--targets", default="",
+                        help="modalities to predict, in order: cam,depth (default: those of the recipe)")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--modality", default="", help="what the inputs are (default: the model's first picture modality)")
+    parser.add_argument("--modality", default="",
+                        help="what the inputs are (default: the model's first picture modality)")
     parser.add_argument("--recipe", type=Path, help="YAML with recipes by target (cfgs/generate/)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1, help="draws a window; more than one also write their spread")
-    parser.add_argument("--overlap", type=float, default=0.5, help="seconds that neighbouring windows of a long recording share")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: slower to start, faster for many windows")
+    parser.add_argument("--overlap", type=float, default=0.5,
+                        help="seconds that neighbouring windows of a long recording share")
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile the blocks: slower to start, faster for many windows")
     parser.set_defaults(run=_generate)
 
 
 def _generate(args) -> None:
-    from egom2p.generation.pipeline import Pipeline, generate_files
+    from egom2p.generation.pipeline import Pipeline
+    from egom2p.generation.recordings import generate_files
 
     recipe = _recipe(args.recipe)
     targets = [t for t in args.targets.split(",") if t] or list(recipe.targets)
@@ -308,27 +334,34 @@ def _generate(args) -> None:
         compile_blocks(pipeline.model)
     if args.samples < 1 or not 0 <= args.overlap < 2:
         raise UserError("--samples must be at least 1 and --overlap from 0 to below 2 seconds")
-    for folder in generate_files(pipeline, args.inputs, targets, args.out, args.modality or recipe.input, recipe.targets, args.seed, args.samples, args.overlap):
+    for folder in generate_files(pipeline, args.inputs, targets, args.out, args.modality or recipe.input,
+                                 recipe.targets, args.seed, args.samples, args.overlap):
         print(folder)
 
 
 def _add_eval(commands) -> None:
-    parser = commands.add_parser("eval", help="measure tasks on held-out clips (under torchrun: clips are shared among the ranks)")
+    parser = commands.add_parser("eval",
+                                 help="measure tasks on held-out clips (under torchrun: clips are shared among the "
+                                      "ranks)")
     parser.add_argument("model", help="run folder, export folder or Hub repository")
-    parser.add_argument("--protocol", type=Path, help="YAML below cfgs/eval/: tasks, data, recipes and alignments in one")
+    parser.add_argument("--protocol", type=Path,
+                        help="YAML below cfgs/eval/: tasks, data, recipes and alignments in one")
     parser.add_argument("--tasks", help="for instance rgb2cam,rgb2gaze,rgb2depth,depth2rgb")
     parser.add_argument("--data", help="pattern of clip tars")
     parser.add_argument("--recipe", type=Path, help="YAML with recipes by target (cfgs/generate/)")
     parser.add_argument("--limit", type=int, help="at most so many clips, spread evenly")
-    parser.add_argument("--out", type=Path, help="folder for results.json, plots and the rows a stopped evaluation goes on from (default: MODEL/eval)")
+    parser.add_argument("--out", type=Path,
+                        help="folder for results.json, plots and the rows a stopped evaluation goes on from (default: "
+                             "MODEL/eval)")
     parser.add_argument("--seed", type=int)
     parser.set_defaults(run=_eval)
 
 
 def _eval(args) -> None:
-    from egom2p.evaluation.run import evaluate_to, table
+    from egom2p.distributed import process_group
+    from egom2p.evaluation.results import table
+    from egom2p.evaluation.run import evaluate_to
     from egom2p.model.egom2p import EgoM2P
-    from egom2p.training.distributed import process_group
 
     protocol = _protocol(args)
     out = args.out or Path(args.model) / "eval"
@@ -345,7 +378,8 @@ def _protocol(args):
     from egom2p.config import load
     from egom2p.evaluation.run import ProtocolConfig
 
-    given = {"tasks": tuple(args.tasks.split(",")) if args.tasks else None, "data": args.data, "limit": args.limit, "seed": args.seed,
+    given = {"tasks": tuple(args.tasks.split(",")) if args.tasks else None, "data": args.data, "limit": args.limit,
+             "seed": args.seed,
              "recipes": _recipe(args.recipe).targets if args.recipe else None}
     given = {k: v for k, v in given.items() if v is not None}
     if args.protocol:
@@ -372,7 +406,8 @@ def _add_quickstart(commands) -> None:
     parser = commands.add_parser("quickstart", help="the whole job on a CPU, from a made-up world to a report")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--config", type=Path, default=Path("cfgs/quickstart.yaml"))
-    parser.add_argument("--inputs", nargs="*", type=Path, default=[], metavar="FILE", help="real videos to run the trained model on")
+    parser.add_argument("--inputs", nargs="*", type=Path, default=[], metavar="FILE",
+                        help="real videos to run the trained model on")
     parser.set_defaults(run=_quickstart)
 
 
@@ -382,12 +417,50 @@ def _quickstart(args) -> None:
     quickstart(args.out, args.config, args.inputs)
 
 
+def _add_export(commands) -> None:
+    parser = commands.add_parser("export", help="a self-contained folder: the model and its tokenizers, movable")
+    parser.add_argument("model", help="run folder, export folder or Hub repository")
+    parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
+    parser.set_defaults(run=_export)
+
+
+def _export(args) -> None:
+    from egom2p.generation.bundle import export_bundle
+
+    print(export_bundle(args.model, args.out))
+
+
+def _add_configs(commands) -> None:
+    parser = commands.add_parser("configs", help="list the YAMLs that come with the code, or copy one")
+    parser.add_argument("name", nargs="?", help="one of those that are listed")
+    parser.add_argument("--copy", type=Path, metavar="DIR", help="copy it there, with the files it includes")
+    parser.set_defaults(run=_configs)
+
+
+def _configs(args) -> None:
+    from egom2p import resources
+    from egom2p.config import included_files
+
+    if args.copy and not args.name:
+        raise UserError("--copy needs the name of a configuration; `egom2p configs` lists them")
+    if args.copy:
+        shipped = resources.root() / args.name
+        for path in resources.copy_config(args.name, args.copy, included_files(shipped) if shipped.is_file() else []):
+            print(path)
+    elif args.name:
+        print(resources.read_config(args.name), end="")
+    else:
+        for name, comment in resources.configs().items():
+            print(f"{name:40} {comment}")
+
+
 def _add_import(commands) -> None:
     parser = commands.add_parser("import-released", help="official checkpoints -> our export folders")
     parser.add_argument("file", type=Path, help="the main checkpoint, or the camera or gaze tokenizer's .pth")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--num-heads", type=int, help="attention heads, when the file's model name does not tell")
-    parser.add_argument("--tokenizers", default="", metavar="NAME=FOLDER,...", help="tokenizer folders to write into the model's config")
+    parser.add_argument("--tokenizers", default="", metavar="NAME=FOLDER,...",
+                        help="tokenizer folders to write into the model's config")
     parser.set_defaults(run=_import)
 
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from egom2p import resources
 from egom2p.errors import UserError
 
 T = TypeVar("T")
@@ -38,7 +39,8 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
-    """The YAML mapping in `path` merged over the files it includes (unresolved)."""
+    """The YAML mapping in `path` (here or shipped) merged over the files it includes (unresolved)."""
+    path = resources.locate(path)
     if path.resolve() in seen:
         raise UserError(f"{path}: includes itself")
     if not path.is_file():
@@ -49,12 +51,23 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path}: expected a mapping of keys to values at the top level")
-    includes = tree.pop("include", None) or []
-    includes = [includes] if isinstance(includes, str) else list(includes)
+    included = _includes(path, tree)
+    tree.pop("include", None)
     merged = OmegaConf.create()
-    for name in includes:
-        merged = OmegaConf.merge(merged, read_yaml(path.parent / name, (*seen, path.resolve())))
+    for file in included:
+        merged = OmegaConf.merge(merged, read_yaml(file, (*seen, path.resolve())))
     return OmegaConf.merge(merged, tree)
+
+
+def included_files(path: Path) -> list[Path]:
+    """Every file that the YAML `path` includes, those that they include too."""
+    direct = _includes(path, OmegaConf.load(path))
+    return [file for included in direct for file in (included, *included_files(included))]
+
+
+def _includes(path: Path, tree: DictConfig) -> list[Path]:
+    names = tree.get("include") or []
+    return [path.parent / name for name in ([names] if isinstance(names, str) else names)]
 
 
 def build(cls: Any, value: Any, where: str, file: str) -> Any:
@@ -151,7 +164,8 @@ def _build_scalar(cls: Any, value: Any, where: str, file: str) -> Any:
     if cls is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool) != (cls is bool) or not isinstance(value, cls):
-        raise _wrong_type(where, file, {"int": "a whole number", "float": "a number"}.get(cls.__name__, cls.__name__), value)
+        raise _wrong_type(where, file, {"int": "a whole number", "float": "a number"}.get(cls.__name__, cls.__name__),
+                          value)
     return value
 
 

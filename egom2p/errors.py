@@ -8,6 +8,11 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class DamagedClip(UserError):
+    """A clip, or a signal of it, cannot be used; the message names file, key and cause. Readers of many clips go on
+    without it."""
+
+
 class Preempted(Exception):
     """The run was asked to stop, saved a checkpoint and can go on from it. The CLI exits with EXIT_CODE."""
 

@@ -31,7 +31,8 @@ def pose_to_nine(a_from_b: np.ndarray) -> np.ndarray:
 
 
 def nine_to_pose(nine: np.ndarray) -> np.ndarray:
-    """(..., 9) -> (..., 4, 4). The two columns are made orthonormal by Gram-Schmidt, the third is their cross product."""
+    """(..., 9) -> (..., 4, 4). The two columns are made orthonormal by Gram-Schmidt, the third is their cross
+    product."""
     first = _normalize(nine[..., 0:3])
     second = nine[..., 3:6]
     second = _normalize(second - (first * second).sum(-1, keepdims=True) * first)
@@ -69,6 +70,28 @@ def align(points: np.ndarray, reference: np.ndarray, with_scale: bool = False) -
     return scale * centred @ rotation.T + mean_r
 
 
+def chordal_mean(matrices: np.ndarray) -> np.ndarray:
+    """(..., 3, 3) -> the nearest rotations (Hartley et al., "Rotation Averaging", IJCV 2013, section 5.3)."""
+    u, _, vt = np.linalg.svd(matrices)
+    flip = np.ones((*u.shape[:-2], 3))
+    flip[..., 2] = np.linalg.det(u @ vt)
+    return (u * flip[..., None, :]) @ vt
+
+
+def quaternions(rotations: np.ndarray) -> np.ndarray:
+    """(T, 3, 3) -> (T, 4) x, y, z, w: the dominant eigenvector of Bar-Itzhack's matrix (stable for any angle)."""
+    m = rotations
+    k = np.empty((len(m), 4, 4))
+    k[:, 0] = np.stack([m[:, 0, 0] - m[:, 1, 1] - m[:, 2, 2], m[:, 1, 0] + m[:, 0, 1], m[:, 2, 0] + m[:, 0, 2],
+                        m[:, 2, 1] - m[:, 1, 2]], -1)
+    k[:, 1] = np.stack([k[:, 0, 1], m[:, 1, 1] - m[:, 0, 0] - m[:, 2, 2], m[:, 2, 1] + m[:, 1, 2],
+                        m[:, 0, 2] - m[:, 2, 0]], -1)
+    k[:, 2] = np.stack([k[:, 0, 2], k[:, 1, 2], m[:, 2, 2] - m[:, 0, 0] - m[:, 1, 1], m[:, 1, 0] - m[:, 0, 1]], -1)
+    k[:, 3] = np.stack([k[:, 0, 3], k[:, 1, 3], k[:, 2, 3], m[:, 0, 0] + m[:, 1, 1] + m[:, 2, 2]], -1)
+    vectors = np.linalg.eigh(k / 3)[1][..., -1]
+    return vectors * np.where(vectors[:, 3:] < 0, -1, 1)
+
+
 def project(camera_points: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
     """(..., 3) points in camera axes -> (..., 2) pixels with a (3, 3) pinhole matrix. Points need z > 0."""
     homogeneous = camera_points @ intrinsics.T
@@ -81,10 +104,17 @@ def gaze_is_valid(gaze: np.ndarray) -> np.ndarray:
         return np.all((gaze >= -0.2) & (gaze <= 1.2), axis=-1)
 
 
+def crop_offset(width: int, height: int, side: int) -> tuple[int, int]:
+    """(left, top) of the centred side x side square of a width x height frame, whole pixels; pictures, intrinsics and
+    gaze must all use this one."""
+    return (width - side) // 2, (height - side) // 2
+
+
 def gaze_from_pixels(pixels: np.ndarray, width: int, height: int, crop: int | None = None) -> np.ndarray:
-    """(T, 2) pixels of a width x height frame -> (T, 3) square-frame x, y, valid; `crop` is the centred square's side."""
+    """(T, 2) pixels of a width x height frame -> (T, 3) square-frame x, y, valid; `crop` is the centred square's
+    side."""
     side = crop or min(width, height)
-    gaze = (pixels - [(width - side) / 2, (height - side) / 2]) / side
+    gaze = (pixels - np.array(crop_offset(width, height, side))) / side
     valid = gaze_is_valid(gaze)
     gaze = np.where(valid[..., None], gaze, 0.0)
     return np.concatenate([gaze, valid[..., None]], axis=-1).astype(np.float32)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from egom2p.errors import UserError
-
-SIGNALS = ("rgb", "depth", "pose", "gaze", "motion")
+from egom2p.signals import KINDS, SignalKind
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,17 @@ class Modality:
             raise ValueError(f"modality '{self.name}': grid must be 1 to 3 positive numbers, not {list(self.grid)}")
         if self.vocab_size < 1:
             raise ValueError(f"modality '{self.name}': vocab_size must be positive, not {self.vocab_size}")
-        if self.signal not in SIGNALS:
-            raise ValueError(f"modality '{self.name}': signal must be one of {', '.join(SIGNALS)}, not '{self.signal}'")
+        if self.signal not in KINDS:
+            raise ValueError(f"modality '{self.name}': signal must be one of {', '.join(KINDS)}, not '{self.signal}'")
 
     @property
     def num_tokens(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def kind(self) -> SignalKind:
+        """What its raw signal is, and everything that depends on it."""
+        return KINDS[self.signal]
 
     @property
     def clip_signal(self) -> str:

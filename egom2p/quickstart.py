@@ -18,14 +18,17 @@ from tqdm import tqdm
 
 from egom2p.config import load, to_plain
 from egom2p.data.shardtools import check
-from egom2p.data.world import write_world
+from egom2p.datasets.world import write_world
 from egom2p.errors import UserError
-from egom2p.evaluation.run import evaluate, table, write_results
-from egom2p.generation.pipeline import Pipeline, generate_files
+from egom2p.evaluation.results import table, write_results
+from egom2p.evaluation.run import evaluate
+from egom2p.generation.pipeline import Pipeline
+from egom2p.generation.recordings import generate_files
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
 from egom2p.training.log import read_metrics
-from egom2p.training.tasks import PretrainConfig, TokenizerConfig, pretrain
+from egom2p.training.pretraining import PretrainConfig, pretrain
+from egom2p.training.tokenizer_training import TokenizerConfig
 from egom2p.visualize import plots
 from egom2p.visualize.report import write_report
 
@@ -80,7 +83,8 @@ def quickstart(out: Path, config_path: Path, inputs: list[Path]) -> Path:
         evaluation = evaluate(model, config.tasks, str(out / "clips/test/*.tar"), config.recipes, shown=3)
     print(table(evaluation.summary))
     with stages.run("generate"):
-        folders = generate_files(Pipeline(model), inputs, ["cam", "gaze", "depth"], out / "generated", recipes=config.recipes) if inputs else []
+        folders = generate_files(Pipeline(model), inputs, ["cam", "gaze", "depth"], out / "generated",
+                                 recipes=config.recipes) if inputs else []
     with stages.run("report"):
         _report(config, out, evaluation, stages.seconds, [(f.name, f / "preview.png") for f in folders])
     write_results(out, evaluation, {"seconds": stages.seconds})
@@ -95,13 +99,15 @@ class Stages:
         self.path, self.config = path, config
         known = json.loads(path.read_text()) if path.exists() else {"config": config, "seconds": {}}
         if known["config"] != config:
-            raise UserError(f"{path.parent} holds a quickstart with another configuration; choose another --out or remove it")
+            raise UserError(f"{path.parent} holds a quickstart with another configuration; choose another --out or "
+                            f"remove it")
         self.seconds: dict[str, float] = known["seconds"]
 
     @contextmanager
     def run(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        print(f"--- {name}" + (f" (took {self.seconds[name]:.0f} s last time)" if name in self.seconds else ""), flush=True)
+        print(f"--- {name}" + (f" (took {self.seconds[name]:.0f} s last time)" if name in self.seconds else ""),
+              flush=True)
         yield
         spent = time.perf_counter() - started
         self.seconds[name] = max(spent, self.seconds.get(name, 0.0))
@@ -109,7 +115,8 @@ class Stages:
 
 
 def _make_world(config: QuickstartConfig, clips: Path) -> None:
-    sets = {**{f"train/{name}": s for name, s in config.train.items()}, "held_out": config.held_out, "test": config.test}
+    sets = {**{f"train/{name}": s for name, s in config.train.items()}, "held_out": config.held_out,
+            "test": config.test}
     for name, entry in sets.items():
         if not (clips / name / "done").exists():
             write_world(clips / name, entry.clips, entry.seed, config.size, Path(name).name, entry.without)
@@ -118,7 +125,8 @@ def _make_world(config: QuickstartConfig, clips: Path) -> None:
 
 def _train_tokenizers(config: QuickstartConfig, out: Path) -> dict[str, str]:
     """Train the lanes side by side, one thread each; returns {modality: export folder}."""
-    overrides = [f"data.clips={out}/clips/train/*/*.tar", f"eval.clips={out}/clips/held_out/*.tar", *config.tokenizer_overrides]
+    overrides = [f"data.clips={out}/clips/train/*/*.tar", f"eval.clips={out}/clips/held_out/*.tar",
+                 *config.tokenizer_overrides]
     lanes, folders, totals = [], {}, {}
     for number, lane in enumerate(config.lanes):
         commands = []
@@ -129,7 +137,8 @@ def _train_tokenizers(config: QuickstartConfig, out: Path) -> dict[str, str]:
             totals[folder] = entry.train.steps
             if (folder / f"checkpoints/step_{entry.train.steps:08d}/state.json").exists():
                 continue
-            commands.append([sys.executable, "-m", "egom2p", "tokenizer", "train", path, f"run.dir={folder}", "train.threads=1", *overrides])
+            commands.append([sys.executable, "-m", "egom2p", "tokenizer", "train", path, f"run.dir={folder}",
+                             "train.threads=1", *overrides])
         lanes.append(_Lane(commands, out / f"tokenizers-{number}.log"))
     with tqdm(total=sum(totals.values()), desc="tokenizers", unit="step") as bar:
         while not _all_done(lanes):
@@ -170,10 +179,12 @@ def _all_done(lanes: list[_Lane]) -> bool:
 def _encode(config: QuickstartConfig, out: Path, folders: dict[str, str]) -> None:
     """Encode the training sets side by side and the held-out set, then check every shard."""
     def command(name: str) -> list[str]:
-        return [sys.executable, "-m", "egom2p", "tokenizer", "encode", *folders.values(), "--clips", f"{out}/clips/{name}/*.tar", "--out", f"{out}/tokens"]
+        return [sys.executable, "-m", "egom2p", "tokenizer", "encode", *folders.values(), "--clips",
+                f"{out}/clips/{name}/*.tar", "--out", f"{out}/tokens"]
 
     names = [f"train/{name}" for name in config.train]
-    lanes = [_Lane([command(n) for n in names[i::2] + (["held_out"] if i else [])], out / f"encode-{i}.log") for i in range(2)]
+    lanes = [_Lane([command(n) for n in names[i::2] + (["held_out"] if i else [])], out / f"encode-{i}.log")
+             for i in range(2)]
     expected = len(folders) * (sum(-(-s.clips // 1000) for s in config.train.values()) + 1)
     with tqdm(total=expected, desc="encode", unit="shard") as bar:
         while not _all_done(lanes):
@@ -187,10 +198,12 @@ def _encode(config: QuickstartConfig, out: Path, folders: dict[str, str]) -> Non
 
 
 def _train_overrides(config: QuickstartConfig, out: Path, folders: dict[str, str]) -> list[str]:
-    return [f"run.dir={out}/model", f"data.root={out}/tokens", *(f"modalities.{n}.tokenizer={f}" for n, f in folders.items()), *config.train_overrides]
+    return [f"run.dir={out}/model", f"data.root={out}/tokens",
+            *(f"modalities.{n}.tokenizer={f}" for n, f in folders.items()), *config.train_overrides]
 
 
-def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, float], pictures: list[tuple[str, Path]]) -> None:
+def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, float],
+            pictures: list[tuple[str, Path]]) -> None:
     model_dir = out / "model"
     environment = json.loads((model_dir / "environment.json").read_text())
     metrics = read_metrics(model_dir)
@@ -198,12 +211,15 @@ def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, 
     kinds = {n: m.signal for n, m in training.modalities.items()}
     steps = training.train.num_steps(training.masking.input_tokens + training.masking.target_tokens)
     facts = [("clips", f"{sum(s.clips for s in config.train.values())} for training, {config.test.clips} held out"),
-             ("samples seen", f"{steps * training.train.batch_size:,}"), ("device", f"{environment['device']}, {environment['threads']} threads"),
+             ("samples seen", f"{steps * training.train.batch_size:,}"),
+             ("device", f"{environment['device']}, {environment['threads']} threads"),
              ("torch", environment["torch"]), ("commit", (environment["commit"] or "none")[:10])]
     sheets = [(f"clip {clip.key}", plots.clip_sheet(clip.signals["rgb"], clip.signals, predicted, kinds, ""))
               for clip, predicted in _merge_shown(evaluation.shown)]
-    write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds, facts, pictures,
-                 [(f"{p.stem} at step {int(p.parent.name[5:])}", p) for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]])
+    write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds,
+                 facts, pictures,
+                 [(f"{p.stem} at step {int(p.parent.name[5:])}", p)
+                  for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]])
 
 
 def _merge_shown(shown: dict) -> list[tuple]:

@@ -12,33 +12,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import egom2p
+from egom2p import resources
 from egom2p.config import dump, load
 from egom2p.errors import UserError
-from egom2p.training.tasks import PretrainConfig
+from egom2p.training.pretraining import PretrainConfig
 
 log = logging.getLogger(__name__)
 
-PACKAGE = Path(egom2p.__file__).parent
-TEMPLATE = PACKAGE.parent / "scripts/slurm/train.sbatch"
+TEMPLATE = Path("scripts/slurm/train.sbatch")
 
 
 @dataclass(frozen=True)
 class JobArgs:
-    """options: sbatch options by long name, without dashes; "" as value drops the script's own; the job's name is the run folder's unless given. environment: variables the
-    script reads. chain: so many jobs, each waiting for the one before (for clusters that forbid requeueing)."""
+    """options: sbatch options by long name, without dashes; "" as value drops the script's own; the job's name is the
+    run folder's unless given. environment: variables the script reads. chain: so many jobs, each waiting for the one
+    before (for clusters that forbid requeueing)."""
 
     options: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     chain: int = 1
 
 
-def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path = TEMPLATE, send: bool = True) -> list[str]:
+def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path = TEMPLATE,
+           send: bool = True) -> list[str]:
     """Freeze, fill and send. Returns the job numbers, none when `send` is false."""
+    template = resources.locate(template)
     if not template.is_file():
-        raise UserError(f"no SLURM script {template}; run from a clone, or name one with --template")
+        raise UserError(f"no SLURM script {template}; name one with --template")
     resolved = load(PretrainConfig, config, overrides)
-    frozen = freeze(Path(resolved.run.dir), dump(resolved), fill(template.read_text(), {"job-name": Path(resolved.run.dir).name, **job.options}))
+    frozen = freeze(Path(resolved.run.dir), dump(resolved),
+                    fill(template.read_text(), {"job-name": Path(resolved.run.dir).name, **job.options}))
     environment = {**job.environment, "FROZEN": str(frozen.resolve())}
     command = ["sbatch", "--parsable", f"--export={','.join(['ALL', *(f'{k}={v}' for k, v in environment.items())])}"]
     chained = ["--dependency=singleton"] if job.chain > 1 else []
@@ -53,20 +56,25 @@ def freeze(run_dir: Path, config: str, script: str) -> Path:
     """Copy the package, configuration and script into RUN/frozen. A run frozen before must be the same run."""
     frozen = run_dir / "frozen"
     if (frozen / "config.yaml").exists() and (frozen / "config.yaml").read_text() != config:
-        raise UserError(f"{frozen / 'config.yaml'} differs from the configuration given now; choose another run.dir, or remove {frozen} to freeze anew")
+        raise UserError(f"{frozen / 'config.yaml'} differs from the configuration given now; choose another run.dir, "
+                        f"or remove {frozen} to freeze anew")
     if (frozen / "egom2p").exists():
-        changed = _changed(PACKAGE, frozen / "egom2p")
+        changed = _changed(resources.PACKAGE, frozen / "egom2p")
         if changed:
-            log.warning("the code changed since %s was frozen (%s); the job runs the frozen code. Remove it to freeze anew", frozen, ", ".join(changed[:5]))
+            log.warning("the code changed since %s was frozen (%s); the job runs the frozen code. Remove it to freeze "
+                        "anew", frozen, ", ".join(changed[:5]))
     else:
-        shutil.copytree(PACKAGE, frozen / "egom2p", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(resources.PACKAGE, frozen / "egom2p", ignore=shutil.ignore_patterns("__pycache__", "shipped"))
+        for folder in resources.FOLDERS:
+            shutil.copytree(resources.root() / folder, frozen / "egom2p" / "shipped" / folder)
     (frozen / "config.yaml").write_text(config)
     (frozen / "train.sbatch").write_text(script)
     return frozen
 
 
 def fill(script: str, options: dict[str, str]) -> str:
-    """The script with its #SBATCH lines set: replaced where it has the option, added where it lacks it, dropped for ""."""
+    """The script with its #SBATCH lines set: replaced where it has the option, added where it lacks it, dropped for
+    ""."""
     lines, left = [], dict(options)
     for line in script.splitlines():
         name = line.removeprefix("#SBATCH --").partition("=")[0] if line.startswith("#SBATCH --") else ""
@@ -81,7 +89,8 @@ def _send(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise UserError("sbatch is not here; run this on a SLURM login node, or add --dry-run to write the job without sending it") from error
+        raise UserError("sbatch is not here; run this on a SLURM login node, or add --dry-run to write the job without "
+                        "sending it") from error
     if done.returncode:
         raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
     return done.stdout.strip().partition(";")[0]
@@ -90,4 +99,5 @@ def _send(command: list[str]) -> str:
 def _changed(ours: Path, theirs: Path) -> list[str]:
     """Python files that differ or exist on one side only."""
     names = {p.relative_to(root).as_posix() for root in (ours, theirs) for p in root.rglob("*.py")}
-    return sorted(n for n in names if not ((ours / n).exists() and (theirs / n).exists() and filecmp.cmp(ours / n, theirs / n, shallow=False)))
+    return sorted(n for n in names if not ((ours / n).exists() and (theirs / n).exists()
+                                           and filecmp.cmp(ours / n, theirs / n, shallow=False)))

@@ -33,18 +33,22 @@ def run_cli(*args: object, check: bool = True) -> subprocess.CompletedProcess:
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(a) for a in args])
     if check and code:
-        raise AssertionError(f"egom2p {' '.join(map(str, args))} returned {code}:\n{out.getvalue()[-2000:]}\n{err.getvalue()[-4000:]}")
+        raise AssertionError(f"egom2p {' '.join(map(str, args))} returned "
+                             f"{code}:\n{out.getvalue()[-2000:]}\n{err.getvalue()[-4000:]}")
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def start_cli(*args: object, torchrun: int = 0, launcher: tuple[str, ...] = (), prefix: tuple[str, ...] = (),
               output: Path | None = None, **env: str) -> subprocess.Popen:
     """`egom2p ARGS` as a process of its own, or under torchrun with so many processes and further `launcher` options.
-    prefix: a command to start it with, such as `ip netns exec NAME`. Its output goes to the file `output`, or a pipe."""
+    prefix: a command to start it with, such as `ip netns exec NAME`. Its output goes to the file `output`, or a
+    pipe."""
     where = [] if "--nnodes" in launcher else ["--standalone"]
-    torchrun_args = ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(torchrun), *launcher] if torchrun else []
+    torchrun_args = ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(torchrun),
+                     *launcher] if torchrun else []
     command = [*prefix, sys.executable, *torchrun_args, "-m", "egom2p", *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=output.open("w") if output else subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return subprocess.Popen(command, cwd=ROOT, stdout=output.open("w") if output else subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10", **env})
 
 
@@ -59,7 +63,7 @@ def debug_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def world_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixteen procedural clips of 24 x 24 pixels."""
-    from egom2p.data.world import write_world
+    from egom2p.datasets.world import write_world
 
     folder = tmp_path_factory.mktemp("clips")
     write_world(folder, 16, seed=5, size=24, processes=1)
@@ -80,7 +84,8 @@ train:
 held_out: {{clips: 12, seed: 3}}
 test: {{clips: 12, seed: 4}}
 tokenizer_overrides: [train.steps=8, train.batch_size=8, optim.warmup_steps=2, log.every=4]
-train_overrides: ["modalities.rgb.grid=[5,3,3]", "modalities.depth.grid=[5,3,3]", train.steps=12, train.batch_size=4, eval.every=6, eval.samples=8,
+train_overrides: ["modalities.rgb.grid=[5,3,3]", "modalities.depth.grid=[5,3,3]", train.steps=12, train.batch_size=4,
+eval.every=6, eval.samples=8,
                   optim.warmup_steps=2, log.every=2, masking.input_tokens=45, checkpoint.every=6]
 """
 
@@ -88,14 +93,15 @@ train_overrides: ["modalities.rgb.grid=[5,3,3]", "modalities.depth.grid=[5,3,3]"
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A quickstart of seconds: the same stages and YAMLs, few clips and steps. (out, config, video, first run)."""
-    from egom2p.data.video import write_video
+    from egom2p.signals.writers import write_video
 
     folder = tmp_path_factory.mktemp("quickstart")
     for name in ("rgb", "depth"):
         text = (ROOT / f"tokenizers/world_{name}/config.yaml").read_text().replace("[5, 6, 6]", "[5, 3, 3]")
         (folder / f"{name}.yaml").write_text(text)
     config = folder / "tiny.yaml"
-    lanes = f"lanes: [[{folder}/rgb.yaml, tokenizers/world_gaze/config.yaml], [tokenizers/world_cam/config.yaml, {folder}/depth.yaml]]\n"
+    lanes = (f"lanes: [[{folder}/rgb.yaml, tokenizers/world_gaze/config.yaml], "
+             f"[tokenizers/world_cam/config.yaml, {folder}/depth.yaml]]\n")
     config.write_text(TINY.format(quickstart=ROOT / "cfgs/quickstart.yaml") + lanes)
     video = folder / "walk.mp4"
     write_video(video, np.random.default_rng(0).integers(0, 255, (75, 48, 64, 3)).astype(np.uint8), 25)

@@ -6,7 +6,7 @@ import numpy as np
 
 from egom2p import EgoM2P
 from egom2p.data.clips import Clip, write_clips
-from egom2p.data.world import make_clip
+from egom2p.datasets.world import make_clip
 from egom2p.training.log import read_metrics
 from tests.conftest import ROOT, run_cli
 
@@ -26,9 +26,11 @@ def test_the_page_works(tmp_path):
     clips_pattern = f"{tmp_path}/clips/*.tar"
     for name, path, extra in (("wrist", config, []), ("cam", "tokenizers/world_cam/config.yaml", []),
                               ("rgb", "tokenizers/world_rgb/config.yaml", ["tokenizer.modality.grid=[5,3,3]"])):
-        run_cli("tokenizer", "train", path, f"data.clips={clips_pattern}", f"run.dir={tmp_path / name}", "train.steps=5", "train.batch_size=8",
+        run_cli("tokenizer", "train", path, f"data.clips={clips_pattern}", f"run.dir={tmp_path / name}",
+                "train.steps=5", "train.batch_size=8",
                 "optim.warmup_steps=2", *extra)
-    run_cli("tokenizer", "encode", *(tmp_path / n for n in ("wrist", "cam", "rgb")), "--clips", clips_pattern, "--out", tmp_path / "tokens")
+    run_cli("tokenizer", "encode", *(tmp_path / n for n in ("wrist", "cam", "rgb")), "--clips", clips_pattern, "--out",
+            tmp_path / "tokens")
     common = f"""
 run: {{dir: {tmp_path}/run}}
 data: {{root: {tmp_path}/tokens, datasets: {{rooms: {{}}}}}}
@@ -41,13 +43,16 @@ modalities:
   cam: {{vocab_size: 240, grid: [30], signal: pose, tokenizer: {tmp_path}/cam}}
 """
     (tmp_path / "before.yaml").write_text(common)
-    (tmp_path / "after.yaml").write_text(common + "  " + entry.strip().replace("runs/tokenizers/wrist", str(tmp_path / "wrist")) + "\n")
+    (tmp_path / "after.yaml").write_text(common + "  "
+                                         + entry.strip().replace("runs/tokenizers/wrist",
+                                                                 str(tmp_path / "wrist")) + "\n")
     run_cli("train", tmp_path / "before.yaml", f"run.dir={tmp_path}/before")
     run_cli("train", tmp_path / "after.yaml", f"init.from={tmp_path}/before")
     assert any("loss/wrist" in m for m in read_metrics(tmp_path / "run"))
     assert EgoM2P.from_pretrained(tmp_path / "run").modalities.names == ["rgb", "cam", "wrist"]
-    from egom2p.data.video import write_video
+    from egom2p.signals.writers import write_video
 
     write_video(tmp_path / "video.mp4", rng.integers(0, 255, (16, 32, 32, 3)).astype(np.uint8), 8)
-    run_cli("generate", tmp_path / "run", "--inputs", tmp_path / "video.mp4", "--targets", "wrist", "--out", tmp_path / "predictions")
+    run_cli("generate", tmp_path / "run", "--inputs", tmp_path / "video.mp4", "--targets", "wrist", "--out",
+            tmp_path / "predictions")
     assert np.load(tmp_path / "predictions/video/wrist.npy").shape == (60, 6)

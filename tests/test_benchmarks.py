@@ -25,7 +25,8 @@ def test_plain_padded_network_equals_ours(variant):
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     batch = pack(samples, 3)
-    scale = torch.cat([torch.full((n,), 1 / (3 * max(n, 1)), dtype=torch.float64) for n in batch.targets.modality_counts])
+    scale = torch.cat([torch.full((n,), 1 / (3 * max(n, 1)), dtype=torch.float64)
+                       for n in batch.targets.modality_counts])
     ours, _ = model(batch, scale)
     ours.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)

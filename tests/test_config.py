@@ -11,7 +11,8 @@ from egom2p.generation.schedule import RecipeConfig
 from egom2p.modalities import ModalitySet
 from egom2p.model.egom2p import EgoM2P
 from egom2p.quickstart import QuickstartConfig
-from egom2p.training.tasks import PretrainConfig, TokenizerConfig, make_tokenizer
+from egom2p.training.pretraining import PretrainConfig
+from egom2p.training.tokenizer_training import TokenizerConfig, make_tokenizer
 from tests.conftest import ROOT, run_cli
 
 TRAIN = sorted((ROOT / "cfgs/train").glob("*.yaml"))
@@ -96,7 +97,8 @@ def test_unknown_key_names_the_nearest_and_the_file():
 @pytest.mark.parametrize(("override", "words"), [
     ("train.steps=soon", "train.steps"), ("train.batch_size=2.5", "whole number"), ("model.variant=relu", "swiglu"),
     ("data.workers=true", "whole number"), ("nonsense", "key=value"), ("trian.steps=3", "did you mean 'train'"),
-    ("model.dim=50", "divide"), ("train.tokens=100", "one of steps and tokens"), ("modalities.rgb.grid=[0,4,4]", "grid"),
+    ("model.dim=50", "divide"), ("train.tokens=100", "one of steps and tokens"),
+    ("modalities.rgb.grid=[0,4,4]", "grid"),
     ("masking.components=[{weight: 1}]", "alpha"), ("init.form=x", "did you mean 'from'")])
 def test_bad_value_is_one_line(override, words):
     with pytest.raises(UserError) as error:
@@ -110,7 +112,8 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(UserError, match=r"did you mean .*debug\.yaml"):
         load(PretrainConfig, ROOT / "cfgs/train/debgu.yaml")
     broken = tmp_path / "broken.yaml"
-    for text, words in (("a: [1", "not valid YAML"), ("- 1\n- 2\n", "mapping"), ("include: broken.yaml", "includes itself")):
+    for text, words in (("a: [1", "not valid YAML"), ("- 1\n- 2\n", "mapping"),
+                        ("include: broken.yaml", "includes itself")):
         broken.write_text(text)
         with pytest.raises(UserError, match=words):
             load(PretrainConfig, broken)

@@ -15,7 +15,8 @@ from tests.conftest import run_cli
 def test_quickstart_leaves_results_and_report(finished):
     out, _, _, done = finished
     results = json.loads((out / "results.json").read_text())
-    for task, metrics in {"rgb2cam": ("ate_m", "rre_deg"), "rgb2gaze": ("gaze_mse",), "rgb2depth": ("abs_rel",), "depth2rgb": ("psnr_db",)}.items():
+    for task, metrics in {"rgb2cam": ("ate_m", "rre_deg"), "rgb2gaze": ("gaze_mse",), "rgb2depth": ("abs_rel",),
+                          "depth2rgb": ("psnr_db",)}.items():
         for metric in metrics:
             assert {"value", "baseline", "shuffled", "ceiling"} <= results[task][metric].keys()
             assert all(np.isfinite(results[task][metric][k]) for k in ("value", "baseline", "shuffled", "ceiling"))
@@ -58,8 +59,10 @@ def test_generate_from_a_plain_video(finished, tmp_path):
     assert np.load(folder / "gaze.npy").shape == (90, 3)
     assert np.load(folder / "depth.npy").shape == (24, 24, 24)
     assert decode_video(folder / "rgb.mp4")[0].shape == (24, 24, 24, 3)
-    assert {p.name for p in folder.iterdir()} == {"preview.png", "generated.json", "depth.mp4", "rgb.mp4", "cam.npy", "cam.tum", "gaze.npy", "depth.npy",
-                                                  "cam_tokens.npy", "gaze_tokens.npy", "depth_tokens.npy", "rgb_tokens.npy"}
+    assert {p.name for p in folder.iterdir()} == {"preview.png", "generated.json", "depth.mp4", "rgb.mp4", "cam.npy",
+                                                  "cam.tum", "gaze.npy", "depth.npy",
+                                                  "cam_tokens.npy", "gaze_tokens.npy", "depth_tokens.npy",
+                                                  "rgb_tokens.npy"}
     note = json.loads((folder / "generated.json").read_text())
     assert note["starts_s"] == [0.0, 1.0]
     assert note["drift"]["cam"]["joins"] == 1
@@ -70,8 +73,10 @@ def test_generate_from_a_plain_video(finished, tmp_path):
 def test_compiled_generation_predicts_the_same(finished, tmp_path):
     out, _, video, _ = finished
     for folder, more in (("plain", []), ("compiled", ["--compile"])):
-        run_cli("generate", out / "model", "--inputs", video, "--targets", "cam", "--recipe", "cfgs/generate/world.yaml", "--out", tmp_path / folder, *more)
-    assert np.array_equal(np.load(tmp_path / "plain/walk/cam_tokens.npy"), np.load(tmp_path / "compiled/walk/cam_tokens.npy"))
+        run_cli("generate", out / "model", "--inputs", video, "--targets", "cam", "--recipe",
+                "cfgs/generate/world.yaml", "--out", tmp_path / folder, *more)
+    assert np.array_equal(np.load(tmp_path / "plain/walk/cam_tokens.npy"),
+                          np.load(tmp_path / "compiled/walk/cam_tokens.npy"))
     assert np.allclose(np.load(tmp_path / "plain/walk/cam.npy"), np.load(tmp_path / "compiled/walk/cam.npy"), atol=1e-4)
 
 
@@ -79,15 +84,18 @@ def test_generate_from_token_files_and_with_a_released_recipe(finished, tmp_path
     out, _, _, _ = finished
     tokens = tmp_path / "tokens.npz"
     np.savez(tokens, np.random.default_rng(0).integers(0, 4096, (5, 3, 3)).astype(np.int32))
-    run_cli("generate", out / "model", "--inputs", tokens, "--recipe", "cfgs/generate/rgb2cam.yaml", "--out", tmp_path / "a")
-    run_cli("generate", out / "model", "--inputs", tokens, "--recipe", "cfgs/generate/rgb2cam.yaml", "--out", tmp_path / "b")
+    run_cli("generate", out / "model", "--inputs", tokens, "--recipe", "cfgs/generate/rgb2cam.yaml", "--out",
+            tmp_path / "a")
+    run_cli("generate", out / "model", "--inputs", tokens, "--recipe", "cfgs/generate/rgb2cam.yaml", "--out",
+            tmp_path / "b")
     assert np.array_equal(np.load(tmp_path / "a/tokens/cam.npy"), np.load(tmp_path / "b/tokens/cam.npy"))
     note = json.loads((tmp_path / "a/tokens/generated.json").read_text())
     assert note["recipes"]["cam"]["guidance"] == 2.0
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--targets", "sound"], "no modality 'sound'"), (["--targets", ""], "say what to predict"), (["--targets", "cam", "--modality", "gaze"], "not a picture modality")])
+    (["--targets", "sound"], "no modality 'sound'"), (["--targets", ""], "say what to predict"),
+    (["--targets", "cam", "--modality", "gaze"], "not a picture modality")])
 def test_generate_refuses_in_one_line(finished, tmp_path, arguments, words):
     out, _, video, _ = finished
     done = run_cli("generate", out / "model", "--inputs", video, *arguments, "--out", tmp_path, check=False)
@@ -100,15 +108,18 @@ def test_generate_names_unreadable_inputs(finished, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     (tmp_path / "bad.npz").write_bytes(b"not an archive")
     np.savez(tmp_path / "far.npz", np.full((5, 3, 3), 5000))
-    for name, words in (("bad.mp4", "cannot be decoded"), ("bad.npz", "not a token file"), ("far.npz", "outside"), ("none.mp4", "no input file")):
-        done = run_cli("generate", out / "model", "--inputs", tmp_path / name, "--targets", "cam", "--out", tmp_path / "o", check=False)
+    for name, words in (("bad.mp4", "cannot be decoded"), ("bad.npz", "not a token file"), ("far.npz", "outside"),
+                        ("none.mp4", "no input file")):
+        done = run_cli("generate", out / "model", "--inputs", tmp_path / name, "--targets", "cam", "--out",
+                       tmp_path / "o", check=False)
         assert done.returncode == 2
         assert words in done.stderr
 
 
 def test_eval_command(finished, tmp_path):
     out = finished[0]
-    done = run_cli("eval", out / "model", "--tasks", "rgb2cam,rgb+depth2cam", "--data", f"{out}/clips/test/*.tar", "--recipe", "cfgs/generate/world.yaml", "--out", tmp_path)
+    done = run_cli("eval", out / "model", "--tasks", "rgb2cam,rgb+depth2cam", "--data", f"{out}/clips/test/*.tar",
+                   "--recipe", "cfgs/generate/world.yaml", "--out", tmp_path)
     assert "rgb+depth2cam" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
     first = json.loads((out / "results.json").read_text())
@@ -138,6 +149,7 @@ def test_library_use(finished):
 def test_real_recordings(finished, examples, tmp_path):
     """The authors' own example clips, from plain mp4 to files (quality is not the point here)."""
     out = finished[0]
-    run_cli("generate", out / "model", "--inputs", examples / "rgb2dep_h2o.mp4", examples / "dep2rgb_holo.mp4", "--targets", "cam,gaze,depth", "--out", tmp_path)
+    run_cli("generate", out / "model", "--inputs", examples / "rgb2dep_h2o.mp4", examples / "dep2rgb_holo.mp4",
+            "--targets", "cam,gaze,depth", "--out", tmp_path)
     for name in ("rgb2dep_h2o", "dep2rgb_holo"):
         assert np.load(tmp_path / name / "cam.npy").shape == (60, 4, 4)

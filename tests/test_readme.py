@@ -8,12 +8,13 @@ import subprocess
 import numpy as np
 import pytest
 
-from egom2p.data.video import write_video
+from egom2p.signals.writers import write_video
 from tests.conftest import ROOT, run_cli, start_cli
 from tests.model.test_parity import reference, write_released
 
 SMALLER = {"--clips 500": "--clips 12", "--size 48": "--size 24"}
-ADDED = {"tokenizer train": ["train.steps=3", "train.batch_size=4", "optim.warmup_steps=1"], "import-released": ["--num-heads", "4"]}
+ADDED = {"tokenizer train": ["train.steps=3", "train.batch_size=4", "optim.warmup_steps=1"],
+         "import-released": ["--num-heads", "4"]}
 
 
 def commands() -> list[str]:
@@ -25,11 +26,14 @@ def commands() -> list[str]:
 def places(finished, tmp_path_factory):
     """What the README's file names stand for here."""
     folder = tmp_path_factory.mktemp("readme")
-    write_video(folder / "my_video.mp4", np.random.default_rng(0).integers(0, 255, (50, 48, 64, 3)).astype(np.uint8), 25)
-    write_released(folder / "egom2p_base.pth", reference("model_swiglu")["state_dict"], model="fm_base_12e_12d_swiglu_nobias")
+    write_video(folder / "my_video.mp4", np.random.default_rng(0).integers(0, 255, (50, 48, 64, 3)).astype(np.uint8),
+                25)
+    write_released(folder / "egom2p_base.pth", reference("model_swiglu")["state_dict"],
+                   model="fm_base_12e_12d_swiglu_nobias")
     write_released(folder / "camera_tokenizer.pth", reference("vqvae_cam")["state_dict"], model="vqvae")
     (folder / "my_videos").mkdir()
-    write_video(folder / "my_videos/walk.mp4", np.random.default_rng(1).integers(0, 255, (75, 48, 64, 3)).astype(np.uint8), 25)
+    write_video(folder / "my_videos/walk.mp4",
+                np.random.default_rng(1).integers(0, 255, (75, 48, 64, 3)).astype(np.uint8), 25)
     files = {n: str(folder / n) for n in ("my_videos", "my_video.mp4", "egom2p_base.pth", "camera_tokenizer.pth")}
     return {"runs/quickstart": str(finished[0]), **files, "runs/": f"{folder}/runs/"}
 
@@ -66,7 +70,9 @@ def test_quickstart_script(finished, tmp_path):
     """`bash scripts/quickstart.sh` makes or finds its environment and runs, twice."""
     _, config, video, _ = finished
     for _ in range(2):
-        done = subprocess.run(["bash", "scripts/quickstart.sh", "--out", tmp_path / "out", "--config", config, "--inputs", video], cwd=ROOT,
-                              capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+        done = subprocess.run(["bash", "scripts/quickstart.sh", "--out", tmp_path / "out", "--config", config,
+                               "--inputs", video], cwd=ROOT,
+                              capture_output=True, text=True,
+                              env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
         assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out/report.html").stat().st_size > 100_000

@@ -11,7 +11,7 @@ from egom2p.generation.sampler import generate
 from egom2p.generation.schedule import TargetArgs
 from egom2p.modalities import ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
-from egom2p.training.tasks import PretrainConfig
+from egom2p.training.pretraining import PretrainConfig
 from tests.conftest import ROOT
 
 TRAIN = sorted((ROOT / "cfgs/train").glob("*.yaml"))
@@ -39,7 +39,8 @@ def walk(modalities, rng):
     masker = Masker(MaskArgs(120, 120), modalities, seed=0)
     batch = pack([MaskedSample(n, *masker.mask(tokens, n)) for n in range(8)], len(modalities))
     loss, losses = model(batch, torch.full((len(batch.targets),), 1 / len(batch.targets)))
-    assert loss.item() == pytest.approx(np.average([np.log(m.vocab_size) for m in modalities], weights=batch.targets.modality_counts), rel=0.1)
+    assert loss.item() == pytest.approx(np.average([np.log(m.vocab_size) for m in modalities],
+                                                   weights=batch.targets.modality_counts), rel=0.1)
     assert len(losses) == len(batch.targets)
     loss.backward()
     for index, modality in enumerate(modalities):

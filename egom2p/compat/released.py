@@ -26,20 +26,30 @@ HEADS = {("tiny", 384): 6, ("small", 512): 8, ("base", 768): 12, ("large", 1024)
          ("xlarge", 2048): 32, ("xlarge", 2046): 31}
 
 # Released modality -> our name and kind of signal.
-MODALITIES = {"tok_rgb": ("rgb", "rgb"), "tok_depth": ("depth", "depth"), "tok_cam": ("cam", "pose"), "tok_gaze": ("gaze", "gaze")}
+MODALITIES = {"tok_rgb": ("rgb", "rgb"), "tok_depth": ("depth", "depth"), "tok_cam": ("cam", "pose"),
+              "tok_gaze": ("gaze", "gaze")}
 
-CAMERA_MEAN = (0.93305040, 0.00441131, -0.00474551, -0.00403111, 0.96702217, 0.01229744, 0.00253670, -0.00253452, 0.03687088)
-CAMERA_STD = (0.22410283, 0.15409595, 0.23538763, 0.15159239, 0.09890854, 0.17871061, 0.16229750, 0.11305995, 0.22450156)
+# The released inference recipe (facts of EgoM2P's README and configs).
+RECIPES = {name: {"steps": steps, "temperature": 0.01, "top_p": 0.8, "guidance": 2.0}
+           for name, steps in (("cam", 3), ("gaze", 5), ("depth", 3), ("rgb", 6))}
+
+CAMERA_MEAN = (0.93305040, 0.00441131, -0.00474551, -0.00403111, 0.96702217, 0.01229744, 0.00253670, -0.00253452,
+               0.03687088)
+CAMERA_STD = (0.22410283, 0.15409595, 0.23538763, 0.15159239, 0.09890854, 0.17871061, 0.16229750, 0.11305995,
+              0.22450156)
 # Channels of a motion tokenizer -> modality, kind, mean, std. The constants are not in the released files.
 MOTIONS = {9: ("cam", "pose", CAMERA_MEAN, CAMERA_STD), 2: ("gaze", "gaze", (0.5, 0.5), (0.5, 0.5))}
 
-_MODEL_NAMES = (("decoder_proj_context", "context_projection"), (".q_norm", ".qk_norm.q_norm"), (".k_norm", ".qk_norm.k_norm"))
-_MOTION_NAMES = (("encoder.conv.", "conv."), (".norm_mlp.", ".norm."), (".post_mlp.", "."), ("post_quant_proj.", "from_latent."),
+_MODEL_NAMES = (("decoder_proj_context", "context_projection"), (".q_norm", ".qk_norm.q_norm"),
+                (".k_norm", ".qk_norm.k_norm"))
+_MOTION_NAMES = (("encoder.conv.", "conv."), (".norm_mlp.", ".norm."), (".post_mlp.", "."),
+                 ("post_quant_proj.", "from_latent."),
                  ("quant_proj.", "to_latent."), ("quantize._codebook.", "quantizer."), ("decoder.out_proj.", "out."))
 _MOTION_DERIVED = ("encoder.position_embeddings", "decoder.position_embeddings", "quantize._codebook.initted")
 
 
-def import_released(path: Path, out: Path, num_heads: int | None = None, tokenizers: dict[str, str] | None = None) -> str:
+def import_released(path: Path, out: Path, num_heads: int | None = None,
+                    tokenizers: dict[str, str] | None = None) -> str:
     """Convert the main checkpoint or a camera or gaze tokenizer into an export folder; returns one line about it.
 
     num_heads overrides what the file's model name says; tokenizers {modality: folder} are written into the
@@ -48,12 +58,17 @@ def import_released(path: Path, out: Path, num_heads: int | None = None, tokeniz
     state, args = read_checkpoint(path)
     if "mask_token" in state:
         module = convert_model(state, _size_name(args), num_heads, tokenizers or {}, path)
-        line = f"EgoM2P: {', '.join(f'{m.name} {list(m.grid)} of {m.vocab_size}' for m in module.modalities)}; {module.args}"
+        found = ", ".join(f"{m.name} {list(m.grid)} of {m.vocab_size}" for m in module.modalities)
+        line = f"EgoM2P: {found}; {module.args}"
     elif "quantize._codebook.embed" in state:
         module = convert_motion(state, num_heads, path)
-        line = f"tokenizer '{module.modality.name}': {list(module.modality.grid)} tokens of {module.modality.vocab_size} ids; dim {module.args.dim}"
+        made = module.modality
+        line = f"tokenizer '{made.name}': {list(made.grid)} tokens of {made.vocab_size} ids; dim {module.args.dim}"
     else:
-        raise UserError(f"{path}: neither an EgoM2P checkpoint (no 'mask_token') nor a motion tokenizer (no 'quantize._codebook.embed')")
+        raise UserError(f"{path}: neither an EgoM2P checkpoint (no 'mask_token') nor a motion tokenizer (no "
+                        f"'quantize._codebook.embed')")
+    if isinstance(module, EgoM2P):
+        module.generation = {m.name: RECIPES[m.name] for m in module.modalities if m.name in RECIPES}
     module.save_pretrained(out)
     return line
 
@@ -67,9 +82,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        raise UserError(f"{path}: refused, it holds more than tensors and an argparse.Namespace ({_first_line(error)})") from error
+        raise UserError(f"{path}: refused, it holds more than tensors and an argparse.Namespace "
+                        f"({_first_line(error)})") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a whole torch checkpoint ({_first_line(error)}); expected a pickled dict with 'model' and 'args'") from error
+        raise UserError(f"{path}: not a whole torch checkpoint ({_first_line(error)}); expected a pickled dict with "
+                        f"'model' and 'args'") from error
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: expected a dict with 'model' (a state dict of tensors) and 'args'; found "
@@ -78,22 +95,28 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
     return state, args if isinstance(args, argparse.Namespace) else argparse.Namespace()
 
 
-def convert_model(state: dict[str, Tensor], size_name: str, num_heads: int | None, tokenizers: dict[str, str], path: Path | str) -> EgoM2P:
+def convert_model(state: dict[str, Tensor], size_name: str, num_heads: int | None, tokenizers: dict[str, str],
+                  path: Path | str) -> EgoM2P:
     """A released state dict -> EgoM2P. Sizes come from tensor shapes."""
-    names = sorted({m[1] for k in state if (m := re.match(r"encoder_embeddings\.(\w+)\.", k))}, key=lambda n: [*MODALITIES, n].index(n))
+    names = sorted({m[1] for k in state if (m := re.match(r"encoder_embeddings\.(\w+)\.", k))},
+                   key=lambda n: [*MODALITIES, n].index(n))
     if not names or "encoder.0.mlp.fc1.weight" not in state:
-        raise UserError(f"{path}: no 'encoder_embeddings' or no encoder block in it; the file is cut off or of another model")
+        raise UserError(f"{path}: no 'encoder_embeddings' or no encoder block in it; the file is cut off or of another "
+                        f"model")
     dim = state["mask_token"].shape[-1]
     heads = num_heads or next((h for (name, width), h in HEADS.items() if name == size_name and width == dim), None)
     if heads is None:
-        raise UserError(f"{path}: the number of heads of a '{size_name or 'nameless'}' model {dim} wide is not known; give --num-heads")
+        raise UserError(f"{path}: the number of heads of a '{size_name or 'nameless'}' model {dim} wide is not known; "
+                        f"give --num-heads")
     gated = "encoder.0.mlp.fc3.weight" in state
     variant = "gelu" if not gated else "swiglu_qknorm" if "encoder.0.attn.q_norm.weight" in state else "swiglu"
     hidden = state["encoder.0.mlp.fc1.weight"].shape[0]
     ratio = hidden / dim if not gated else 4.0
     if gated and hidden != int(2 * int(dim * ratio) / 3):
-        raise UserError(f"{path}: SwiGLU of hidden width {hidden} at dim {dim}; the released models have {int(2 * int(dim * 4) / 3)}")
-    depths = [1 + max(int(m[1]) for k in state if (m := re.match(rf"{side}\.(\d+)\.", k))) for side in ("encoder", "decoder")]
+        raise UserError(f"{path}: SwiGLU of hidden width {hidden} at dim {dim}; the released models have "
+                        f"{int(2 * int(dim * 4) / 3)}")
+    depths = [1 + max(int(m[1]) for k in state if (m := re.match(rf"{side}\.(\d+)\.", k)))
+              for side in ("encoder", "decoder")]
     modalities = ModalitySet(_modality(name, state, dim, tokenizers, path) for name in names)
     model = EgoM2P(modalities, ModelArgs(dim, heads, *depths, mlp_ratio=ratio, variant=variant))
     _load(model, {new: v for k, v in state.items() if (new := _model_name(k))}, path)
@@ -109,11 +132,13 @@ def convert_motion(state: dict[str, Tensor], num_heads: int | None, path: Path |
         depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"encoder\.blocks\.(\d+)\.", k)))
         ratio = state["encoder.blocks.0.mlp.fc1.weight"].shape[0] / dim
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a whole motion tokenizer ({_first_line(error)} is missing or misshapen)") from error
+        raise UserError(f"{path}: not a whole motion tokenizer ({_first_line(error)} is missing or "
+                        "misshapen)") from error
     if channels not in MOTIONS:
         raise UserError(f"{path}: a motion of {channels} channels; the released tokenizers have 9 (camera) or 2 (gaze)")
     name, kind, mean, std = MOTIONS[channels]
-    args = MotionArgs(tokens * stride, mean, std, dim, depth, num_heads or max(1, dim // 64), ratio, codes.shape[1], stride, stride)
+    args = MotionArgs(tokens * stride, mean, std, dim, depth, num_heads or max(1, dim // 64), ratio, codes.shape[1],
+                      stride, stride)
     tokenizer = MotionTokenizer(Modality(name, len(codes), (tokens,), kind), args)
     renamed = {}
     for key, value in state.items():
@@ -150,7 +175,8 @@ def _model_name(key: str) -> str:
     if match:
         side, released, rest = match.groups()
         name = MODALITIES.get(released, (released.removeprefix("tok_"), ""))[0]
-        return {("encoder", "mod_emb"): f"embeddings.{name}.modality", ("encoder", "token_emb.weight"): f"embeddings.{name}.token.weight",
+        return {("encoder", "mod_emb"): f"embeddings.{name}.modality",
+                ("encoder", "token_emb.weight"): f"embeddings.{name}.token.weight",
                 ("decoder", "to_logits.weight"): f"heads.{name}.weight"}.get((side, rest), "")
     for old, new in _MODEL_NAMES:
         key = key.replace(old, new)

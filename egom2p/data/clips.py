@@ -12,8 +12,7 @@ import io
 import json
 import logging
 import re
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from egom2p.data.tarindex import index_tars, npy_bytes, write_tar
+from egom2p.data.tarindex import TarEntry, index_tars, npy_bytes, read_at, write_tar
 from egom2p.data.video import decode_video
-from egom2p.errors import UserError
+from egom2p.errors import DamagedClip, UserError
 
 log = logging.getLogger(__name__)
 
@@ -74,90 +73,79 @@ def expand_pattern(pattern: str) -> list[str]:
 def read_clips(pattern: str, only: set[str] | None = None) -> Iterator[Clip]:
     """Clips of every tar that `pattern` names, in file order; `only` limits which signals are decoded.
 
-    A tar that breaks off is read up to the break and named in the log; a clip that cannot be decoded is
-    named and skipped.
+    A tar that breaks off is read up to the break and named in the log; a clip that cannot be decoded is named and
+    skipped.
     """
-    for path in expand_paths(pattern):
-        yield from _read_tar(path, only)
-
-
-class ClipIndex:
-    """The clips that `pattern` names, read one at a time and in any order. A clip that cannot be decoded is None."""
-
-    def __init__(self, pattern: str) -> None:
-        self.rows: list[tuple[str, Path, dict[str, tuple[int, int]]]] = []
-        for entry in index_tars([p for p in expand_paths(pattern) if p.suffix == ".tar"]):
-            files: dict[str, dict[str, tuple[int, int]]] = {}
-            for key, suffix, offset, size in zip(entry.keys, entry.suffixes, entry.offsets.tolist(), entry.sizes.tolist(), strict=True):
-                files.setdefault(key, {})[suffix] = (offset, size)
-            self.rows += [(key, entry.path, members) for key, members in files.items()]
-        if not self.rows:
-            raise UserError(f"{pattern}: no clip there")
-        self.keys = [key for key, _, _ in self.rows]
-        repeated = len(self.keys) - len(set(self.keys))
-        if repeated:
-            raise UserError(f"{pattern}: {repeated} clip keys occur twice; evaluate the data sets one by one")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, number: int, only: set[str] | None = None) -> Clip | None:
-        """Clip `number` with its signals, or those named in `only`."""
-        key, path, members = self.rows[number]
-        with path.open("rb") as file:
-            files = {}
-            for suffix, (offset, size) in members.items():
-                if suffix == "json" or only is None or suffix.partition(".")[0] in only:
-                    file.seek(offset)
-                    files[suffix] = file.read(size)
-        return next(_decode_clip(path, key, files), None)
+    index = ClipIndex(pattern)
+    for number in range(len(index)):
+        try:
+            yield index.read(number, only)
+        except DamagedClip as error:
+            log.warning("%s; it is skipped", error)
 
 
 def count_clips(pattern: str) -> int:
     """Number of clips that `pattern` names, from the tar headers alone."""
-    total = 0
-    for path in expand_paths(pattern):
-        with tarfile.open(path) as tar:
-            total += len({name.partition(".")[0] for name in tar.getnames()})
-    return total
+    return len(ClipIndex(pattern))
 
 
-def _read_tar(path: Path, only: set[str] | None) -> Iterator[Clip]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            key, files = "", {}
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                stem = f"{folder}/{stem}" if folder else stem
-                if stem != key and files:
-                    yield from _decode_clip(path, key, files)
-                    files = {}
-                key = stem
-                if suffix == "json" or only is None or suffix.partition(".")[0] in only:
-                    files[suffix] = tar.extractfile(member).read()
-            if files:
-                yield from _decode_clip(path, key, files)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        log.warning("%s: unreadable from here on, the clips before it are used (%s)", path, error)
+class ClipIndex:
+    """The clips that `pattern` names, read in any order: whole, some signals of them, or one.
+
+    having: only clips that have this signal. keys (N,); shard_sizes (S,) clips a tar.
+    """
+
+    def __init__(self, pattern: str, having: str = "") -> None:
+        self.rows: list[tuple[str, TarEntry, dict[str, tuple[int, int]]]] = []
+        sizes = []
+        for entry in index_tars([p for p in expand_paths(pattern) if p.suffix == ".tar"]):
+            clips: dict[str, dict[str, tuple[int, int]]] = {}
+            places = zip(entry.offsets.tolist(), entry.sizes.tolist(), strict=True)
+            for key, suffix, place in zip(entry.keys, entry.suffixes, places, strict=True):
+                clips.setdefault(key, {})[suffix] = place
+            found = [(key, entry, members) for key, members in clips.items()
+                     if not having or any(signal_of(suffix) == having for suffix in members)]
+            self.rows += found
+            sizes.append(len(found))
+        if not self.rows:
+            raise UserError(f"{pattern}: no clip there" + (f" has the signal '{having}'" if having else ""))
+        self.keys = [key for key, _, _ in self.rows]
+        self.shard_sizes = np.array([s for s in sizes if s], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, number: int, only: set[str] | None = None) -> Clip:
+        """Clip `number` with its signals, or those named in `only`. Raises DamagedClip."""
+        key, tar, members = self.rows[number]
+        wanted = [s for s in members if s == "json" or (signal_of(s) and (only is None or signal_of(s) in only))]
+        try:
+            files = {suffix: read_at(tar.path, *members[suffix], (tar.size, tar.mtime_ns)) for suffix in wanted}
+            meta = json.loads(files.pop("json", b"{}"))
+            signals = {signal_of(suffix): _decode(suffix, data) for suffix, data in files.items()}
+        except (ValueError, OSError, EOFError, UserError) as error:
+            raise DamagedClip(f"{tar.path}: clip {key} is damaged ({error})") from error
+        return Clip(key, meta.get("dataset", ""), signals, meta)
+
+    def read_signal(self, number: int, signal: str) -> np.ndarray:
+        """One raw signal of clip `number`, which must have it. Raises DamagedClip."""
+        return self.read(number, {signal}).signals[signal]
 
 
-def _decode_clip(path: Path, key: str, files: dict[str, bytes]) -> Iterator[Clip]:
-    """Yield the clip, or nothing (with a warning) when it is damaged."""
-    try:
-        meta = json.loads(files.pop("json", b"{}"))
-        signals = {}
-        for suffix, data in files.items():
-            name, _, ext = suffix.partition(".")
-            if ext == "npy":
-                signals[name] = np.load(io.BytesIO(data), allow_pickle=False)
-            elif ext == "mp4":
-                signals[name] = decode_video(data)[0]
-        yield Clip(key, meta.get("dataset", ""), signals, meta)
-    except (ValueError, OSError, EOFError) as error:
-        log.warning("%s: clip %s is damaged and skipped (%s)", path, key, error)
+def signal_of(suffix: str) -> str:
+    """`rgb` of the file suffix `rgb.mp4`; "" when it is no signal's file."""
+    name, _, extension = suffix.rpartition(".")
+    return name if extension in _DECODERS else ""
+
+
+def _decode(suffix: str, data: bytes) -> np.ndarray:
+    return _DECODERS[suffix.rpartition(".")[2]](data)
+
+
+_DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
+    "npy": lambda data: np.load(io.BytesIO(data), allow_pickle=False),
+    "mp4": lambda data: decode_video(data)[0],
+}
 
 
 def _to_files(clip: Clip) -> dict[str, str | bytes]:

@@ -21,8 +21,8 @@ from egom2p.data.batch import MaskedSample, PackedBatch, pack
 from egom2p.data.masking import MaskArgs, Masker
 from egom2p.data.order import MixtureOrder, PassOrder
 from egom2p.data.remote import ShardCache
-from egom2p.data.tokens import DEFAULT_CACHE, DamagedClip, TokenDataset
-from egom2p.errors import UserError
+from egom2p.data.tokens import DEFAULT_CACHE, TokenDataset
+from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import ModalitySet
 
 log = logging.getLogger(__name__)
@@ -39,18 +39,24 @@ class DatasetArgs:
     path: str = ""
 
 
-@dataclass(frozen=True)
-class DataArgs:
-    """root: folder of the token shards. workers: loader processes a rank (0 = in the training process).
-    shuffle_shards: shards whose clips are mixed together. max_damaged: share of unreadable clips that ends the run.
-    root and a data set's path may be URLs (s3://, hf://, https://, pipe:); their shards are kept in the folder `cache`, at
-    most cache_gb of them, and a fetch that fails is tried again for up to retry_s seconds."""
+@dataclass(frozen=True, kw_only=True)
+class SourceArgs:
+    """Of any training's data. workers: loader processes a rank (0 = in the training process). shuffle_shards: shards
+    whose clips are mixed together. max_damaged: share of unreadable clips that ends the run."""
 
-    root: str
-    datasets: dict[str, DatasetArgs]
     workers: int = 0
     shuffle_shards: int = 16
     max_damaged: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArgs(SourceArgs):
+    """root: folder of the token shards; datasets: the mixture, by name. root and a data set's path may be URLs (s3://,
+    hf://, https://, pipe:); their shards are kept in the folder `cache`, at most cache_gb of them, and a fetch that
+    fails is tried again for up to retry_s seconds."""
+
+    root: str
+    datasets: dict[str, DatasetArgs]
     cache: str = ""
     cache_gb: float = 50.0
     retry_s: float = 300.0
@@ -75,7 +81,8 @@ class StepBatch:
 class TokenStream:
     """Global sample number -> MaskedSample."""
 
-    def __init__(self, args: DataArgs, modalities: ModalitySet, masking: MaskArgs, seed: int, redraw: bool = True) -> None:
+    def __init__(self, args: DataArgs, modalities: ModalitySet, masking: MaskArgs, seed: int,
+                 redraw: bool = True) -> None:
         self.args, self.modalities = args, modalities
         for name, entry in args.datasets.items():
             unknown = set(entry.modalities + entry.input_only) - set(modalities.names)
@@ -87,7 +94,8 @@ class TokenStream:
         self.datasets = [TokenDataset.open(args.root, name, entry.path, modalities, entry.modalities, self.cache)
                          for name, entry in args.datasets.items()]
         self.mixture = MixtureOrder([d.weight for d in args.datasets.values()], seed)
-        self.passes = [PassOrder(d.shard_sizes, args.shuffle_shards, seed, salt) for salt, d in enumerate(self.datasets)]
+        self.passes = [PassOrder(d.shard_sizes, args.shuffle_shards, seed, salt)
+                       for salt, d in enumerate(self.datasets)]
         self.maskers = [Masker(masking, _with_input_only(modalities, entry.input_only), seed, redraw)
                         for entry in args.datasets.values()]
 
@@ -215,7 +223,8 @@ def step_loader(dataset: StepDataset, steps: range, workers: int) -> Iterator[St
     """Steps in order, read ahead by `workers` processes (0 = here)."""
     options = {"prefetch_factor": 4, "multiprocessing_context": "fork", "persistent_workers": False} if workers else {}
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
-                        pin_memory=torch.cuda.is_available(), worker_init_fn=_start_worker if workers else None, **options)
+                        pin_memory=torch.cuda.is_available(), worker_init_fn=_start_worker if workers else None,
+                        **options)
     return iter(loader)
 
 

@@ -30,7 +30,8 @@ class MaskComponent:
     def __post_init__(self) -> None:
         if (self.alpha is None) == (self.inputs is None and self.targets is None):
             raise ValueError("give either alpha, or inputs and targets")
-        values = [self.alpha] if self.alpha is not None else [*(self.inputs or {}).values(), *(self.targets or {}).values()]
+        values = [self.alpha] if self.alpha is not None else [*(self.inputs or {}).values(),
+                                                              *(self.targets or {}).values()]
         if min(values, default=1) <= 0 or self.weight < 0:
             raise ValueError("concentrations must be above 0 and weights not below it")
 
@@ -65,7 +66,8 @@ class Masker:
         return self._select(tokens, positions, counts, num_inputs, num_targets, rng)
 
     def plan(self, counts: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
-        """(M,) inputs and targets of sample `number`, re-drawn while there is no target, and the generator to go on with."""
+        """(M,) inputs and targets of sample `number`, re-drawn while there is no target, and the generator to go on
+        with."""
         for attempt in range(ATTEMPTS):
             rng = self._rng(number, attempt)
             num_inputs, num_targets = self.budgets(counts, rng)
@@ -79,7 +81,8 @@ class Masker:
         component = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
         inputs, targets = self._alphas[min(component, len(self._alphas) - 1)]
         num_inputs = np.minimum(_split(self.args.input_tokens, np.where(counts > 0, inputs, 0), rng), counts)
-        num_targets = np.minimum(_split(self.args.target_tokens, np.where(counts > 0, targets, 0), rng), counts - num_inputs)
+        num_targets = np.minimum(_split(self.args.target_tokens, np.where(counts > 0, targets, 0), rng),
+                                 counts - num_inputs)
         return num_inputs, num_targets
 
     def _select(self, tokens: dict[int, np.ndarray], positions: dict, counts: np.ndarray, num_inputs: np.ndarray,
@@ -105,7 +108,8 @@ class Masker:
                 given = dict.fromkeys(self.modalities.names, component.alpha)
             unknown = set(given or {}) - set(self.modalities.names)
             if unknown:
-                raise UserError(f"masking names an unknown modality '{sorted(unknown)[0]}'; there are {', '.join(self.modalities.names)}")
+                raise UserError(f"masking names an unknown modality '{sorted(unknown)[0]}'; there are "
+                                f"{', '.join(self.modalities.names)}")
             sides.append(np.array([(given or {}).get(name, 0.0) for name in self.modalities.names]))
         return sides[0], sides[1] * [m.target for m in self.modalities]
 

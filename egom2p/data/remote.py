@@ -1,8 +1,8 @@
 """Token shards that live elsewhere: `s3://`, `hf://`, `https://` (anything fsspec opens) and `pipe:COMMAND`.
 
-A shard is fetched whole into a bounded local cache and then read at random like a local one. The data order moves through
-windows of shards (design invariant 1), so the shards of the next window are fetched ahead while this one is used. A
-fetch that fails is tried again with longer and longer pauses; one that ends early is noticed by its size.
+A shard is fetched whole into a bounded local cache and then read at random like a local one. The data order moves
+through windows of shards (design invariant 1), so the shards of the next window are fetched ahead while this one is
+used. A fetch that fails is tried again with longer and longer pauses; one that ends early is noticed by its size.
 """
 
 import fcntl
@@ -160,7 +160,8 @@ def index_remote(shards: list[RemoteShard]) -> list[TarEntry]:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the path in it; one of its own for each process, since connections do not survive a fork."""
+    """fsspec's file system and the path in it; one of its own for each process, since connections do not survive a
+    fork."""
     key = (os.getpid(), url.partition("://")[0])
     try:
         if key not in _FILESYSTEMS:
@@ -184,7 +185,8 @@ def retry(action: Callable[[], T], what: str, patience_s: float) -> T:
         except (OSError, EOFError, TimeoutError, *_client_errors()) as error:
             left = patience_s - (time.monotonic() - started)
             if left <= 0:
-                raise OSError(f"{what} could not be had in {patience_s:g} s ({' '.join(str(error).split())[:200]})") from error
+                reason = " ".join(str(error).split())[:200]
+                raise OSError(f"{what} could not be had in {patience_s:g} s ({reason})") from error
             log.info("%s: %s; trying again", what, " ".join(str(error).split())[:200])
         time.sleep(min(pause * random.uniform(0.5, 1.5), left))
         pause = min(2 * pause, 30.0)

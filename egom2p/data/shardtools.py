@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from egom2p.data.clips import expand_paths
 from egom2p.data.loader import DataArgs
-from egom2p.data.tarindex import index_tars, npy_bytes, write_tar
-from egom2p.data.tokens import encode_tokens, load_array, read_at
+from egom2p.data.tarindex import index_tars, npy_bytes, read_at, write_tar
+from egom2p.data.tokens import encode_tokens, load_array
 from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalitySet
 
@@ -20,7 +20,8 @@ SHARD_CLIPS = 1000
 
 
 class Checked(NamedTuple):
-    """problems and notes, each {file, key, problem}, and the number of files read. A note is no damage: a clip may lack a modality."""
+    """problems and notes, each {file, key, problem}, and the number of files read. A note is no damage: a clip may lack
+    a modality."""
 
     problems: list[dict]
     files: int
@@ -56,17 +57,22 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
 
 
 def stats(pattern: str) -> list[dict]:
-    """One row a folder of shards: shards, clips, bytes, shape, dtype, distinct ids, share of the commonest id, unobserved share."""
+    """One row a folder of shards: shards, clips, bytes, shape, dtype, distinct ids, share of the commonest id,
+    unobserved share."""
     rows: dict[Path, dict] = {}
     counts: dict[Path, np.ndarray] = {}
     for entry in tqdm(index_tars(_tars(pattern)), desc="stats", unit="shard"):
-        row = rows.setdefault(entry.path.parent, {"folder": str(entry.path.parent), "shards": 0, "clips": 0, "bytes": 0, "unobserved": 0})
-        row["shards"], row["clips"], row["bytes"] = row["shards"] + 1, row["clips"] + len(entry.keys), row["bytes"] + entry.size
+        row = rows.setdefault(entry.path.parent, {"folder": str(entry.path.parent), "shards": 0, "clips": 0, "bytes": 0,
+                                                  "unobserved": 0})
+        for column, more in (("shards", 1), ("clips", len(entry.keys)), ("bytes", entry.size)):
+            row[column] += more
         for offset, size in zip(entry.offsets.tolist(), entry.sizes.tolist(), strict=True):
             array = load_array(read_at(entry.path, offset, size))
             missing = (array == 65535) if array.dtype == np.uint16 else array < 0
-            row.update(shape=list(array.shape), dtype=str(array.dtype), unobserved=row["unobserved"] + int(missing.sum()))
-            count = np.bincount(array[~missing].reshape(-1).astype(np.int64), minlength=len(counts.get(entry.path.parent, ())))
+            row.update(shape=list(array.shape), dtype=str(array.dtype),
+                       unobserved=row["unobserved"] + int(missing.sum()))
+            count = np.bincount(array[~missing].reshape(-1).astype(np.int64),
+                                minlength=len(counts.get(entry.path.parent, ())))
             count[: len(counts.get(entry.path.parent, ()))] += counts.get(entry.path.parent, 0)
             counts[entry.path.parent] = count
     for folder, row in rows.items():
@@ -100,7 +106,8 @@ def convert(pattern: str, out: Path) -> int:
     return count
 
 
-def write_random(data: DataArgs, eval_datasets: tuple[str, ...], modalities: ModalitySet, root: Path, count: int, seed: int = 0) -> None:
+def write_random(data: DataArgs, eval_datasets: tuple[str, ...], modalities: ModalitySet, root: Path, count: int,
+                 seed: int = 0) -> None:
     """Random tokens in the layout a config expects: `count` clips of each data set, for dry runs and benchmarks."""
     sets = {**{name: entry.modalities for name, entry in data.datasets.items()}, **dict.fromkeys(eval_datasets, ())}
     for number, (name, only) in enumerate(tqdm(sets.items(), desc="random shards", unit="set")):
@@ -111,7 +118,9 @@ def write_random(data: DataArgs, eval_datasets: tuple[str, ...], modalities: Mod
             for shard, start in enumerate(range(0, count, SHARD_CLIPS)):
                 clips = range(start, min(start + SHARD_CLIPS, count))
                 path = root / modality.name / name / f"shard-{shard:06d}.tar"
-                _write_arrays(path, ((f"{i:08d}", rng.integers(0, modality.vocab_size, modality.grid).astype(modality.token_dtype)) for i in clips))
+                drawn = (rng.integers(0, modality.vocab_size, modality.grid) for _ in clips)
+                _write_arrays(path, ((f"{i:08d}", ids.astype(modality.token_dtype))
+                                     for i, ids in zip(clips, drawn, strict=True)))
 
 
 def _write(path: Path, rows) -> int:
@@ -142,9 +151,14 @@ def _file_problem(path: Path, offset: int, size: int, modality: Modality | None,
     expected = shapes.setdefault(path.parent, array.shape) if modality is None else modality.grid
     if array.shape != tuple(expected):
         return f"shape {array.shape}, expected {tuple(expected)}"
-    ids = array[array != 65535] if array.dtype == np.uint16 else array[array >= 0] if array.min(initial=0) == -1 else array
+    ids = array
+    if array.dtype == np.uint16:
+        ids = array[array != 65535]
+    elif array.min(initial=0) == -1:
+        ids = array[array >= 0]
     if modality is not None and ids.size and (ids.max() >= modality.vocab_size or ids.min() < 0):
-        return f"token id {ids.max() if ids.max() >= modality.vocab_size else ids.min()} outside 0 .. {modality.vocab_size - 1}"
+        wrong = ids.max() if ids.max() >= modality.vocab_size else ids.min()
+        return f"token id {wrong} outside 0 .. {modality.vocab_size - 1}"
     return ""
 
 
@@ -156,13 +170,15 @@ def _pairing_problems(keys: dict) -> tuple[list[dict], list[dict]]:
         by_set.setdefault((folder, dataset), set()).update(held)
     for (folder, dataset, shard), held in sorted(keys.items()):
         for absent in sorted(by_set[folder, dataset] - held.keys()):
-            problems.append({"file": f"{folder}/{absent}/{dataset}/{shard}", "key": "", "problem": "whole shard missing for this modality"})
+            problems.append({"file": f"{folder}/{absent}/{dataset}/{shard}", "key": "",
+                             "problem": "whole shard missing for this modality"})
         everything = set().union(*held.values())
         for name, own in sorted(held.items()):
             lacking = sorted(everything - own)
             if lacking:
+                more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
                 notes.append({"file": f"{folder}/{name}/{dataset}/{shard}", "key": lacking[0],
-                              "problem": f"absent here while other modalities hold it{f' (and {len(lacking) - 1} more)' if len(lacking) > 1 else ''}"})
+                              "problem": f"absent here while other modalities hold it{more}"})
     return problems, notes
 
 

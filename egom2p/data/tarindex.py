@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import webdataset
@@ -21,6 +22,12 @@ log = logging.getLogger(__name__)
 INDEX_FILE = "index.json"
 VERSION = 1
 _NOTHING: dict = {"size": 0, "mtime_ns": 0, "keys": [], "suffixes": [], "offsets": [], "sizes": []}
+
+
+class Fetched(Protocol):
+    """A tar that lives elsewhere and is fetched before it is read (`data.remote.RemoteShard`)."""
+
+    def local(self) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,46 @@ def index_tars(paths: list[Path]) -> list[TarEntry]:
     return entries
 
 
+_FILES: dict[Path | Fetched, int] = {}
+_FILES_PID = [os.getpid()]
+MAX_OPEN = 256
+
+
+def read_at(path: Path | Fetched, offset: int, size: int, stamp: tuple[int, int] = (-1, 0)) -> bytes:
+    """Bytes of an open file; descriptors are kept, at most MAX_OPEN, and never shared across a fork.
+
+    stamp: the file's size and modification time (0 = any) when it was indexed; another one raises OSError.
+    """
+    descriptor = _descriptor(path)
+    if _changed(descriptor, stamp):  # perhaps only the descriptor is old: the file was replaced and indexed anew
+        os.close(_FILES.pop(path))
+        descriptor = _descriptor(path)
+        if _changed(descriptor, stamp):
+            raise OSError("the file changed since it was indexed")
+    data = os.pread(descriptor, size, offset)
+    if len(data) < size:
+        raise EOFError(f"file ends {size - len(data)} bytes early; it changed since it was indexed")
+    return data
+
+
+def _descriptor(path: Path | Fetched) -> int:
+    if _FILES_PID[0] != os.getpid():
+        _FILES.clear()
+        _FILES_PID[0] = os.getpid()
+    if path not in _FILES:
+        while len(_FILES) >= MAX_OPEN:
+            os.close(_FILES.pop(next(iter(_FILES))))
+        _FILES[path] = os.open(path if isinstance(path, Path) else path.local(), os.O_RDONLY)
+    return _FILES[path]
+
+
+def _changed(descriptor: int, stamp: tuple[int, int]) -> bool:
+    if stamp[0] < 0:
+        return False
+    now = os.fstat(descriptor)
+    return now.st_size != stamp[0] or stamp[1] not in (0, now.st_mtime_ns)
+
+
 def to_entry(path: Path, record: dict) -> TarEntry:
     """An index record as a TarEntry."""
     suffixes = record["suffixes"]
@@ -130,7 +177,8 @@ def _describe(error: Exception, size: int, files: int) -> str:
 
 def _missing_end(tar: tarfile.TarFile, size: int) -> str:
     """A whole tar ends with two zero blocks; one that just stops after a member was cut there."""
-    return "ends without the closing zero blocks, so files may be missing" if tar.offset + tarfile.BLOCKSIZE > size else ""
+    cut = tar.offset + tarfile.BLOCKSIZE > size
+    return "ends without the closing zero blocks, so files may be missing" if cut else ""
 
 
 def parse_index(index: dict) -> dict[str, dict]:
@@ -141,14 +189,18 @@ def parse_index(index: dict) -> dict[str, dict]:
 
 def _is_record(record: object) -> bool:
     """Whether an index record can be trusted not to fail later: lists of equal lengths, numbers inside the file."""
-    if not isinstance(record, dict) or record.keys() != {"size", "mtime_ns", "keys", "suffixes", "offsets", "sizes", "damage"}:
+    if not isinstance(record, dict) or record.keys() != {"size", "mtime_ns", "keys", "suffixes", "offsets", "sizes",
+                                                         "damage"}:
         return False
     keys, suffixes, offsets, sizes = (record[k] for k in ("keys", "suffixes", "offsets", "sizes"))
     return (all(isinstance(x, list) and len(x) == len(keys) for x in (keys, offsets, sizes))
             and (isinstance(suffixes, str) or (isinstance(suffixes, list) and len(suffixes) == len(keys)))
-            and isinstance(record["size"], int) and isinstance(record["mtime_ns"], int) and isinstance(record["damage"], str)
-            and all(type(o) is int and type(n) is int and 0 <= o <= o + n <= record["size"] for o, n in zip(offsets, sizes, strict=True))
-            and all(isinstance(k, str) for k in keys) and (isinstance(suffixes, str) or all(isinstance(x, str) for x in suffixes)))
+            and isinstance(record["size"], int) and isinstance(record["mtime_ns"], int)
+            and isinstance(record["damage"], str)
+            and all(type(o) is int and type(n) is int and 0 <= o <= o + n <= record["size"]
+                    for o, n in zip(offsets, sizes, strict=True))
+            and all(isinstance(k, str) for k in keys) and (isinstance(suffixes, str)
+                                                           or all(isinstance(x, str) for x in suffixes)))
 
 
 def _read_index(folder: Path) -> dict[str, dict]:

@@ -9,7 +9,6 @@ import ast
 import hashlib
 import io
 import logging
-import os
 import re
 import zipfile
 import zlib
@@ -20,18 +19,14 @@ import numpy as np
 
 from egom2p.data.clips import expand_pattern
 from egom2p.data.remote import RemoteShard, ShardCache, index_remote, is_remote, list_shards
-from egom2p.data.tarindex import TarEntry, index_tars
-from egom2p.errors import UserError
+from egom2p.data.tarindex import TarEntry, index_tars, read_at
+from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import Modality, ModalitySet
 
 log = logging.getLogger(__name__)
 
 MAX_HEADER = 4096
 DEFAULT_CACHE = Path.home() / ".cache/egom2p/shards"
-
-
-class DamagedClip(Exception):
-    """A clip's tokens cannot be used; the message names file, key and cause."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,8 @@ class TokenDataset:
     @classmethod
     def open(cls, root: Path | str, name: str, pattern: str, modalities: ModalitySet, only: tuple[str, ...] = (),
              cache: ShardCache | None = None) -> "TokenDataset":
-        """The data set `name` under `root`; `pattern` overrides the default `[MODALITIES]/NAME`. Either may be a URL, whose
-        shards then pass through `cache`."""
+        """The data set `name` under `root`; `pattern` overrides the default `[MODALITIES]/NAME`. Either may be a URL,
+        whose shards then pass through `cache`."""
         files: dict[int, list[Path | RemoteShard]] = {}
         for index, modality in enumerate(modalities):
             if not only or modality.name in only:
@@ -76,7 +71,8 @@ class TokenDataset:
                     files[index] = paths
         if not files:
             where = pattern or f"{{{','.join(modalities.names)}}}/{name}"
-            raise UserError(f"data set '{name}': no token shard at {root}/{where}; write some with `egom2p tokenizer encode` or "
+            raise UserError(f"data set '{name}': no token shard at {root}/{where}; write some with `egom2p tokenizer "
+                            f"encode` or "
                             "`egom2p shards random`, or correct data.root")
         return cls(name, files, modalities)
 
@@ -96,9 +92,11 @@ class TokenDataset:
         for index in np.flatnonzero(self._file[:, element] >= 0):
             path = self.paths[self._file[index, element]]
             try:
-                data = read_at(path, int(self._offset[index, element]), int(self._size[index, element]), self.stamps[self._file[index, element]])
+                data = read_at(path, int(self._offset[index, element]), int(self._size[index, element]),
+                               self.stamps[self._file[index, element]])
                 tokens[int(index)] = decode_tokens(data, self.modalities[index])
-            except (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            except (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError,
+                    zipfile.BadZipFile, zlib.error) as error:
                 raise DamagedClip(f"{path}: key {self.keys[element]}: {error}") from error
         return TokenSample(self.keys[element], self.name, tokens)
 
@@ -146,7 +144,8 @@ class TokenDataset:
         self._file, self._offset, self._size = table[0].astype(np.int32), table[1], table[2]
         self.shard_sizes = np.array([s for s in sizes if s], np.int64)
         if not self.keys:
-            raise UserError(f"data set '{self.name}': its shards hold no clip ({', '.join(str(p) for p in self.paths[:3])})")
+            raise UserError(f"data set '{self.name}': its shards hold no clip "
+                            f"({', '.join(str(p) for p in self.paths[:3])})")
 
 
 def decode_tokens(data: bytes, modality: Modality) -> np.ndarray:
@@ -205,34 +204,6 @@ def _parse_npz(data: bytes) -> np.ndarray:
         if not isinstance(archive, np.lib.npyio.NpzFile) or "arr_0" not in archive:
             raise ValueError("npz file without 'arr_0'")
         return archive["arr_0"]
-
-
-_FILES: dict[Path | RemoteShard, int] = {}
-_FILES_PID = [os.getpid()]
-MAX_OPEN = 256
-
-
-def read_at(path: Path | RemoteShard, offset: int, size: int, stamp: tuple[int, int] = (-1, 0)) -> bytes:
-    """Bytes of an open file; descriptors are kept, at most MAX_OPEN, and never shared across a fork.
-
-    stamp: the file's size and modification time (0 = any) when it was indexed; another one raises OSError.
-    """
-    if _FILES_PID[0] != os.getpid():
-        _FILES.clear()
-        _FILES_PID[0] = os.getpid()
-    descriptor = _FILES.get(path)
-    if descriptor is None:
-        while len(_FILES) >= MAX_OPEN:
-            os.close(_FILES.pop(next(iter(_FILES))))
-        descriptor = _FILES[path] = os.open(path if isinstance(path, Path) else path.local(), os.O_RDONLY)
-    if stamp[0] >= 0:
-        now = os.fstat(descriptor)
-        if now.st_size != stamp[0] or stamp[1] not in (0, now.st_mtime_ns):
-            raise OSError("the file changed since it was indexed")
-    data = os.pread(descriptor, size, offset)
-    if len(data) < size:
-        raise EOFError(f"file ends {size - len(data)} bytes early; it changed since it was indexed")
-    return data
 
 
 def _modality_files(root: str, name: str, pattern: str, modality: Modality, modalities: ModalitySet,

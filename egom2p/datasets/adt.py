@@ -2,10 +2,12 @@
 
 Get it: https://www.projectaria.com/datasets/adt (own licence). Layout by projectaria_tools' ADT docs (V2):
   SEQUENCE/video.vrs               (main_recording.vrs in V1) stream 214-1, 1408 x 1408 fisheye, 30 fps, turned
-  SEQUENCE/depth_images.vrs        same labels; integers in millimetres along the optical axis, same size, fisheye; 0 = no reading
+  SEQUENCE/depth_images.vrs        same labels; integers in millimetres along the optical axis, same size, fisheye; 0 =
+  no reading
   SEQUENCE/aria_trajectory.csv     MPS columns: world from device, device time
   SEQUENCE/eyegaze.csv             MPS columns, with depth
-Frames and depth are undistorted to a pinhole of the same focal length and turned upright. Everything is `test`: no official split exists.
+Frames and depth are undistorted to a pinhole of the same focal length and turned upright. Everything is `test`: no
+official split exists.
 Needs projectaria-tools.
 """
 
@@ -26,5 +28,6 @@ class ADT(Adapter):
         folder = root / sequence
         aria = AriaRecording(find(folder / "video.vrs", folder / "main_recording.vrs"))
         depth, gaze = folder / "depth_images.vrs", folder / "eyegaze.csv"
-        return Recording(sequence, "test", rgb=aria.rgb(), depth=aria.depth(depth) if depth.exists() else None, cam=aria.camera_track(*read_trajectory(folder / "aria_trajectory.csv")),
+        return Recording(sequence, "test", rgb=aria.rgb(), depth=aria.depth(depth) if depth.exists() else None,
+                         cam=aria.camera_track(*read_trajectory(folder / "aria_trajectory.csv")),
                          gaze=aria.gaze(gaze) if gaze.exists() else None, intrinsics=aria.intrinsics)

@@ -1,13 +1,18 @@
 """ARCTIC (Fan et al., "ARCTIC: A Dataset for Dexterous Bimanual Hand-Object Manipulation", CVPR 2023).
 
-Get it: https://arctic.is.tue.mpg.de (registration; the MPI licence is non-commercial and forbids redistribution). Layout and conventions by
-zc-alexfan/arctic docs/data/data_doc.md and src/arctic/processing.py; view 0 is the head-mounted camera:
-  cropped_images/SUBJECT/SEQUENCE/0/%05d.jpg    2800 x 2000 resized by 0.3 (840 x 600), distorted as captured; or images/ at full size
-  raw_seqs/SUBJECT/SEQUENCE.egocam.dist.npy     a pickled dictionary: R_k_cam_np (T, 3, 3), T_k_cam_np (T, 3, 1): camera from world, OpenCV
-                                                axes, metres; intrinsics (3, 3) at full size; dist8: OpenCV's rational model
+Get it: https://arctic.is.tue.mpg.de (registration; the MPI licence is non-commercial and forbids redistribution).
+Layout and conventions by zc-alexfan/arctic docs/data/data_doc.md and src/arctic/processing.py; view 0 is the
+head-mounted camera:
+  cropped_images/SUBJECT/SEQUENCE/0/%05d.jpg    2800 x 2000 resized by 0.3 (840 x 600), distorted as captured; or
+  images/ at full size
+  raw_seqs/SUBJECT/SEQUENCE.egocam.dist.npy     a pickled dictionary: R_k_cam_np (T, 3, 3), T_k_cam_np (T, 3, 1): camera
+  from world, OpenCV
+                                                axes, metres; intrinsics (3, 3) at full size; dist8: OpenCV's rational
+                                                model
   meta/misc.json                                ioi_offset of each subject: row = image number - ioi_offset
-The pickle is read by an unpickler that knows numpy arrays and plain containers and nothing else. Frames are undistorted. Ten images at
-either end may be black and are left out, as the authors do. 30 fps, no time stamps, no captured depth, no gaze. s05 is held out (facts.md).
+The pickle is read by an unpickler that knows numpy arrays and plain containers and nothing else. Frames are
+undistorted. Ten images at either end may be black and are left out, as the authors do. 30 fps, no time stamps, no
+captured depth, no gaze. s05 is held out (facts.md).
 """
 
 import io
@@ -30,10 +35,12 @@ HELD_OUT = {"s05"}
 
 class Arctic(Adapter):
     name = "arctic"
-    layout = "cropped_images/SUBJECT/SEQUENCE/0/%05d.jpg (or images/), raw_seqs/SUBJECT/SEQUENCE.egocam.dist.npy, meta/misc.json"
+    layout = ("cropped_images/SUBJECT/SEQUENCE/0/%05d.jpg (or images/), "
+              "raw_seqs/SUBJECT/SEQUENCE.egocam.dist.npy, meta/misc.json")
 
     def sequences(self, root: Path) -> list[str]:
-        found = {p.parent.relative_to(root / kind).as_posix() for kind in ("cropped_images", "images") for p in (root / kind).glob("s*/*/0")}
+        found = {p.parent.relative_to(root / kind).as_posix() for kind in ("cropped_images", "images")
+                 for p in (root / kind).glob("s*/*/0")}
         return need(root, sorted(found), self)
 
     def open(self, root: Path, sequence: str) -> Recording:
@@ -42,24 +49,29 @@ class Arctic(Adapter):
         camera = load_plain_pickle(find(root / f"raw_seqs/{sequence}.egocam.dist.npy"))
         offset = int(json.loads(find(root / "meta/misc.json").read_text())[subject]["ioi_offset"])
         camera_from_world = np.tile(np.eye(4), (len(camera["R_k_cam_np"]), 1, 1))
-        camera_from_world[:, :3, :3], camera_from_world[:, :3, 3] = camera["R_k_cam_np"], np.asarray(camera["T_k_cam_np"]).reshape(-1, 3)
+        camera_from_world[:, :3, :3] = camera["R_k_cam_np"]
+        camera_from_world[:, :3, 3] = np.asarray(camera["T_k_cam_np"]).reshape(-1, 3)
         rows = {int(p.stem) - offset: p for p in folder.glob("*.jpg")}
         used = sorted(r for r in rows if BLACK_ENDS <= r < len(camera_from_world) - BLACK_ENDS)
         if not used:
             raise BadSequence(f"{folder}: no image has a camera pose (ioi_offset {offset})")
         images = ImagePictures([rows[r] for r in used], np.array(used) / RATE)
         height, width = images.read(0).shape[:2]
-        intrinsics = np.diag([width / FULL_WIDTH, width / FULL_WIDTH, 1.0]) @ np.asarray(camera["intrinsics"], np.float64)
+        intrinsics = np.diag([width / FULL_WIDTH, width / FULL_WIDTH,
+                              1.0]) @ np.asarray(camera["intrinsics"], np.float64)
         undistort = Undistortion(intrinsics, width, height, lambda rays: distort_rational(rays, camera["dist8"]))
         return Recording(sequence, "val" if subject in HELD_OUT else "train", rgb=MappedPictures(images, undistort),
-                         cam=Track(np.arange(len(camera_from_world)) / RATE, geometry.invert(camera_from_world)), intrinsics=intrinsics)
+                         cam=Track(np.arange(len(camera_from_world)) / RATE, geometry.invert(camera_from_world)),
+                         intrinsics=intrinsics)
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Numpy arrays and plain containers; anything else is refused, so that nothing in a file is ever run."""
 
-    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-               ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy._core.numeric", "_frombuffer"), ("numpy.core.numeric", "_frombuffer")}
+    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
+               ("numpy._core.multiarray", "_reconstruct"),
+               ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
+               ("numpy._core.numeric", "_frombuffer"), ("numpy.core.numeric", "_frombuffer")}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
@@ -73,7 +85,8 @@ def load_plain_pickle(path: Path) -> dict[str, Any]:
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
-        shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
+        shape, _, dtype = (np.lib.format.read_array_header_1_0
+                           if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
         if not dtype.hasobject:
             raise BadSequence(f"{path} is {dtype} {shape}, expected a dictionary")
         loaded = _PlainUnpickler(stream).load()

@@ -1,9 +1,9 @@
 """What the sets recorded with Project Aria glasses share.
 
-By facebookresearch/projectaria_tools (docs and core): `T_a_b` maps points of b into a; the MPS trajectory is world from device, metres, in
-a gravity-aligned world, stamped in device time (us); the camera's frame is OpenCV's with respect to the raw image, which is mounted
-turned. Raw images are turned 90 degrees clockwise to be upright, and poses with them: camera @ rotZ(-90). VRS files need
-projectaria-tools, whose wheels exist for x86-64 Linux and macOS only.
+By facebookresearch/projectaria_tools (docs and core): `T_a_b` maps points of b into a; the MPS trajectory is world from
+device, metres, in a gravity-aligned world, stamped in device time (us); the camera's frame is OpenCV's with respect to
+the raw image, which is mounted turned. Raw images are turned 90 degrees clockwise to be upright, and poses with them:
+camera @ rotZ(-90). VRS files need projectaria-tools, whose wheels exist for x86-64 Linux and macOS only.
 """
 
 import csv
@@ -31,7 +31,8 @@ def turn(frame: np.ndarray) -> np.ndarray:
 
 def turn_intrinsics(intrinsics: np.ndarray, height: int) -> np.ndarray:
     """Pinhole matrix of the upright image of a raw one `height` pixels high (pixel centres at half-integers)."""
-    return np.array([[intrinsics[1, 1], 0, height - intrinsics[1, 2]], [0, intrinsics[0, 0], intrinsics[0, 2]], [0, 0, 1.0]])
+    return np.array([[intrinsics[1, 1], 0, height - intrinsics[1, 2]], [0, intrinsics[0, 0], intrinsics[0, 2]],
+                     [0, 0, 1.0]])
 
 
 def read_csv(path: Path) -> dict[str, np.ndarray]:
@@ -46,7 +47,8 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_trajectory(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) device time in ns and (N, 4, 4) world_from_device of an MPS closed-loop (or ADT, ASE) trajectory; columns by name."""
+    """(N,) device time in ns and (N, 4, 4) world_from_device of an MPS closed-loop (or ADT, ASE) trajectory; columns by
+    name."""
     columns = read_csv(path)
     wanted = ["tracking_timestamp_us", *(f"t{a}_world_device" for a in "xyz"), *(f"q{a}_world_device" for a in "xyzw")]
     missing = [n for n in wanted if n not in columns]
@@ -60,13 +62,15 @@ def read_trajectory(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_online_calibration(path: Path, label: str = RGB) -> tuple[np.ndarray, np.ndarray]:
-    """(4, 4) device_from_camera and (15,) f, cu, cv, k0..k5, p0, p1, s0..s3 of the first calibration that has the camera."""
+    """(4, 4) device_from_camera and (15,) f, cu, cv, k0..k5, p0, p1, s0..s3 of the first calibration that has the
+    camera."""
     with find(path).open() as file:
         for line in file:
             for camera in json.loads(line).get("CameraCalibrations", []):
                 if camera.get("Label") == label:
                     w, xyz = camera["T_Device_Camera"]["UnitQuaternion"]
-                    return transform([*xyz, w], camera["T_Device_Camera"]["Translation"]), np.array(camera["Projection"]["Params"], np.float64)
+                    device_from_camera = transform([*xyz, w], camera["T_Device_Camera"]["Translation"])
+                    return device_from_camera, np.array(camera["Projection"]["Params"], np.float64)
     raise BadSequence(f"{path} has no calibration of {label}")
 
 
@@ -78,9 +82,11 @@ def transform(xyzw: Any, translation: Any) -> np.ndarray:
 
 
 def gaze_direction(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """(N, 3) gaze points in the central pupil frame at their own depth (1 m where it is not given), metres; x left, y up, z forward.
+    """(N, 3) gaze points in the central pupil frame at their own depth (1 m where it is not given), metres; x left, y
+    up, z forward.
 
-    Old files have one yaw, newer ones one an eye, whose rays meet (interpupillary distance 63 mm). MPS: x = tan(yaw), y = tan(pitch).
+    Old files have one yaw, newer ones one an eye, whose rays meet (interpupillary distance 63 mm). MPS: x = tan(yaw), y
+    = tan(pitch).
     """
     pitch = np.tan(columns["pitch_rads_cpf"])
     if "yaw_rads_cpf" in columns:
@@ -93,10 +99,12 @@ def gaze_direction(columns: dict[str, np.ndarray]) -> np.ndarray:
     return rays / np.linalg.norm(rays, axis=-1, keepdims=True) * depth[:, None]
 
 
-def poses_at(trajectory: tuple[np.ndarray, np.ndarray], stamps_ns: np.ndarray, times: np.ndarray, device_from_camera: np.ndarray, gap_ns: float = 50e6) -> Track:
+def poses_at(trajectory: tuple[np.ndarray, np.ndarray], stamps_ns: np.ndarray, times: np.ndarray,
+             device_from_camera: np.ndarray, gap_ns: float = 50e6) -> Track:
     """world_from_camera (upright) at each stamp: the nearest pose of a dense trajectory, NaN where none is near."""
     known, poses = trajectory
-    index = np.clip(np.searchsorted(known, stamps_ns), 1, len(known) - 1) if len(known) > 1 else np.zeros(len(stamps_ns), int)
+    index = np.clip(np.searchsorted(known, stamps_ns), 1,
+                    len(known) - 1) if len(known) > 1 else np.zeros(len(stamps_ns), int)
     index = np.where(np.abs(known[index - 1] - stamps_ns) < np.abs(known[index] - stamps_ns), index - 1, index)
     out = poses[index] @ device_from_camera @ RAW_FROM_UPRIGHT
     out[~(np.abs(known[index] - stamps_ns) <= gap_ns)] = np.nan
@@ -106,7 +114,8 @@ def poses_at(trajectory: tuple[np.ndarray, np.ndarray], stamps_ns: np.ndarray, t
 class VrsPictures(Pictures):
     """A stream of a VRS file, upright and undistorted to a pinhole. depth: integers in mm along the optical axis."""
 
-    def __init__(self, provider: Any, stream: Any, stamps: np.ndarray, first: int, undistort: Any, depth: bool = False) -> None:
+    def __init__(self, provider: Any, stream: Any, stamps: np.ndarray, first: int, undistort: Any,
+                 depth: bool = False) -> None:
         self.provider, self.stream, self.undistort, self.depth = provider, stream, undistort, depth
         self.times = (np.asarray(stamps, np.int64) - first) / 1e9
 
@@ -123,7 +132,8 @@ def open_vrs(path: Path) -> tuple[Any, Any]:
         from projectaria_tools import core
         from projectaria_tools.core import data_provider
     except ImportError as error:
-        raise UserError("reading Aria VRS files needs projectaria-tools: pip install 'egom2p[aria]' on x86-64 Linux or macOS (it has no aarch64 Linux wheel; "
+        raise UserError("reading Aria VRS files needs projectaria-tools: pip install 'egom2p[aria]' on x86-64 Linux or "
+                        "macOS (it has no aarch64 Linux wheel; "
                         "prepare the clips on another machine and copy them)") from error
     provider = data_provider.create_vrs_data_provider(str(find(path)))
     if provider is None:
@@ -137,7 +147,8 @@ def pinhole(params: np.ndarray) -> np.ndarray:
 
 
 class AriaRecording:
-    """The rgb stream of a VRS file with its calibration, all clocks from its first frame. raw: pinhole matrix of the unturned frames."""
+    """The rgb stream of a VRS file with its calibration, all clocks from its first frame. raw: pinhole matrix of the
+    unturned frames."""
 
     def __init__(self, path: Path) -> None:
         core, self.provider = open_vrs(path)
@@ -164,19 +175,22 @@ class AriaRecording:
         """The depth stream of another VRS file of the same recording."""
         _, provider = open_vrs(path)
         stream = provider.get_stream_id_from_label(RGB)
-        return VrsPictures(provider, stream, provider.get_timestamps_ns(stream, self.domain), self.stamps[0], self.undistort, depth=True)
+        return VrsPictures(provider, stream, provider.get_timestamps_ns(stream, self.domain), self.stamps[0],
+                           self.undistort, depth=True)
 
     def seconds(self, device_ns: np.ndarray) -> np.ndarray:
         return (device_ns - self.stamps[0]) / 1e9
 
     def camera_track(self, device_ns: np.ndarray, world_from_device: np.ndarray) -> Track:
         order = np.argsort(device_ns, kind="stable")
-        return Track(self.seconds(device_ns[order]), (world_from_device @ self.device_from_camera @ RAW_FROM_UPRIGHT)[order])
+        return Track(self.seconds(device_ns[order]), (world_from_device @ self.device_from_camera
+                                                      @ RAW_FROM_UPRIGHT)[order])
 
     def gaze(self, path: Path) -> Track:
         """MPS gaze as pixels of the upright, undistorted frames, NaN behind the camera."""
         columns = read_csv(path)
-        upright_from_cpf = RAW_FROM_UPRIGHT.T @ np.linalg.inv(self.device_from_camera) @ np.asarray(self.calibration.get_transform_device_cpf().to_matrix(), np.float64)
+        device_from_cpf = np.asarray(self.calibration.get_transform_device_cpf().to_matrix(), np.float64)
+        upright_from_cpf = RAW_FROM_UPRIGHT.T @ np.linalg.inv(self.device_from_camera) @ device_from_cpf
         points = np.c_[gaze_direction(columns), np.ones(len(columns["tracking_timestamp_us"]))] @ upright_from_cpf.T
         with np.errstate(invalid="ignore", divide="ignore"):
             pixels = (points[:, :3] @ self.intrinsics.T)[:, :2] / points[:, 2:3]

@@ -9,7 +9,10 @@ import numpy as np
 
 from egom2p import geometry
 from egom2p.data.clips import ClipIndex
-from egom2p.datasets.prepare import SECONDS, _Stats
+from egom2p.datasets.checks import Statistics
+from egom2p.datasets.cutting import SECONDS
+from egom2p.visualize import plots
+from egom2p.visualize.plots import plt
 
 DOUBTFUL_REPROJECTION = 0.12
 
@@ -25,13 +28,17 @@ def write_card(out: Path, name: str) -> dict[str, Any]:
         clips.update(record["stats"]["clips"])
         by_split[record["split"]] += record["counts"].get("clips kept", 0)
     kept = counts.pop("clips kept", 0)
-    histograms = {n: np.sum([r["stats"]["histograms"][n] for r in records], 0) if records else np.zeros(len(e) - 1) for n, e in _Stats.EDGES.items()}
+    histograms = {n: np.sum([r["stats"]["histograms"][n] for r in records], 0) if records else np.zeros(len(e) - 1)
+                  for n, e in Statistics.EDGES.items()}
     errors = [e for r in records for e in r["stats"]["reprojection"]]
-    card = {"dataset": name, "sequences": len(records), "failed": {r["sequence"]: r["error"] for r in records if r["error"]}, "clips": kept,
-            "clips_by_split": {k: v for k, v in sorted(by_split.items()) if v}, "hours": kept * SECONDS / 3600, "left_out": dict(sorted(counts.items())),
+    card = {"dataset": name, "sequences": len(records), "failed": {r["sequence"]: r["error"] for r in records
+                                                                   if r["error"]}, "clips": kept,
+            "clips_by_split": {k: v for k, v in sorted(by_split.items()) if v}, "hours": kept * SECONDS / 3600,
+            "left_out": dict(sorted(counts.items())),
             "coverage": {n: clips[n] / kept for n in sorted(clips)} if kept else {}, **_pose_moments(records),
-            "distributions": {n: _quantiles(h, _Stats.EDGES[n]) for n, h in histograms.items() if h.sum()},
-            "reprojection": {"clips": len(errors), "median": float(np.median(errors)), "doubtful": bool(np.median(errors) > DOUBTFUL_REPROJECTION)} if errors else None}
+            "distributions": {n: _quantiles(h, Statistics.EDGES[n]) for n, h in histograms.items() if h.sum()},
+            "reprojection": {"clips": len(errors), "median": float(np.median(errors)),
+                             "doubtful": bool(np.median(errors) > DOUBTFUL_REPROJECTION)} if errors else None}
     (out / "card.json").write_text(json.dumps(card, indent=1))
     if kept:
         draw_sheet(out, card, histograms)
@@ -40,12 +47,14 @@ def write_card(out: Path, name: str) -> dict[str, Any]:
 
 def describe(card: dict[str, Any]) -> str:
     """The card in a few lines."""
-    lines = [f"{card['dataset']}: {card['clips']} clips ({card['hours']:.2f} h) of {card['sequences']} sequences; " + ", ".join(f"{k} {v}" for k, v in card["clips_by_split"].items())]
+    lines = [f"{card['dataset']}: {card['clips']} clips ({card['hours']:.2f} h) of {card['sequences']} sequences; "
+             + ", ".join(f"{k} {v}" for k, v in card["clips_by_split"].items())]
     lines.append("coverage: " + ", ".join(f"{k} {v:.0%}" for k, v in card["coverage"].items()))
     lines += [f"left out: {v} {k}" for k, v in card["left_out"].items()]
     lines += [f"failed: {k}: {v}" for k, v in list(card["failed"].items())[:10]]
     if card["reprojection"] and card["reprojection"]["doubtful"]:
-        lines.append(f"WARNING: poses, depth and intrinsics disagree (median {card['reprojection']['median']:.0%}): check axes, direction and units")
+        lines.append(f"WARNING: poses, depth and intrinsics disagree (median {card['reprojection']['median']:.0%}): "
+                     f"check axes, direction and units")
     return "\n".join(lines)
 
 
@@ -61,17 +70,15 @@ def _pose_moments(records: list[dict]) -> dict[str, list[float]]:
 
 def _quantiles(histogram: np.ndarray, edges: np.ndarray) -> dict[str, float]:
     share = np.cumsum(histogram) / histogram.sum()
-    return {f"p{round(q * 100)}": float(edges[1:][np.searchsorted(share, q - 1e-9)]) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+    return {f"p{round(q * 100)}": float(edges[1:][np.searchsorted(share, q - 1e-9)])
+            for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
 
 
 def draw_sheet(out: Path, card: dict[str, Any], histograms: dict[str, np.ndarray]) -> None:
-    """contact_sheet.png: twelve clips' middle frames with gaze, four with depth, trajectories from above, distributions."""
-    from egom2p.visualize import plots
-    from egom2p.visualize.plots import plt
-
+    """contact_sheet.png: twelve clips' middle frames with gaze, four with depth, trajectories from above,
+    distributions."""
     index = ClipIndex(str(out / "*" / "*.tar"))
     chosen = [index.read(int(i)) for i in np.unique(np.linspace(0, len(index) - 1, 12).astype(int))]
-    chosen = [c for c in chosen if c is not None]
     fig = plt.figure(figsize=(13, 9.6))
     grid = fig.add_gridspec(4, 12, hspace=0.35, wspace=0.25)
     for number, clip in enumerate(chosen):
@@ -84,7 +91,8 @@ def draw_sheet(out: Path, card: dict[str, Any], histograms: dict[str, np.ndarray
     with_depth = [c for c in chosen if "depth" in c.signals][:4]
     for number, clip in enumerate(with_depth):
         axis = fig.add_subplot(grid[2, 2 * number : 2 * number + 2])
-        shown = axis.imshow(np.where(clip.signals["depth"][8] > 0, clip.signals["depth"][8], np.nan).astype(np.float32), cmap=plots.DEPTH_MAP + "_r")
+        shown = axis.imshow(np.where(clip.signals["depth"][8] > 0, clip.signals["depth"][8], np.nan).astype(np.float32),
+                            cmap=plots.DEPTH_MAP + "_r")
         axis.set_title("depth, m", fontsize=7, pad=2)
         axis.axis("off")
         fig.colorbar(shown, ax=axis, fraction=0.046)
@@ -98,10 +106,12 @@ def draw_sheet(out: Path, card: dict[str, Any], histograms: dict[str, np.ndarray
     for number, name in enumerate(shown):
         width = 12 // max(1, len(shown))
         axis = fig.add_subplot(grid[3, number * width : (number + 1) * width])
-        edges = _Stats.EDGES[name]
-        axis.bar(edges[:-1], histograms[name] / histograms[name].sum(), np.diff(edges), align="edge", color=plots.MODALITY_COLOURS[number])
+        edges = Statistics.EDGES[name]
+        axis.bar(edges[:-1], histograms[name] / histograms[name].sum(), np.diff(edges), align="edge",
+                 color=plots.MODALITY_COLOURS[number])
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=6)
         axis.set_yticks([])
-    fig.suptitle(f"{card['dataset']}: {card['clips']} clips, {card['hours']:.2f} h, " + ", ".join(f"{k} {v:.0%}" for k, v in card["coverage"].items()), fontsize=11, y=0.94)
+    fig.suptitle(f"{card['dataset']}: {card['clips']} clips, {card['hours']:.2f} h, "
+                 + ", ".join(f"{k} {v:.0%}" for k, v in card["coverage"].items()), fontsize=11, y=0.94)
     plots.save(fig, out / "contact_sheet.png")

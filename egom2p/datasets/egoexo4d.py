@@ -1,18 +1,20 @@
 """Ego-Exo4D (Grauman et al., CVPR 2024), the Aria view.
 
-Get it: https://ego-exo4d-data.org (own licence), then `egoexo -o DIR --parts metadata annotations captures downscaled_takes/448
-take_trajectory take_eye_gaze take_point_cloud --views ego`. Layout by docs.ego-exo4d-data.org (data/takes, data/mps) and the authors' gaze
-tutorial:
-  takes.json                                         take_name, take_uid, root_dir, timesync_start_idx, capture {capture_name, cameras}
+Get it: https://ego-exo4d-data.org (own licence), then `egoexo -o DIR --parts metadata annotations captures
+downscaled_takes/448 take_trajectory take_eye_gaze take_point_cloud --views ego`. Layout by docs.ego-exo4d-data.org
+(data/takes, data/mps) and the authors' gaze tutorial:
+  takes.json                                         take_name, take_uid, root_dir, timesync_start_idx, capture
+  {capture_name, cameras}
   captures/CAPTURE/timesync.csv                      a row an instant; ARIA_214-1_capture_timestamp_ns in device time
   takes/TAKE/frame_aligned_videos/[downscaled/448/]ARIA_214-1.mp4      30 fps, upright, fisheye (1408 or 448 pixels)
   takes/TAKE/trajectory/closed_loop_trajectory.csv   MPS, 1 kHz
   takes/TAKE/trajectory/online_calibration.jsonl     device from camera-rgb
   takes/TAKE/eye_gaze/general_eye_gaze_2d.csv        x, y in pixels of the 1408 mp4, 10 a second, optional
   annotations/splits.json                            take_uid_to_split
-Frame i of the mp4 is row timesync_start_idx + 1 + i (docs and tutorial; another of the authors' examples has no + 1, which would be 33 ms).
-Poses: MPS world from device @ device from camera @ rotZ(-90), which is facts.md's matrix. Frames stay fisheye and gaze is / 1408, no crop,
-as EgoM2P has it; so clips carry no pinhole intrinsics. No depth.
+Frame i of the mp4 is row timesync_start_idx + 1 + i (docs and tutorial; another of the authors' examples has no + 1,
+which would be 33 ms).
+Poses: MPS world from device @ device from camera @ rotZ(-90), which is facts.md's matrix. Frames stay fisheye and gaze
+is / 1408, no crop, as EgoM2P has it; so clips carry no pinhole intrinsics. No depth.
 """
 
 import json
@@ -30,7 +32,8 @@ FIRST_ROW = 1
 
 class EgoExo4D(Adapter):
     name = "egoexo4d"
-    layout = "takes.json, captures/CAPTURE/timesync.csv, takes/TAKE/{frame_aligned_videos,trajectory,eye_gaze} (parts metadata, captures, takes, take_trajectory)"
+    layout = ("takes.json, captures/CAPTURE/timesync.csv, takes/TAKE/{frame_aligned_videos,trajectory,eye_gaze} "
+              "(parts metadata, captures, takes, take_trajectory)")
 
     def sequences(self, root: Path) -> list[str]:
         return need(root, sorted(name for name in self._takes(root) if (root / "takes" / name).is_dir()), self)
@@ -46,9 +49,11 @@ class EgoExo4D(Adapter):
         device_from_camera, _ = read_online_calibration(folder / "trajectory/online_calibration.jsonl")
         cam = None
         if (folder / "trajectory/closed_loop_trajectory.csv").exists():
-            cam = poses_at(read_trajectory(folder / "trajectory/closed_loop_trajectory.csv"), stamps, video.times, device_from_camera)
+            cam = poses_at(read_trajectory(folder / "trajectory/closed_loop_trajectory.csv"), stamps, video.times,
+                           device_from_camera)
         side = video.read(0).shape[0]
-        return Recording(sequence, self._split(root, take["take_uid"]), rgb=video, cam=cam, gaze=self._gaze(folder, side), meta={"lens": "fisheye"})
+        return Recording(sequence, self._split(root, take["take_uid"]), rgb=video, cam=cam,
+                         gaze=self._gaze(folder, side), meta={"lens": "fisheye"})
 
     def _takes(self, root: Path) -> dict[str, dict]:
         path = root / "takes.json"
@@ -56,7 +61,8 @@ class EgoExo4D(Adapter):
 
     def _aria(self, take: dict, folder: Path) -> str:
         named = [c["cam_id"] for c in take.get("capture", {}).get("cameras", []) if c.get("is_ego")]
-        found = named or sorted({p.name.partition("_214-1")[0] for p in folder.glob("frame_aligned_videos/**/*_214-1.mp4")})
+        found = named or sorted({p.name.partition("_214-1")[0]
+                                 for p in folder.glob("frame_aligned_videos/**/*_214-1.mp4")})
         if not found:
             raise BadSequence(f"{folder} has no Aria video (*_214-1.mp4)")
         return found[0]

@@ -1,7 +1,7 @@
 """H2O (Kwon et al., "H2O: Two Hands Manipulating Objects for First Person Interaction Recognition", ICCV 2021).
 
-Get it: https://h2odataset.ethz.ch (registration; the `_ego` archives are enough). Layout and conventions by the authors'
-taeinkwon/h2odataset README and taeinkwon/h2oplayer:
+Get it: https://h2odataset.ethz.ch (registration; the `_ego` archives are enough). Layout and conventions by the
+authors' taeinkwon/h2odataset README and taeinkwon/h2oplayer:
   subjectN[_ego]/{h1,h2,k1,k2,o1,o2}/SEQUENCE/cam4/           cam4 is the head-mounted camera
     rgb/%06d.png            1280 x 720, undistorted
     depth/%06d.png          16 bit, millimetres along z, registered to rgb, 0 = no reading
@@ -26,7 +26,8 @@ class H2O(Adapter):
     layout = "subjectN[_ego]/SCENE/SEQUENCE/cam4/{rgb,depth,cam_pose}/%06d.* and cam_intrinsics.txt"
 
     def sequences(self, root: Path) -> list[str]:
-        return need(root, sorted(str(p.parent.parent.relative_to(root)) for p in root.glob("subject*/*/*/cam4/rgb")), self)
+        return need(root, sorted(str(p.parent.parent.relative_to(root)) for p in root.glob("subject*/*/*/cam4/rgb")),
+                    self)
 
     def open(self, root: Path, sequence: str) -> Recording:
         folder = root / sequence / "cam4"
@@ -38,9 +39,12 @@ class H2O(Adapter):
         poses = [self._pose(folder / f"cam_pose/{i:06d}.txt") for i in frames]
         depth = {int(p.stem): p for p in (folder / "depth").glob("*.png")} if (folder / "depth").is_dir() else {}
         with_depth = sorted(depth)
-        return Recording(sequence, self.split(sequence), rgb=ImagePictures([images[i] for i in frames], np.array(frames) / RATE),
-                         depth=ImagePictures([depth[i] for i in with_depth], np.array(with_depth) / RATE, depth=True, scale=0.001) if depth else None,
-                         cam=Track(np.array(frames) / RATE, np.stack(poses)), intrinsics=np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]))
+        return Recording(sequence, self.split(sequence), rgb=ImagePictures([images[i] for i in frames],
+                                                                           np.array(frames) / RATE),
+                         depth=ImagePictures([depth[i] for i in with_depth], np.array(with_depth) / RATE, depth=True,
+                                             scale=0.001) if depth else None,
+                         cam=Track(np.array(frames) / RATE, np.stack(poses)),
+                         intrinsics=np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]))
 
     def split(self, sequence: str) -> str:
         subject, scene = sequence.split("/")[0].removesuffix("_ego"), sequence.split("/")[1]

@@ -1,14 +1,17 @@
-"""HOI4D (Liu et al., "HOI4D: A 4D Egocentric Dataset for Category-Level Human-Object Interaction", CVPR 2022); post-training, evaluation.
+"""HOI4D (Liu et al., "HOI4D: A 4D Egocentric Dataset for Category-Level Human-Object Interaction", CVPR 2022);
+post-training, evaluation.
 
-Get it: https://hoi4d.github.io. Layout and conventions by leolyliu/HOI4D-Instructions (README, utils/decode.py, prepare_4Dseg), relative
-path ZY2021080000*/H*/C*/N*/S*/s*/T*/:
+Get it: https://hoi4d.github.io. Layout and conventions by leolyliu/HOI4D-Instructions (README, utils/decode.py,
+prepare_4Dseg), relative path ZY2021080000*/H*/C*/N*/S*/s*/T*/:
   align_rgb/image.mp4             1920 x 1080, 15 fps
   align_depth/depth_video.avi     16 bit, millimetres along z, registered to rgb, 0 = no reading
-  3Dseg/output.log                Open3D / Redwood trajectory: a line of three integers, then 4 x 4; camera to world (Open3D inverts it
+  3Dseg/output.log                Open3D / Redwood trajectory: a line of three integers, then 4 x 4; camera to world
+  (Open3D inverts it
                                   into the extrinsic the authors use), OpenCV axes, metres
   camera_params/CAMERA/intrin.npy 3 x 3, one a camera
-The archives unpack to roots of their own (HOI4D_release, HOI4D_depth_video, HOI4D_annotations); all below `root` is searched. Frame t
-of the video, the depth and the log belong together; time is t / 15 s. No gaze. No split is published: everything is `test` (ours).
+The archives unpack to roots of their own (HOI4D_release, HOI4D_depth_video, HOI4D_annotations); all below `root` is
+searched. Frame t of the video, the depth and the log belong together; time is t / 15 s. No gaze. No split is published:
+everything is `test` (ours).
 """
 
 from pathlib import Path
@@ -22,17 +25,20 @@ RATE = 15.0
 
 class HOI4D(Adapter):
     name = "hoi4d"
-    layout = "[HOI4D_release/]ZY*/H*/C*/N*/S*/s*/T*/align_rgb/image.mp4 with align_depth, 3Dseg/output.log and camera_params"
+    layout = ("[HOI4D_release/]ZY*/H*/C*/N*/S*/s*/T*/align_rgb/image.mp4 with align_depth, 3Dseg/output.log "
+              "and camera_params")
 
     def sequences(self, root: Path) -> list[str]:
-        found = {p.parent.parent.relative_to(base).as_posix() for base in self._bases(root) for p in base.glob("ZY*/H*/C*/N*/S*/s*/T*/align_rgb/image.mp4")}
+        found = {p.parent.parent.relative_to(base).as_posix() for base in self._bases(root)
+                 for p in base.glob("ZY*/H*/C*/N*/S*/s*/T*/align_rgb/image.mp4")}
         return need(root, sorted(found), self)
 
     def open(self, root: Path, sequence: str) -> Recording:
         places = [base / sequence for base in self._bases(root)]
         video = VideoPictures(find(*(p / "align_rgb/image.mp4" for p in places)))
         video.times = np.arange(len(video.times)) / RATE
-        depth_file = next((p / "align_depth/depth_video.avi" for p in places if (p / "align_depth/depth_video.avi").exists()), None)
+        depth_file = next((p / "align_depth/depth_video.avi" for p in places
+                           if (p / "align_depth/depth_video.avi").exists()), None)
         depth = VideoPictures(depth_file, gray16=True, scale=0.001) if depth_file else None
         if depth is not None:
             if abs(len(depth.times) - len(video.times)) > 1:

@@ -1,17 +1,23 @@
-"""HOT3D (Banerjee et al., "HOT3D: Hand and Object Tracking in 3D from Egocentric Multi-View Videos", CVPR 2025): Aria and Quest 3.
+"""HOT3D (Banerjee et al., "HOT3D: Hand and Object Tracking in 3D from Egocentric Multi-View Videos", CVPR 2025): Aria
+and Quest 3.
 
-Get it: https://www.projectaria.com/datasets/hot3D (sequences CC BY-SA); or HOT3D-Clips on the Hugging Face Hub (bop-benchmark/hot3d), which
-needs no VRS reader. Layouts by facebookresearch/hot3d (README, data_loaders, clips/README.md):
-  RECORDING/recording.vrs               Aria: stream 214-1, 1408 x 1408, 30 fps, turned. (Quest recordings are another VRS, which
+Get it: https://www.projectaria.com/datasets/hot3D (sequences CC BY-SA); or HOT3D-Clips on the Hugging Face Hub
+(bop-benchmark/hot3d), which needs no VRS reader. Layouts by facebookresearch/hot3d (README, data_loaders,
+clips/README.md):
+  RECORDING/recording.vrs               Aria: stream 214-1, 1408 x 1408, 30 fps, turned. (Quest recordings are another
+  VRS, which
                                         projectaria-tools cannot read: take HOT3D-Clips for them)
   RECORDING/metadata.json               headset, participant_id
   RECORDING/headset_trajectory.csv      timestamp[ns] (time code), t_wo_x[m].., q_wo_w.. : world from device, metres
   RECORDING/mps/eye_gaze/{personalized,general}_eye_gaze.csv      device time, 10 Hz
-  clip-NNNNNN.tar                       150 frames at 30 fps: FRAME.image_214-1.jpg (Aria) or FRAME.image_1201-1.jpg (Quest, grey),
-                                        FRAME.cameras.json {stream: {T_world_from_camera {translation_xyz, quaternion_wxyz}, calibration {
-                                        projection_params, ...}}}, FRAME.info.json {participant_id}
-Frames are undistorted to a pinhole of the same focal length and turned upright; the Quest's images too (worked out from one sample pose; look
-at the contact sheet). No captured depth. Splits (facts.md): val P0001, P0014; test P0004 P0005 P0006 P0008 P0016 P0020.
+  clip-NNNNNN.tar                       150 frames at 30 fps: FRAME.image_214-1.jpg (Aria) or FRAME.image_1201-1.jpg
+  (Quest, grey),
+                                        FRAME.cameras.json {stream: {T_world_from_camera {translation_xyz,
+                                        quaternion_wxyz}, calibration { projection_params, ...}}}, FRAME.info.json
+                                        {participant_id}
+Frames are undistorted to a pinhole of the same focal length and turned upright; the Quest's images too (worked out from
+one sample pose; look at the contact sheet). No captured depth. Splits (facts.md): val P0001, P0014; test P0004 P0005
+P0006 P0008 P0016 P0020.
 """
 
 import io
@@ -43,7 +49,8 @@ class HOT3DAria(Adapter):
         return need(root, sorted(found), self)
 
     def open(self, root: Path, sequence: str) -> Recording:
-        return self._open_clip(root / sequence, sequence) if sequence.endswith(".tar") else self._open_vrs(root / sequence, sequence)
+        return self._open_clip(root / sequence,
+                               sequence) if sequence.endswith(".tar") else self._open_vrs(root / sequence, sequence)
 
     def _has_stream(self, path: Path) -> bool:
         with tarfile.open(path) as tar:
@@ -72,24 +79,29 @@ class HOT3DAria(Adapter):
         raw, lens, height, width = _camera(cameras[0]["calibration"]["projection_params"], pictures)
         undistort = Undistortion(raw, width, height, lambda rays: distort_fisheye624(rays, lens))
         pictures.function = lambda frame: turn(undistort(frame))
-        return Recording(sequence, _split(participant), rgb=pictures, cam=Track(pictures.times, poses @ RAW_FROM_UPRIGHT), intrinsics=turn_intrinsics(raw, height))
+        return Recording(sequence, _split(participant), rgb=pictures,
+                         cam=Track(pictures.times, poses @ RAW_FROM_UPRIGHT), intrinsics=turn_intrinsics(raw, height))
 
     def _open_vrs(self, folder: Path, sequence: str) -> Recording:
         aria = AriaRecording(folder / "recording.vrs")
         columns = read_csv(folder / "headset_trajectory.csv")
-        device = np.array([aria.provider.convert_from_timecode_to_device_time_ns(int(t)) for t in columns["timestamp[ns]"]], np.int64)
+        device = np.array([aria.provider.convert_from_timecode_to_device_time_ns(int(t))
+                           for t in columns["timestamp[ns]"]], np.int64)
         poses = np.tile(np.eye(4), (len(device), 1, 1))
         poses[:, :3, :3] = rotations(np.stack([columns[f"q_wo_{a}"] for a in "xyzw"], -1))
         poses[:, :3, 3] = np.stack([columns[f"t_wo_{a}[m]"] for a in "xyz"], -1)
         meta = json.loads((folder / "metadata.json").read_text()) if (folder / "metadata.json").exists() else {}
-        gaze = next((p for kind in ("personalized", "general") if (p := folder / f"mps/eye_gaze/{kind}_eye_gaze.csv").exists()), None)
-        return Recording(sequence, _split(str(meta.get("participant_id", sequence[:5]))), rgb=aria.rgb(), cam=aria.camera_track(device, poses),
+        gaze = next((p for kind in ("personalized", "general")
+                     if (p := folder / f"mps/eye_gaze/{kind}_eye_gaze.csv").exists()), None)
+        return Recording(sequence, _split(str(meta.get("participant_id", sequence[:5]))), rgb=aria.rgb(),
+                         cam=aria.camera_track(device, poses),
                          gaze=aria.gaze(gaze) if gaze else None, intrinsics=aria.intrinsics)
 
 
 class HOT3DQuest(HOT3DAria):
     name = "hot3d_quest"
-    layout = "clip-*.tar of HOT3D-Clips (train_quest3, test_quest3); full Quest recordings are a VRS that projectaria-tools cannot read"
+    layout = ("clip-*.tar of HOT3D-Clips (train_quest3, test_quest3); full Quest recordings are a VRS that "
+              "projectaria-tools cannot read")
 
 
 class _ClipPictures(Pictures):

@@ -8,18 +8,22 @@ import torch.nn.functional as F
 
 
 def distort_rational(rays: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """(..., 2) pinhole rays x / z, y / z -> distorted ones. coefficients k1 k2 p1 p2 [k3 [k4 k5 k6]], OpenCV's rational model."""
-    k1, k2, p1, p2, k3, k4, k5, k6 = np.pad(np.asarray(coefficients, np.float64).reshape(-1), (0, max(0, 8 - np.size(coefficients))))[:8]
+    """(..., 2) pinhole rays x / z, y / z -> distorted ones. coefficients k1 k2 p1 p2 [k3 [k4 k5 k6]], OpenCV's rational
+    model."""
+    k1, k2, p1, p2, k3, k4, k5, k6 = np.pad(np.asarray(coefficients, np.float64).reshape(-1),
+                                            (0, max(0, 8 - np.size(coefficients))))[:8]
     x, y = rays[..., 0], rays[..., 1]
     r2 = x * x + y * y
     radial = (1 + r2 * (k1 + r2 * (k2 + r2 * k3))) / (1 + r2 * (k4 + r2 * (k5 + r2 * k6)))
-    return np.stack([x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x), y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y], -1)
+    return np.stack([x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x),
+                     y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y], -1)
 
 
 class Undistortion:
     """Frames of a real lens -> what a pinhole with the lens's own `intrinsics` would see, black outside."""
 
-    def __init__(self, intrinsics: np.ndarray, width: int, height: int, distort: Callable[[np.ndarray], np.ndarray]) -> None:
+    def __init__(self, intrinsics: np.ndarray, width: int, height: int,
+                 distort: Callable[[np.ndarray], np.ndarray]) -> None:
         u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
         rays = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(intrinsics).T
         seen = distort(rays[..., :2] / rays[..., 2:])
@@ -46,8 +50,8 @@ class Undistortion:
 
 
 def distort_fisheye624(rays: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """(..., 2) pinhole rays x / z, y / z -> distorted ones. coefficients k0..k5 p0 p1 s0..s3: six radial terms of the angle, two
-    tangential, four of the thin prism (Project Aria's FisheyeRadTanThinPrism)."""
+    """(..., 2) pinhole rays x / z, y / z -> distorted ones. coefficients k0..k5 p0 p1 s0..s3: six radial terms of the
+    angle, two tangential, four of the thin prism (Project Aria's FisheyeRadTanThinPrism)."""
     k, p, s = np.split(np.asarray(coefficients, np.float64), [6, 8])
     radius = np.maximum(np.linalg.norm(rays, axis=-1, keepdims=True), 1e-12)
     angle = np.arctan(radius)

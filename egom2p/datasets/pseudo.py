@@ -1,9 +1,9 @@
 """`egom2p depth`: pseudo-labels for clips that have no depth, marked as such in the clip's json.
 
-An estimator sees a clip's frames and returns inverse depth in any linear scale. RollingDepth and Video-Depth-Anything are
-behind the names `rollingdepth` and `video-depth-anything`, when their repositories are importable; `package.module:Class` names one of your
-own. Labels are stored as depth whose min-max normalised inverse is the estimate, between 0.5 and 20 m: the scale is not
-metric, and `pseudo` in the json says so.
+An estimator sees a clip's frames and returns inverse depth in any linear scale. RollingDepth and Video-Depth-Anything
+are behind the names `rollingdepth` and `video-depth-anything`, when their repositories are importable;
+`package.module:Class` names one of your own. Labels are stored as depth whose min-max normalised inverse is the
+estimate, between 0.5 and 20 m: the scale is not metric, and `pseudo` in the json says so.
 """
 
 import importlib
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from egom2p.data.clips import Clip, count_clips, expand_paths, read_clips, write_clips
 from egom2p.data.tarindex import index_tars
-from egom2p.data.video import write_video
 from egom2p.errors import UserError
+from egom2p.signals.writers import write_video
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class DepthEstimator(Protocol):
 
 
 class RollingDepth:
-    """Ke et al., "Video Depth without Video Models", CVPR 2025; its repository's `fast` preset. Its output is taken as inverse depth."""
+    """Ke et al., "Video Depth without Video Models", CVPR 2025; its repository's `fast` preset. Its output is taken as
+    inverse depth."""
 
     name = "rollingdepth"
 
@@ -45,17 +46,21 @@ class RollingDepth:
         try:
             from rollingdepth import RollingDepthPipeline
         except ImportError as error:
-            raise UserError("rollingdepth is not importable: clone https://github.com/prs-eth/rollingdepth (Apache-2.0), install its requirements and "
+            raise UserError("rollingdepth is not importable: clone https://github.com/prs-eth/rollingdepth "
+                            "(Apache-2.0), install its requirements and "
                             "put it on PYTHONPATH; or use another --model") from error
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipe = RollingDepthPipeline.from_pretrained(weights, torch_dtype=torch.float16 if device == "cuda" else torch.float32).to(device)
+        self.pipe = RollingDepthPipeline.from_pretrained(weights, torch_dtype=torch.float16
+                                                         if device == "cuda" else torch.float32).to(device)
 
     def inverse_depth(self, frames: np.ndarray) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             path = Path(folder) / "clip.mp4"
             write_video(path, frames, 8)
-            made = self.pipe(input_video_path=path, start_frame=0, frame_count=0, processing_res=768, resample_method="BILINEAR", dilations=[1, 25], cap_dilation=True,
-                             snippet_lengths=[3], init_infer_steps=[1], strides=[1], coalign_kwargs=None, refine_step=0, max_vae_bs=4, restore_res=True)
+            made = self.pipe(input_video_path=path, start_frame=0, frame_count=0, processing_res=768,
+                             resample_method="BILINEAR", dilations=[1, 25], cap_dilation=True,
+                             snippet_lengths=[3], init_infer_steps=[1], strides=[1], coalign_kwargs=None, refine_step=0,
+                             max_vae_bs=4, restore_res=True)
         return made.depth_pred.float().cpu().numpy()[:, 0]
 
 
@@ -63,17 +68,20 @@ class VideoDepthAnything:
     """Chen et al., "Video Depth Anything", CVPR 2025. weights: video_depth_anything_{vits,vitb,vitl}.pth."""
 
     name = "video-depth-anything"
-    SIZES = {"vits": (64, [48, 96, 192, 384]), "vitb": (128, [96, 192, 384, 768]), "vitl": (256, [256, 512, 1024, 1024])}
+    SIZES = {"vits": (64, [48, 96, 192, 384]), "vitb": (128, [96, 192, 384, 768]),
+             "vitl": (256, [256, 512, 1024, 1024])}
 
     def __init__(self, weights: str = "checkpoints/video_depth_anything_vits.pth") -> None:
         try:
             from video_depth_anything.video_depth import VideoDepthAnything as Network
         except ImportError as error:
-            raise UserError("video_depth_anything is not importable: clone https://github.com/DepthAnything/Video-Depth-Anything, install its requirements and "
+            raise UserError("video_depth_anything is not importable: clone "
+                            "https://github.com/DepthAnything/Video-Depth-Anything, install its requirements and "
                             "put it on PYTHONPATH; or use another --model") from error
         encoder = next((e for e in self.SIZES if e in Path(weights).name), None)
         if encoder is None or not Path(weights).is_file():
-            raise UserError(f"--model video-depth-anything:{weights}: name the weights file video_depth_anything_{{vits,vitb,vitl}}.pth")
+            raise UserError(f"--model video-depth-anything:{weights}: name the weights file "
+                            f"video_depth_anything_{{vits,vitb,vitl}}.pth")
         features, channels = self.SIZES[encoder]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.network = Network(encoder=encoder, features=features, out_channels=channels)
@@ -81,7 +89,8 @@ class VideoDepthAnything:
         self.network = self.network.to(self.device).eval()
 
     def inverse_depth(self, frames: np.ndarray) -> np.ndarray:
-        depths, _ = self.network.infer_video_depth(frames, 8, input_size=518, device=self.device, fp32=self.device == "cpu")
+        depths, _ = self.network.infer_video_depth(frames, 8, input_size=518, device=self.device,
+                                                   fp32=self.device == "cpu")
         return np.asarray(depths, np.float32)
 
 
@@ -96,15 +105,16 @@ def make_estimator(model: str) -> DepthEstimator:
     try:
         made = getattr(importlib.import_module(name), rest)()
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--model {model}: no such estimator ({error}); use {', '.join(BUILT_IN)} or package.module:Class") from error
+        raise UserError(f"--model {model}: no such estimator ({error}); use {', '.join(BUILT_IN)} or "
+                        f"package.module:Class") from error
     if not hasattr(made, "inverse_depth") or not hasattr(made, "name"):
         raise UserError(f"--model {model}: an estimator needs `name` and `inverse_depth(frames)`")
     return made
 
 
 def label_depth(pattern: str, model: str) -> tuple[int, int]:
-    """Add depth to every clip without it, tar by tar, each rewritten aside and renamed; a tar that needs nothing is left alone, so
-    a stopped run goes on where it was. Returns (clips labelled, clips that had depth)."""
+    """Add depth to every clip without it, tar by tar, each rewritten aside and renamed; a tar that needs nothing is
+    left alone, so a stopped run goes on where it was. Returns (clips labelled, clips that had depth)."""
     estimator, labelled, had = None, 0, 0
     paths = [p for p in expand_paths(pattern) if p.suffix == ".tar"]
     with tqdm(total=count_clips(pattern), desc="depth", unit="clip") as bar:
@@ -133,12 +143,15 @@ def _labelled(path: Path, estimator: DepthEstimator, bar: tqdm) -> Iterator[Clip
             frames = clip.signals["rgb"]
             inverse = np.asarray(estimator.inverse_depth(frames), np.float32)
             if inverse.shape != frames.shape[:3] or not np.isfinite(inverse).all():
-                raise UserError(f"{path}: {estimator.name} gave {inverse.shape} for frames {frames.shape}, or numbers that are not finite; {path.name} is untouched")
-            yield Clip(clip.key, clip.dataset, {**clip.signals, "depth": as_depth(inverse)}, {**_plain(clip), "pseudo": {"depth": estimator.name, "scale": "relative"}})
+                raise UserError(f"{path}: {estimator.name} gave {inverse.shape} for frames {frames.shape}, or numbers "
+                                f"that are not finite; {path.name} is untouched")
+            yield Clip(clip.key, clip.dataset, {**clip.signals, "depth": as_depth(inverse)},
+                       {**_plain(clip), "pseudo": {"depth": estimator.name, "scale": "relative"}})
         else:
             yield Clip(clip.key, clip.dataset, clip.signals, _plain(clip))
     if seen < len(set(expected.keys)):
-        raise UserError(f"{path}: only {seen} of {len(set(expected.keys))} clips can be read; it is untouched. `egom2p shards check` names the others")
+        raise UserError(f"{path}: only {seen} of {len(set(expected.keys))} clips can be read; it is untouched. `egom2p "
+                        f"shards check` names the others")
 
 
 def _plain(clip: Clip) -> dict:
@@ -146,7 +159,8 @@ def _plain(clip: Clip) -> dict:
 
 
 def as_depth(inverse: np.ndarray) -> np.ndarray:
-    """(T, H, W) inverse depth in any scale -> float16 metres in [NEAREST_M, FARTHEST_M] with the same min-max normalised inverse."""
+    """(T, H, W) inverse depth in any scale -> float16 metres in [NEAREST_M, FARTHEST_M] with the same min-max
+    normalised inverse."""
     low, high = float(inverse.min()), float(inverse.max())
     share = (inverse - low) / max(high - low, 1e-9)
     return (1 / (1 / FARTHEST_M + share * (1 / NEAREST_M - 1 / FARTHEST_M))).astype(np.float16)

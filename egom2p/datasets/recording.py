@@ -1,7 +1,8 @@
-"""What every adapter makes of a raw sequence, and how it is read: a Recording with lazy pictures and time-stamped tracks.
+"""What every adapter makes of a raw sequence, and how it is read: a Recording with lazy pictures and time-stamped
+tracks.
 
-All clocks are seconds from a common zero of the sequence. Poses are `world_from_camera` in OpenCV axes, metres, of the camera that
-took the rgb frames as they are returned (upright, undistorted). Gaze is in pixels of those frames.
+All clocks are seconds from a common zero of the sequence. Poses are `world_from_camera` in OpenCV axes, metres, of the
+camera that took the rgb frames as they are returned (upright, undistorted). Gaze is in pixels of those frames.
 """
 
 from abc import ABC, abstractmethod
@@ -76,7 +77,8 @@ class VideoPictures(Pictures):
     gray16: depth as 16-bit grey (FFV1 and the like), multiplied by `scale` to metres.
     """
 
-    def __init__(self, path: Path, times: np.ndarray | None = None, gray16: bool = False, scale: float = 1.0, turn: int = 0) -> None:
+    def __init__(self, path: Path, times: np.ndarray | None = None, gray16: bool = False, scale: float = 1.0,
+                 turn: int = 0) -> None:
         self.path, self.gray16, self.scale, self.turn = path, gray16, scale, turn
         self.times = frame_times(path) if times is None else np.asarray(times, np.float64)
         self._frames: Iterator[np.ndarray] | None = None
@@ -130,7 +132,8 @@ class ArrayPictures(Pictures):
     """Depth frames of a .npy file (memory-mapped) or of a .npz's arr_0, (T, H, W) metres, NaN or 0 = no reading."""
 
     def __init__(self, path: Path, times: np.ndarray) -> None:
-        self.array = np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else load_array(path.read_bytes())
+        self.array = np.load(path, mmap_mode="r",
+                             allow_pickle=False) if path.suffix == ".npy" else load_array(path.read_bytes())
         if len(self.array) != len(times):
             raise BadSequence(f"{path} holds {len(self.array)} frames, expected {len(times)}")
         self.times = np.asarray(times, np.float64)
@@ -173,8 +176,10 @@ def find(*paths: Path) -> Path:
 
 
 def numbers(path: Path, columns: int | None = None) -> np.ndarray:
-    """(N, C) numbers of a text file without header, separated by blanks, tabs or commas; rows that are cut off are dropped."""
-    rows = [line.replace(",", " ").split() for line in find(path).read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    """(N, C) numbers of a text file without header, separated by blanks, tabs or commas; rows that are cut off are
+    dropped."""
+    rows = [line.replace(",", " ").split() for line in find(path).read_text().splitlines()
+            if line.strip() and not line.lstrip().startswith("#")]
     columns = columns or max((len(r) for r in rows), default=0)
     try:
         table = np.array([r[:columns] for r in rows if len(r) >= columns], np.float64)

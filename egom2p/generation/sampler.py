@@ -18,6 +18,8 @@ from egom2p.errors import UserError
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
 
+NO_TOKENS = FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
+
 
 @dataclass
 class Generated:
@@ -45,7 +47,8 @@ def generate(model: EgoM2P, tokens: dict[str, np.ndarray], targets: dict[str, Ta
     for name in [*tokens, *targets]:
         if name not in model.modalities.names:
             raise UserError(f"the model has no modality '{name}'; it has {', '.join(model.modalities.names)}")
-    state = {name: np.full((num_clips, m.num_tokens), -1) for name, m in zip(model.modalities.names, model.modalities, strict=True)}
+    state = {name: np.full((num_clips, m.num_tokens), -1)
+             for name, m in zip(model.modalities.names, model.modalities, strict=True)}
     for name, grid in tokens.items():
         ids = np.asarray(grid).reshape(num_clips, -1)
         state[name] = np.where(known[name].reshape(num_clips, -1), ids, -1) if name in (known or {}) else ids.copy()
@@ -61,9 +64,18 @@ def generate(model: EgoM2P, tokens: dict[str, np.ndarray], targets: dict[str, Ta
     return out
 
 
+def generate_targets(model: EgoM2P, tokens: dict, targets: list[str] | dict[str, TargetArgs], **options) -> Generated:
+    """`EgoM2P.generate`: predict `targets` (names, or {name: TargetArgs}) from {modality: (B, *grid) ids}, arrays or
+    tensors; options as in `generate`."""
+    recipes = targets if isinstance(targets, dict) else {name: TargetArgs() for name in targets}
+    return generate(model, {n: np.asarray(torch.as_tensor(t).cpu()) for n, t in tokens.items()}, recipes, **options)
+
+
 @torch.no_grad()
-def generate_samples(model: EgoM2P, tokens: dict[str, np.ndarray], targets: dict[str, TargetArgs], samples: int, seed: int = 0,
-                     keys: list[str] | None = None, known: dict[str, np.ndarray] | None = None, codes: dict[str, Tensor] | None = None) -> list[Generated]:
+def generate_samples(model: EgoM2P, tokens: dict[str, np.ndarray], targets: dict[str, TargetArgs], samples: int,
+                     seed: int = 0,
+                     keys: list[str] | None = None, known: dict[str, np.ndarray] | None = None,
+                     codes: dict[str, Tensor] | None = None) -> list[Generated]:
     """`samples` independent draws for each clip, all in one batch. The first equals `generate`'s."""
     num_clips = len(next(iter(tokens.values())))
     keys = keys or [str(i) for i in range(num_clips)]
@@ -73,14 +85,16 @@ def generate_samples(model: EgoM2P, tokens: dict[str, np.ndarray], targets: dict
 
     names = [k if i == 0 else f"{k}#{i}" for i in range(samples) for k in keys]
     made = generate(model, repeat(tokens), targets, seed, names, repeat(known), codes)
-    return [Generated(*({n: v[i * num_clips : (i + 1) * num_clips] for n, v in part.items()} for part in (made.tokens, made.confidence, made.expected)))
+    return [Generated(*({n: v[i * num_clips : (i + 1) * num_clips] for n, v in part.items()}
+                        for part in (made.tokens, made.confidence, made.expected)))
             for i in range(samples)]
 
 
 class _TargetDecoder:
     """Decodes one target for all clips; writes its ids into `state[name]`."""
 
-    def __init__(self, model: EgoM2P, name: str, args: TargetArgs, state: dict[str, np.ndarray], rngs: list[np.random.Generator]) -> None:
+    def __init__(self, model: EgoM2P, name: str, args: TargetArgs, state: dict[str, np.ndarray],
+                 rngs: list[np.random.Generator]) -> None:
         self.model, self.name, self.args, self.state, self.rngs = model, name, args, state, rngs
         self.hidden = [np.flatnonzero(row < 0) for row in state[name]]
         if args.order == "roar":
@@ -116,7 +130,8 @@ class _TargetDecoder:
         scales = {frozenset([n]): w for n, w in self.args.condition_weights.items()} or {everything: self.args.guidance}
         for name in self.args.condition_weights:
             if name not in everything:
-                raise UserError(f"condition_weights names '{name}', which is not given; the condition is {', '.join(sorted(everything)) or 'empty'}")
+                raise UserError(f"condition_weights names '{name}', which is not given; the condition is "
+                                f"{', '.join(sorted(everything)) or 'empty'}")
         if scales == {everything: 1.0}:
             return [(everything, 1.0)]
         return [(frozenset(), 1.0 - sum(scales.values())), *scales.items()]
@@ -136,15 +151,15 @@ class _TargetDecoder:
             if names not in self.contexts:
                 self.contexts[names] = self._context([self._tokens(clip, names) for clip in clips])
             contexts += [torch.cat([self.contexts[names][clip], own[clip]]) for clip in clips]
-        none = FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
-        samples = [MaskedSample(clip, none, self._queries(positions)) for _ in views for clip, positions in enumerate(asked)]
+        samples = [MaskedSample(clip, NO_TOKENS, self._queries(positions)) for _ in views
+                   for clip, positions in enumerate(asked)]
         batch = pack(samples, len(self.model.modalities)).to(self.model.device)
         return self.model.decode_packed(batch, torch.cat(contexts), np.array([len(c) for c in contexts]))
 
     def _context(self, tokens: list[FlatTokens]) -> list[Tensor]:
         """What the decoder looks at for each clip: (tokens of the clip, dim)."""
-        none = FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
-        batch = pack([MaskedSample(i, t, none) for i, t in enumerate(tokens)], len(self.model.modalities)).to(self.model.device)
+        batch = pack([MaskedSample(i, t, NO_TOKENS) for i, t in enumerate(tokens)],
+                     len(self.model.modalities)).to(self.model.device)
         return list(self.model.context_packed(batch).split([len(t) for t in tokens]))
 
     def _tokens(self, clip: int, names: frozenset[str] | set[str]) -> FlatTokens:
@@ -153,14 +168,17 @@ class _TargetDecoder:
             if name in names:
                 shown = np.flatnonzero(self.state[name][clip] >= 0)
                 parts.append((np.full(len(shown), m), shown, self.state[name][clip][shown]))
-        return FlatTokens(*(np.concatenate(p) for p in zip(*parts, strict=True))) if parts else FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
+        return FlatTokens(*map(np.concatenate, zip(*parts, strict=True))) if parts else NO_TOKENS
 
     def _queries(self, positions: np.ndarray) -> FlatTokens:
-        return FlatTokens(np.full(len(positions), self.model.modalities.index_of(self.name)), positions, np.zeros(len(positions), np.int64))
+        return FlatTokens(np.full(len(positions), self.model.modalities.index_of(self.name)), positions,
+                          np.zeros(len(positions), np.int64))
 
-    def _commit(self, asked: list[np.ndarray], take: list[int], logits: Tensor, temperature: float, codes: Tensor | None) -> None:
+    def _commit(self, asked: list[np.ndarray], take: list[int], logits: Tensor, temperature: float,
+                codes: Tensor | None) -> None:
         """Sample ids for the asked positions and keep `take` of each clip."""
-        uniform = torch.from_numpy(np.concatenate([rng.random(len(a)) for rng, a in zip(self.rngs, asked, strict=True)]))
+        uniform = torch.from_numpy(np.concatenate([rng.random(len(a))
+                                                   for rng, a in zip(self.rngs, asked, strict=True)]))
         probabilities = logits.softmax(-1)
         ids = sample_ids(logits, uniform.to(logits.device), temperature, self.args.top_p, self.args.top_k)
         confidence = probabilities.gather(1, ids[:, None])[:, 0]
@@ -177,7 +195,8 @@ class _TargetDecoder:
             self.state[self.name][clip][positions] = ids[picked].cpu().numpy()
             self.confidence[clip][positions] = confidence[picked].cpu().numpy()
             if expected is not None:
-                self.expected[clip][torch.from_numpy(positions).to(self.expected.device)] = expected[picked].to(self.expected)
+                where = torch.from_numpy(positions).to(self.expected.device)
+                self.expected[clip][where] = expected[picked].to(self.expected)
             self.hidden[clip] = self.hidden[clip][~np.isin(self.hidden[clip], positions)]
 
 

@@ -1,9 +1,11 @@
 """How a target is generated: in how many steps, in what order, with what temperature and guidance."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+
+from egom2p.config import build
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,8 @@ class TargetArgs:
     step_sizes: linear or cosine shares of the tokens a step. temperature 0 = the likeliest id, otherwise it
     starts at `temperature` and stays (constant), falls to 0 (linear) or as 1/step (inverse).
     guidance: classifier-free scale s, uncond + s * (cond - uncond); 1 = none (Ho and Salimans 2022).
-    condition_weights: {modality: w}, instead of one scale: uncond + sum of w * (cond on that modality alone - uncond), the
-    sum of weighted conditions of 4M (Mizrahi et al. 2023, section 4) after Liu et al. 2022.
+    condition_weights: {modality: w}, instead of one scale: uncond + sum of w * (cond on that modality alone - uncond),
+    the sum of weighted conditions of 4M (Mizrahi et al. 2023, section 4) after Liu et al. 2022.
     expected: decode the mean code over the predicted distribution instead of the sampled code.
     reuse_condition: encode the condition once instead of together with the target's tokens at every step. Faster
     and approximate (the model was trained on both together); see benchmarks/RESULTS.md for what it costs.
@@ -60,9 +62,22 @@ class TargetArgs:
         return (self.temperature * share[self.temperature_schedule]).tolist()
 
 
+def recipes_of(own: dict[str, Any], given: dict[str, TargetArgs] | None = None) -> "Recipes":
+    """How a model is asked: as `given` says, else as its own export does (plain values), else with the defaults."""
+    return Recipes({**build(dict[str, TargetArgs], own, "targets", "generation.json"), **(given or {})})
+
+
+class Recipes(dict[str, TargetArgs]):
+    """{target modality: recipe}; a target without one gets the defaults."""
+
+    def __missing__(self, target: str) -> TargetArgs:
+        return TargetArgs()
+
+
 @dataclass(frozen=True)
 class RecipeConfig:
-    """A YAML below cfgs/generate/: what the input is ("" = the model's first picture modality) and how each target is generated."""
+    """A YAML below cfgs/generate/: what the input is ("" = the model's first picture modality) and how each target is
+    generated."""
 
     input: str = ""
     targets: dict[str, TargetArgs] = field(default_factory=dict)

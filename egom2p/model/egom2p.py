@@ -5,21 +5,27 @@ Encoder input = token embedding + (position + modality); decoder query = mask to
 context = linear(encoder output) + the same sum of the inputs. Modality embeddings are shared by both sides.
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from egom2p.config import read_json
 from egom2p.data.batch import FlatTokens, MaskedSample, PackedBatch, PackedTokens, pack
+from egom2p.export import Exportable, resolve_folder
 from egom2p.modalities import ModalitySet
 from egom2p.model.attention import Segments, permute_rows
 from egom2p.model.blocks import STYLES, DecoderBlock, EncoderBlock, init_weights, layer_norm
-from egom2p.model.export import Exportable
 from egom2p.model.loss import weighted_cross_entropy
 from egom2p.model.positions import position_table
+
+GENERATION = "generation.json"
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,20 @@ class ModalityEmbedding(nn.Module):
 
 
 class EgoM2P(Exportable):
-    """See the module's docstring. Build from `ModalitySet` and `ModelArgs`, or `from_pretrained(folder)`."""
+    """See the module's docstring. Build from `ModalitySet` and `ModelArgs`, or `from_pretrained(folder)`.
+
+    generation: {target modality: recipe in plain values}, how the model was meant to be asked; `generation.schedule`
+    reads it.
+    """
+
+    # Bound by egom2p/__init__.py to `generation.sampler.generate_targets`: the network itself knows nothing of
+    # sampling.
+    generate: Callable[..., Any]
 
     def __init__(self, modalities: ModalitySet, args: ModelArgs) -> None:
         super().__init__()
         self.modalities, self.args = modalities, args
+        self.generation: dict[str, Any] = {}
         style = STYLES[args.variant]
         sizes = (args.dim, args.num_heads, args.mlp_ratio, style)
         self.embeddings = nn.ModuleDict({m.name: ModalityEmbedding(m.vocab_size, m.grid, args.dim) for m in modalities})
@@ -95,9 +110,24 @@ class EgoM2P(Exportable):
         for name, table in codes.items():
             z = (table.cpu().float() - table.cpu().float().mean(0)) / table.cpu().float().std(0).clamp(min=1e-6)
             features = torch.cat([z, (2 * z).cos(), (2 * z).sin()], 1)
-            for weight, std in ((self.embeddings[name].token.weight, self.args.embedding_std), (self.heads[name].weight, 0.02)):
+            for weight, std in ((self.embeddings[name].token.weight, self.args.embedding_std),
+                                (self.heads[name].weight, 0.02)):
                 projected = features @ torch.randn(features.shape[1], weight.shape[1], generator=generator)
                 weight.copy_((projected - projected.mean(0)) * std / projected.std())
+
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        super().save_pretrained(folder, weights)
+        if self.generation:
+            (Path(folder) / GENERATION).write_text(json.dumps(self.generation, indent=1))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Self:
+        """See `Exportable.from_pretrained`; `generation.json` beside the config says how it wants to be asked."""
+        folder = resolve_folder(source)
+        model = super().from_pretrained(folder, device)
+        if (folder / GENERATION).is_file():
+            model.generation = read_json(folder / GENERATION)
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +168,8 @@ class EgoM2P(Exportable):
         hidden_D as `forward` returns it; scale_D (D,) in the same order.
         """
         token = batch.targets.token[batch.targets.by_modality]
-        parts = zip(self.heads.values(), *(x.split(batch.targets.modality_counts) for x in (hidden_D, token, scale_D)), strict=True)
+        parts = zip(self.heads.values(), *(x.split(batch.targets.modality_counts) for x in (hidden_D, token, scale_D)),
+                    strict=True)
         totals, losses = zip(*(weighted_cross_entropy(h, head.weight, t, s) for head, h, t, s in parts), strict=True)
         return torch.stack(totals).sum(), torch.cat(losses)
 
@@ -158,7 +189,8 @@ class EgoM2P(Exportable):
         return {m.name: rows for m, rows in zip(self.modalities, logits, strict=True) if m.name in tokens}
 
     @torch.no_grad()
-    def score(self, tokens: dict[str, Tensor], is_input: dict[str, Tensor], is_target: dict[str, Tensor]) -> dict[str, Tensor]:
+    def score(self, tokens: dict[str, Tensor], is_input: dict[str, Tensor],
+              is_target: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-likelihood (nats) of given tokens under a mask: log p(token | the inputs) of each target on its own.
 
         tokens {modality: (B, *grid) ids}; is_input and is_target {modality: (B, n) bool} -> {modality: (B, n)}, NaN
@@ -191,14 +223,6 @@ class EgoM2P(Exportable):
                 out[modality.name] = features.new_zeros(*shown[modality.name].shape, self.args.dim)
                 out[modality.name][shown[modality.name]] = rows
         return out
-
-    def generate(self, tokens: dict, targets: list[str] | dict, **options):
-        """Predict `targets` (names, or {name: TargetArgs}); see `egom2p.generation.sampler.generate`."""
-        from egom2p.generation.sampler import generate
-        from egom2p.generation.schedule import TargetArgs
-
-        recipes = targets if isinstance(targets, dict) else {name: TargetArgs() for name in targets}
-        return generate(self, {n: np.asarray(torch.as_tensor(t).cpu()) for n, t in tokens.items()}, recipes, **options)
 
     def _place(self, tokens: PackedTokens) -> Tensor:
         """Position + modality embedding of each token, (N, dim)."""

@@ -22,7 +22,8 @@ def training_flops(args, vocab_sizes: list[int], input_lengths: np.ndarray, targ
     e, t = input_lengths.sum(1).astype(np.float64), target_lengths.sum(1).astype(np.float64)
     encoder = args.encoder_depth * (e.sum() * (8 * d * d + mlp) + 4 * d * (e**2).sum())
     self_pairs = (target_lengths.astype(np.float64) ** 2).sum()
-    decoder = args.decoder_depth * (t.sum() * (12 * d * d + mlp) + e.sum() * 4 * d * d + 4 * d * (self_pairs + (e * t).sum()))
+    decoder = args.decoder_depth * (t.sum() * (12 * d * d + mlp) + e.sum() * 4 * d * d + 4 * d
+                                    * (self_pairs + (e * t).sum()))
     heads = 2 * d * float((target_lengths.sum(0) * np.array(vocab_sizes)).sum())
     return 3 * (encoder + decoder + 2 * d * d * e.sum() + heads)
 

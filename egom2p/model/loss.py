@@ -11,7 +11,8 @@ from torch import Tensor
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in float32
 
 
-def weighted_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
+def weighted_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor,
+                           scale_T: Tensor) -> tuple[Tensor, Tensor]:
     """sum_t scale_t * CE(hidden_t @ weight.T, target_t), and each target's unscaled CE (detached, float32).
 
     Gradients are made in the forward pass, chunk by chunk, so the backward pass is two multiplications.
@@ -31,7 +32,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         losses, grad_hidden = [], []
         grad_weight = torch.zeros_like(weight_VD) if needs_grad else None
-        for hidden, target, scale in zip(hidden_TD.split(chunk), target_T.split(chunk), scale_T.split(chunk), strict=True):
+        for hidden, target, scale in zip(hidden_TD.split(chunk), target_T.split(chunk), scale_T.split(chunk),
+                                         strict=True):
             logits = hidden @ compute_weight.T
             wide = logits if logits.dtype == torch.float64 else logits.float()
             log_probs = F.log_softmax(wide, dim=-1)

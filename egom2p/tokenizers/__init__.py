@@ -1,10 +1,42 @@
 """Raw signals <-> tokens. `load(folder)` gives any tokenizer by its export folder or Hub name."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from egom2p.config import read_json
+from egom2p.errors import UserError
+from egom2p.export import CONFIG, resolve_folder
+from egom2p.modalities import ModalitySet
 from egom2p.tokenizers.base import Tokenizer
+from egom2p.tokenizers.cosmos import CosmosTokenizer
+from egom2p.tokenizers.motion import MotionTokenizer
+from egom2p.tokenizers.video import VideoTokenizer
+
+# Every tokenizer class by the `kind` in its exports. Adding one means adding it here.
+KINDS: dict[str, type[Tokenizer]] = {c.kind: c for c in (MotionTokenizer, VideoTokenizer, CosmosTokenizer)}
 
 
 def load(source: str | Path, device: str = "cpu") -> Tokenizer:
     """A tokenizer export (folder, run or Hub repository) as an object with encode, decode and `modality`."""
-    return Tokenizer.from_pretrained(source, device)
+    folder = resolve_folder(source)
+    kind = read_json(folder / CONFIG).get("kind")
+    if kind not in KINDS:
+        raise UserError(f"{folder / CONFIG}: not a tokenizer export (its 'kind' must be one of {', '.join(KINDS)})")
+    return KINDS[kind].from_pretrained(folder, device)
+
+
+def load_for(modalities: ModalitySet, names: Iterable[str], device: str = "cpu") -> dict[str, Tokenizer]:
+    """The tokenizers of the named modalities of a model, checked against its grids."""
+    loaded = {}
+    for name in sorted(names):
+        modality = modalities.by_name(name)
+        if not modality.tokenizer:
+            raise UserError(f"modality '{name}' names no tokenizer; set modalities.{name}.tokenizer in the model's "
+                            f"config.json")
+        tokenizer = loaded[name] = load(modality.tokenizer).to(device)
+        own = tokenizer.modality
+        if (own.vocab_size, own.grid) != (modality.vocab_size, modality.grid):
+            raise UserError(f"tokenizer {modality.tokenizer} makes {list(own.grid)} tokens of {own.vocab_size} ids, "
+                            f"but the "
+                            f"model's '{name}' is {list(modality.grid)} of {modality.vocab_size}")
+    return loaded

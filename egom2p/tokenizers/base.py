@@ -15,6 +15,7 @@ Every tokenizer has
 
 import hashlib
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from egom2p.config import build, read_json, to_plain
+from egom2p.config import build, to_plain
 from egom2p.errors import UserError
+from egom2p.export import Exportable, resolve_folder
 from egom2p.modalities import Modality, ModalityArgs
-from egom2p.model.export import CONFIG, Exportable, resolve_folder
+from egom2p.signals import KINDS
+from egom2p.signals.kind import NetworkUnits
 
 STATISTICS = "statistics.safetensors"
 
@@ -36,6 +39,7 @@ class Tokenizer(Exportable):
 
     kind: str
     modality: Modality
+    signal: NetworkUnits
 
     def __init__(self, modality: Modality, args: Any) -> None:
         super().__init__()
@@ -93,16 +97,12 @@ class Tokenizer(Exportable):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], source: str) -> "Tokenizer":
-        import typing
-
-        kinds = {c.kind: c for c in all_kinds()}
-        if config.get("kind") not in kinds or not {"modality", "args"} <= config.keys():
-            raise UserError(f"{source}: not a tokenizer export (its 'kind' must be one of {', '.join(kinds)})")
-        chosen = kinds[config["kind"]]
+        if config.get("kind") != cls.kind or not {"modality", "args"} <= config.keys():
+            raise UserError(f"{source}: not an export of a {cls.kind} tokenizer")
         entry = dict(config["modality"])
         name = entry.pop("name", "")
-        args = build(typing.get_type_hints(chosen.__init__)["args"], config["args"], "args", source)
-        return chosen(Modality(name, **vars(build(ModalityArgs, entry, "modality", source))), args)
+        args = build(typing.get_type_hints(cls.__init__)["args"], config["args"], "args", source)
+        return cls(Modality(name, **vars(build(ModalityArgs, entry, "modality", source))), args)
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         super().save_pretrained(folder, weights)
@@ -111,11 +111,10 @@ class Tokenizer(Exportable):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "Tokenizer":
+        """A folder written by `save_pretrained`, a run or a Hub repository, in eval mode. `egom2p.tokenizers.load`
+        finds out by itself which class an export is of."""
         folder = resolve_folder(source)
-        chosen = {c.kind: c for c in all_kinds()}.get(read_json(folder / CONFIG).get("kind"), cls)
-        if "from_pretrained" in vars(chosen) and chosen is not cls:
-            return chosen.from_pretrained(folder, device)
-        tokenizer = super(Tokenizer, chosen).from_pretrained(folder, device)
+        tokenizer = super().from_pretrained(folder, device)
         if (folder / STATISTICS).is_file():
             tokenizer.statistics = load_file(folder / STATISTICS)
         return tokenizer
@@ -130,10 +129,17 @@ class Tokenizer(Exportable):
                             f"found {ids.min()} .. {ids.max()}")
 
 
-def all_kinds() -> list[type[Tokenizer]]:
-    """Every tokenizer class. Adding one means adding it here."""
-    from egom2p.tokenizers.cosmos import CosmosTokenizer
-    from egom2p.tokenizers.motion import MotionTokenizer
-    from egom2p.tokenizers.video import VideoTokenizer
+def picture_units(modality: Modality) -> NetworkUnits:
+    """The network's units of a picture modality. ValueError for any other."""
+    if not modality.kind.is_picture:
+        served = [k.name for k in KINDS.values() if k.is_picture]
+        raise ValueError(f"a video tokenizer serves {', '.join(served)}, not '{modality.signal}'")
+    return modality.kind.network()
 
-    return [MotionTokenizer, VideoTokenizer, CosmosTokenizer]
+
+def series_units(modality: Modality, mean: tuple[float, ...], std: tuple[float, ...]) -> NetworkUnits:
+    """The network's units of a series modality. ValueError for any other."""
+    if modality.kind.is_picture:
+        served = [k.name for k in KINDS.values() if not k.is_picture]
+        raise ValueError(f"a motion tokenizer serves {', '.join(served)}, not '{modality.signal}'")
+    return modality.kind.network(mean, std)

@@ -6,6 +6,8 @@ repeating its edges (half before, half after) and zero-padded at the sides, cent
 Licence of the weights: NVIDIA Open Model License; some repositories are gated.
 """
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,11 @@ import torch.nn.functional as F
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
+from egom2p.config import read_json
 from egom2p.errors import UserError
+from egom2p.export import CONFIG, resolve_folder
 from egom2p.modalities import Modality
-from egom2p.model.export import CONFIG
-from egom2p.tokenizers.base import Tokenizer
-from egom2p.tokenizers.signals import PICTURES
+from egom2p.tokenizers.base import Tokenizer, picture_units
 
 FILES = ("encoder.jit", "decoder.jit")
 
@@ -46,26 +48,28 @@ class CosmosTokenizer(Tokenizer):
 
     def __init__(self, modality: Modality, args: CosmosArgs) -> None:
         super().__init__(modality, args)
-        self.signal = PICTURES[modality.signal]()
+        self.signal = picture_units(modality)
+        self.beside: Path | None = None  # the folder of its config.json
         self._device = torch.device("cpu")
         self._networks: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "CosmosTokenizer":
         """An export folder: config.json alone, or with the two .jit files beside it."""
-        from egom2p.config import read_json
-
-        folder = Path(source)
+        folder = resolve_folder(source)
         tokenizer = cls.from_config(read_json(folder / CONFIG), str(folder / CONFIG))
         tokenizer.beside = folder
         return tokenizer.to(device)
 
     def save_pretrained(self, folder: str | Path, weights: dict | None = None) -> None:
-        """Writes config.json only; the networks stay where `source` says."""
-        import json
-
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG).write_text(json.dumps(self.to_config(), indent=1))
+        """Writes config.json, and the networks where they are local files; those of the Hub stay there."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(self.to_config(), indent=1))
+        local = self._local_folder()
+        if local:
+            for name in FILES:
+                shutil.copyfile(local / name, folder / name)
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +113,8 @@ class CosmosTokenizer(Tokenizer):
         return torch.cat(parts, 2)
 
     def codes(self) -> Tensor:
-        raise UserError(f"'{self.modality.name}' uses Cosmos' decoder, which takes ids only: it has no code vectors, so set expected: false")
+        raise UserError(f"'{self.modality.name}' uses Cosmos' decoder, which takes ids only: it has no code vectors, "
+                        f"so set expected: false")
 
     def _window_frames(self) -> list[int]:
         """Raw frames in each window of a clip."""
@@ -124,7 +129,8 @@ class CosmosTokenizer(Tokenizer):
     def _pad(self, video: Tensor) -> Tensor:
         before, padded = self._time_padding(video.shape[2])
         after = padded - video.shape[2] - before
-        video = torch.cat([video[:, :, :1].expand(-1, -1, before, -1, -1), video, video[:, :, -1:].expand(-1, -1, after, -1, -1)], 2)
+        video = torch.cat([video[:, :, :1].expand(-1, -1, before, -1, -1), video,
+                           video[:, :, -1:].expand(-1, -1, after, -1, -1)], 2)
         rows, columns = (-side % self.args.pad_sides for side in video.shape[-2:])
         return F.pad(video, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
@@ -134,20 +140,30 @@ class CosmosTokenizer(Tokenizer):
             try:
                 self._networks[name] = torch.jit.load(path, map_location=self._device).eval().to(self.dtype)
             except (RuntimeError, ValueError, OSError) as error:
-                raise UserError(f"{path}: not a readable TorchScript file ({str(error).splitlines()[0][:120]})") from error
+                reason = str(error).splitlines()[0][:120]
+                raise UserError(f"{path}: not a readable TorchScript file ({reason})") from error
         return self._networks[name]
+
+    def _local_folder(self) -> Path | None:
+        for folder in (self.beside, Path(self.args.source)):
+            if folder and all((folder / f).is_file() for f in FILES):
+                return folder
+        return None
 
     def _folder(self) -> Path:
         """Where the two files are: beside config.json, in the source folder, or fetched from the Hub."""
-        for folder in (getattr(self, "beside", None), Path(self.args.source)):
-            if folder and all((folder / f).is_file() for f in FILES):
-                return folder
+        local = self._local_folder()
+        if local:
+            return local
         if Path(self.args.source).is_dir() or self.args.source.count("/") != 1:
-            raise UserError(f"{self.args.source}: no {' and '.join(FILES)} there; download them from the Hub (nvidia/Cosmos-0.1-Tokenizer-DV4x8x8)")
+            raise UserError(f"{self.args.source}: no {' and '.join(FILES)} there; download them from the Hub "
+                            f"(nvidia/Cosmos-0.1-Tokenizer-DV4x8x8)")
         try:
             return Path(huggingface_hub.snapshot_download(self.args.source, allow_patterns=list(FILES)))
         except GatedRepoError as error:
-            raise UserError(f"{self.args.source} is gated: accept its licence on huggingface.co, then `hf auth login` with your token") from error
+            raise UserError(f"{self.args.source} is gated: accept its licence on huggingface.co, then `hf auth login` "
+                            f"with your token") from error
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise UserError(f"{self.args.source}: cannot be fetched from the Hub ({type(error).__name__}); put {' and '.join(FILES)} "
+            raise UserError(f"{self.args.source}: cannot be fetched from the Hub ({type(error).__name__}); put "
+                            f"{' and '.join(FILES)} "
                             "beside config.json or name their folder as args.source") from error

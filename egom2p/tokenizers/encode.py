@@ -56,7 +56,8 @@ def _check_origin(folder: Path, origin: dict[str, str]) -> None:
         found = read_json(note)
         for what, value in origin.items():
             if found.get(what) != value:
-                raise UserError(f"{folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); choose another --out or --dataset, or remove it")
+                raise UserError(f"{folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); choose "
+                                f"another --out or --dataset, or remove it")
     elif any(folder.glob("*.tar")):
         raise UserError(f"{folder} holds shards of unknown origin; choose another --out or --dataset, or remove it")
     else:
@@ -89,15 +90,18 @@ def _tokenise(tokenizer: Tokenizer, clips: list[Clip]) -> Iterator[tuple[Clip, n
     measured = [c for c in having if np.any(tokenizer.observed(c.signals[source]))]
     if len(measured) < len(having):
         lost = sorted({c.key for c in having} - {c.key for c in measured})
-        log.warning("'%s': %d of %d clips carry no finite measurement and go without it (%s%s)", tokenizer.modality.name, len(lost),
+        log.warning("'%s': %d of %d clips carry no finite measurement and go without it (%s%s)",
+                    tokenizer.modality.name, len(lost),
                     len(having), ", ".join(lost[:5]), ", ..." if len(lost) > 5 else "")
     usable = iter(measured)
     while batch := list(islice(usable, BATCH)):
         signals = [c.signals[source] for c in batch]
         if len({s.shape for s in signals}) > 1:
-            raise UserError(f"clips {batch[0].key} to {batch[-1].key} differ in the shape of '{source}'; encode them from separate patterns")
+            raise UserError(f"clips {batch[0].key} to {batch[-1].key} differ in the shape of '{source}'; encode them "
+                            f"from separate patterns")
         for clip, signal, ids in zip(batch, signals, tokenizer.encode_many(signals), strict=True):
             if ids.shape != tokenizer.modality.grid:
-                raise UserError(f"clip {clip.key}: '{source}' of shape {signal.shape} makes a grid {list(ids.shape)}, but tokenizer "
+                raise UserError(f"clip {clip.key}: '{source}' of shape {signal.shape} makes a grid {list(ids.shape)}, "
+                                f"but tokenizer "
                                 f"'{tokenizer.modality.name}' is for {list(tokenizer.modality.grid)}; resize the clips")
             yield clip, encode_tokens(ids, tokenizer.observed(signal), tokenizer.modality)

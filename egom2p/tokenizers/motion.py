@@ -18,9 +18,8 @@ from egom2p.modalities import Modality
 from egom2p.model.attention import Segments
 from egom2p.model.blocks import STYLES, EncoderBlock, init_weights
 from egom2p.model.positions import position_table
-from egom2p.tokenizers.base import Tokenizer
+from egom2p.tokenizers.base import Tokenizer, series_units
 from egom2p.tokenizers.quantize import FSQ_INIT_SCALE, make_quantizer
-from egom2p.tokenizers.signals import SERIES
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,7 @@ class MotionTokenizer(Tokenizer):
 
     def __init__(self, modality: Modality, args: MotionArgs) -> None:
         super().__init__(modality, args)
-        if modality.signal not in SERIES:
-            raise ValueError(f"a motion tokenizer serves {', '.join(SERIES)}, not '{modality.signal}'")
-        self.signal = SERIES[modality.signal](args.mean, args.std)
+        self.signal = series_units(modality, args.mean, args.std)
         self.channels = len(args.mean)
         padding = (args.kernel - args.stride) // 2
         self.conv = nn.Conv1d(self.channels, args.dim, args.kernel, args.stride, padding)
@@ -133,9 +130,11 @@ class _Trunk(nn.Module):
         super().__init__()
         style = STYLES["gelu"]
         self.register_buffer("position", position_table((args.num_frames // args.stride,), args.dim), persistent=False)
-        self.blocks = nn.ModuleList(EncoderBlock(args.dim, args.num_heads, args.mlp_ratio, style) for _ in range(args.depth))
+        self.blocks = nn.ModuleList(EncoderBlock(args.dim, args.num_heads, args.mlp_ratio, style)
+                                    for _ in range(args.depth))
         self.norm = nn.LayerNorm(args.dim, eps=1e-6)
-        self.fc1, self.fc2 = nn.Linear(args.dim, int(args.dim * args.mlp_ratio)), nn.Linear(int(args.dim * args.mlp_ratio), args.dim)
+        hidden = int(args.dim * args.mlp_ratio)
+        self.fc1, self.fc2 = nn.Linear(args.dim, hidden), nn.Linear(hidden, args.dim)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         lengths = np.full(x_BND.shape[0], x_BND.shape[1])

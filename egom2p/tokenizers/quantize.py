@@ -115,9 +115,11 @@ def _canonical_order(rows: Tensor) -> Tensor:
     return keys.argsort(stable=True)
 
 
-FSQ_INIT_SCALE = 0.1  # of the projection to the latent: larger latents saturate the bounding tanh, and the codes collapse
+# Of the projection to the latent: larger latents saturate the bounding tanh, and the codes collapse.
+FSQ_INIT_SCALE = 0.1
 
 
-def make_quantizer(kind: Literal["ema", "fsq"], codebook_size: int, latent_dim: int, levels: tuple[int, ...]) -> nn.Module:
+def make_quantizer(kind: Literal["ema", "fsq"], codebook_size: int, latent_dim: int,
+                   levels: tuple[int, ...]) -> nn.Module:
     """The quantiser a tokenizer's config names."""
     return FiniteScalar(levels) if kind == "fsq" else EmaCodebook(codebook_size, latent_dim)

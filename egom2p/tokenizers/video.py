@@ -15,9 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from egom2p.modalities import Modality
-from egom2p.tokenizers.base import Tokenizer
+from egom2p.tokenizers.base import Tokenizer, picture_units
 from egom2p.tokenizers.quantize import FiniteScalar
-from egom2p.tokenizers.signals import PICTURES
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,7 @@ class VideoTokenizer(Tokenizer):
 
     def __init__(self, modality: Modality, args: VideoArgs) -> None:
         super().__init__(modality, args)
-        if modality.signal not in PICTURES:
-            raise ValueError(f"a video tokenizer serves {', '.join(PICTURES)}, not '{modality.signal}'")
-        self.signal = PICTURES[modality.signal]()
+        self.signal = picture_units(modality)
         values = 3 * int(np.prod(args.patch))
         self.quantizer = FiniteScalar(args.levels)
         if self.quantizer.codebook_size != modality.vocab_size:
@@ -63,8 +60,10 @@ class VideoTokenizer(Tokenizer):
         return self.modality.grid[1] * self.args.patch[1]
 
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
-        """(T, H, W, 3) uint8 frames of a video file -> ids; a depth video's grey levels are its relative inverse depth."""
-        video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float().to(self.device) / 127.5 - 1
+        """(T, H, W, 3) uint8 frames of a video file -> ids; a depth video's grey levels are its relative inverse
+        depth."""
+        video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1,
+                                                                       2)[None].float().to(self.device) / 127.5 - 1
         with torch.no_grad():
             return self.encode_normalized(video)[0].cpu().numpy()
 
@@ -91,7 +90,8 @@ class VideoTokenizer(Tokenizer):
         time, height, width = self.args.patch
         grid = tuple(grid or self.modality.grid)
         hidden = self.decoder(self.from_latent(codes).unflatten(1, grid))
-        video = rearrange(self.unembed(hidden), "b t h w (c p q r) -> b c (t p) (h q) (w r)", p=time, q=height, r=width, c=3)
+        video = rearrange(self.unembed(hidden), "b t h w (c p q r) -> b c (t p) (h q) (w r)", p=time, q=height, r=width,
+                          c=3)
         before, _ = self._time_padding(self.args.num_frames)
         start = time - 1 + before
         return video[:, :, start : start + self.args.num_frames]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from egom2p.errors import UserError
-from egom2p.model.export import WEIGHTS, load_weights
+from egom2p.export import WEIGHTS, load_weights
 from egom2p.training.parallel import full_tensor, like_parameter
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
 @dataclass(frozen=True)
 class CheckpointArgs:
-    """every: steps between checkpoints (0 = only at the end); keep_last: how many are kept; milestone_every: steps whose
-    checkpoints are kept for good (0 = none). background: write while training goes on. retry_s: how long to go on
+    """every: steps between checkpoints (0 = only at the end); keep_last: how many are kept; milestone_every: steps
+    whose checkpoints are kept for good (0 = none). background: write while training goes on. retry_s: how long to go on
     trying when a checkpoint cannot be written (a full disk, a file system that is away) before the run ends."""
 
     every: int = 1000
@@ -61,7 +61,8 @@ class Snapshot:
 
     def take(self, model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> None:
         """Every rank calls it (shards are gathered); only one that is to `keep` the copy holds it."""
-        for buffers, tensors in ((self.weights, model.state_dict()), (self.optimizer, optimizer_tensors(model, optimizer))):
+        for buffers, tensors in ((self.weights, model.state_dict()),
+                                 (self.optimizer, optimizer_tensors(model, optimizer))):
             for name, tensor in tensors.items():
                 whole = full_tensor(tensor)
                 if keep:
@@ -83,7 +84,8 @@ class Checkpoints:
             for leftover in self.folder.glob(".step_*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def save(self, step: int, export: Callable[[Path, dict[str, Tensor]], None], model: nn.Module, optimizer: torch.optim.Optimizer,
+    def save(self, step: int, export: Callable[[Path, dict[str, Tensor]], None], model: nn.Module,
+             optimizer: torch.optim.Optimizer,
              state: dict[str, Any]) -> None:
         """Copy `step` into host memory, then write it in the background; afterwards drop what need not be kept.
 
@@ -93,7 +95,8 @@ class Checkpoints:
         self.snapshot.take(model, optimizer, self.is_main)
         if not self.is_main:
             return
-        self.writer = threading.Thread(target=self._write_until_done, args=(step, export, state), name=f"checkpoint {step}")
+        self.writer = threading.Thread(target=self._write_until_done, args=(step, export, state),
+                                       name=f"checkpoint {step}")
         self.writer.start()
         if not self.args.background:
             self.wait()
@@ -139,7 +142,8 @@ class Checkpoints:
             log.warning("%s is damaged (%s); trying the one before", folder, ", ".join(damaged))
         return None
 
-    def _write_until_done(self, step: int, export: Callable[[Path, dict[str, Tensor]], None], state: dict[str, Any]) -> None:
+    def _write_until_done(self, step: int, export: Callable[[Path, dict[str, Tensor]], None],
+                          state: dict[str, Any]) -> None:
         """The thread: try, and while the disk refuses, try again with longer and longer pauses up to retry_s."""
         final = self.folder / f"step_{step:08d}"
         started, pause = time.monotonic(), FIRST_PAUSE_S
@@ -155,11 +159,13 @@ class Checkpoints:
                 self.failure = UserError(f"{final}: checkpoint not written ({reason}); earlier ones are untouched. "
                                          "Free space or move run.dir, then start the same command again")
                 return
-            log.warning("%s: checkpoint not written (%s); trying again in %.0f s, giving up in %.0f s", final, reason, pause, left)
+            log.warning("%s: checkpoint not written (%s); trying again in %.0f s, giving up in %.0f s", final, reason,
+                        pause, left)
             self.hurry.wait(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    def _write(self, final: Path, step: int, export: Callable[[Path, dict[str, Tensor]], None], state: dict[str, Any]) -> None:
+    def _write(self, final: Path, step: int, export: Callable[[Path, dict[str, Tensor]], None],
+               state: dict[str, Any]) -> None:
         aside = self.folder / f".{final.name}.part"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -199,7 +205,8 @@ def restore_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
         by_parameter.setdefault(name, {})[entry] = tensor
     for name, parameter in model.named_parameters():
         if name in by_parameter:
-            optimizer.state[parameter] = {entry: like_parameter(tensor, parameter) for entry, tensor in by_parameter[name].items()}
+            optimizer.state[parameter] = {entry: like_parameter(tensor, parameter)
+                                          for entry, tensor in by_parameter[name].items()}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -219,7 +226,7 @@ def _copy(buffers: dict[str, Tensor], name: str, tensor: Tensor) -> None:
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from egom2p.distributed import max_over_ranks
 from egom2p.errors import UserError
-from egom2p.training.distributed import max_over_ranks
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +28,15 @@ class Guard:
         self.most_in_a_row = self.in_a_row.clone()
         self.pending: list[tuple[int, Tensor, list[Tensor], list[list[int]]]] = []
 
-    def judge(self, step: int, grad_norm: Tensor, losses: list[Tensor], suspects: list[Tensor], numbers: list[list[int]]) -> Tensor:
+    def judge(self, step: int, grad_norm: Tensor, losses: list[Tensor], suspects: list[Tensor],
+              numbers: list[list[int]]) -> Tensor:
         """1.0 on the device if `step` must be left out, else 0.0.
 
-        losses: of each micro-batch; suspects: for each micro-batch (B,) whether a sample's own loss is not finite; numbers:
-        the samples' global numbers.
+        losses: of each micro-batch; suspects: for each micro-batch (B,) whether a sample's own loss is not finite;
+        numbers: the samples' global numbers.
         """
-        finite = torch.isfinite(torch.stack([grad_norm.to(losses[0].dtype), *losses])).all() if losses else torch.isfinite(grad_norm)
+        finite = torch.isfinite(torch.stack([grad_norm.to(losses[0].dtype),
+                                             *losses])).all() if losses else torch.isfinite(grad_norm)
         bad = max_over_ranks((~finite).float())
         self.in_a_row = (self.in_a_row + 1) * bad
         self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
@@ -49,13 +51,16 @@ class Guard:
         for flag, (step, _, suspects, numbers) in zip(flags, self.pending, strict=True):
             if flag:
                 self.skipped += 1
-                log.warning("step %d left out: its loss or gradient is not finite; %s (debug.replay_step=%d runs it again)",
+                log.warning("step %d left out: its loss or gradient is not finite; %s (debug.replay_step=%d runs it "
+                            "again)",
                             step + 1, _name(_gather(suspects, numbers)), step + 1)
         self.pending.clear()
         worst, self.most_in_a_row = int(self.most_in_a_row.item()), self.in_a_row.clone()
         if worst >= self.limit:
-            raise UserError(f"{worst} steps in a row had no finite loss and gradient (train.max_skipped={self.limit}); lower optim.lr, or look "
-                            "at the samples named above with debug.replay_step. The weights are those of the last good step")
+            raise UserError(f"{worst} steps in a row had no finite loss and gradient (train.max_skipped={self.limit}); "
+                            f"lower optim.lr, or look "
+                            "at the samples named above with debug.replay_step. The weights are those of the last good "
+                            "step")
 
     def state(self) -> dict[str, int]:
         """Counts that a checkpoint keeps."""
@@ -79,5 +84,8 @@ def _gather(suspects: list[Tensor], numbers: list[list[int]]) -> tuple[list[int]
 def _name(found: tuple[list[int], list[int]]) -> str:
     guilty, every = found
     if guilty:
-        return f"global samples {', '.join(map(str, guilty[:20]))}{' ...' if len(guilty) > 20 else ''} have no finite loss"
-    return f"each sample's loss is finite, so the gradient of samples {every[0]} .. {every[-1]} is at fault" if every else "it held no sample"
+        shown = ', '.join(map(str, guilty[:20])) + (" ..." if len(guilty) > 20 else "")
+        return f"global samples {shown} have no finite loss"
+    if not every:
+        return "it held no sample"
+    return f"each sample's loss is finite, so the gradient of samples {every[0]} .. {every[-1]} is at fault"

@@ -36,7 +36,8 @@ class LogArgs:
 class MetricsLog:
     """Appends one JSON object a logged step. On resume, lines after `step` are cut off."""
 
-    def __init__(self, run_dir: Path, args: LogArgs, step: int, total: int, config: dict[str, Any], active: bool) -> None:
+    def __init__(self, run_dir: Path, args: LogArgs, step: int, total: int, config: dict[str, Any],
+                 active: bool) -> None:
         self.active, self.wandb = active, None
         if not active:
             return
@@ -47,7 +48,8 @@ class MetricsLog:
         if args.wandb:
             import wandb
 
-            self.wandb = wandb.init(project=args.project, name=run_dir.name, id=run_dir.resolve().name, dir=str(run_dir),
+            self.wandb = wandb.init(project=args.project, name=run_dir.name, id=run_dir.resolve().name,
+                                    dir=str(run_dir),
                                     config=config, resume="allow")
 
     def write(self, figures: dict[str, float], pictures: Sequence[Path] = ()) -> None:
@@ -96,9 +98,12 @@ class MetricsLog:
 def progress_text(figures: dict[str, float]) -> str:
     """What the progress bar shows of a logged step: loss, samples/s, real tokens/s, FLOP utilisation (FLOP/s where the
     device's peak is unknown), share of the time spent waiting for data, peak memory and time left."""
-    speed = f"{figures['mfu']:.1%} MFU" if "mfu" in figures else f"{figures['tflops']:.3g} TFLOP/s" if "tflops" in figures else ""
-    parts = [f"loss {figures['loss']:.4f}", f"{figures['samples_per_s']:.3g} samples/s", f"{_short(figures['tokens_per_s'])} tokens/s", speed,
-             f"data wait {figures['data_wait_share']:.1%}", f"{figures['peak_memory_gb']:.1f} GB", f"{tqdm.format_interval(figures['eta_s'])} left"]
+    speed = f"{figures['tflops']:.3g} TFLOP/s" if "tflops" in figures else ""
+    speed = f"{figures['mfu']:.1%} MFU" if "mfu" in figures else speed
+    parts = [f"loss {figures['loss']:.4f}", f"{figures['samples_per_s']:.3g} samples/s",
+             f"{_short(figures['tokens_per_s'])} tokens/s", speed,
+             f"data wait {figures['data_wait_share']:.1%}", f"{figures['peak_memory_gb']:.1f} GB",
+             f"{tqdm.format_interval(figures['eta_s'])} left"]
     return " | ".join(p for p in parts if p)
 
 
@@ -115,7 +120,8 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write aside and rename, so that a full disk or a kill leaves the old file. Raises UserError when it cannot be written."""
+    """Write aside and rename, so that a full disk or a kill leaves the old file. Raises UserError when it cannot be
+    written."""
     aside = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +142,8 @@ def environment(index_hash: str) -> dict[str, Any]:
     git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
     commit = git.stdout.strip() if git.returncode == 0 else None
     return {"command": sys.argv, "commit": commit, "python": platform.python_version(),
-            "torch": torch.__version__, "numpy": np.__version__, "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+            "torch": torch.__version__, "numpy": np.__version__, "cuda": torch.version.cuda
+            if torch.cuda.is_available() else None,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
             "host": socket.gethostname(), "threads": torch.get_num_threads(), "index_hash": index_hash}
 
@@ -144,7 +151,8 @@ def environment(index_hash: str) -> dict[str, Any]:
 def _processor() -> str:
     """The CPU's name where /proc tells it."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines()
+             if line.startswith("model name")] if cpuinfo.exists() else []
     return names[0] if names else platform.machine()
 
 

@@ -21,23 +21,24 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from egom2p.config import dump, read_yaml, to_plain
+from egom2p.distributed import World, barrier, process_group, shorten_timeout, sum_over_ranks
 from egom2p.errors import Preempted, UserError
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.blocks import compile_blocks
 from egom2p.model.flops import peak_flops
-from egom2p.training.checkpoint import Checkpoints, restore_optimizer, restore_weights
-from egom2p.training.distributed import World, barrier, process_group, shorten_timeout, sum_over_ranks
+from egom2p.training.checkpoint import CheckpointArgs, Checkpoints, restore_optimizer, restore_weights
 from egom2p.training.guard import Guard
-from egom2p.training.log import MetricsLog, environment, write_whole
-from egom2p.training.optim import make_optimizer, make_schedule
+from egom2p.training.log import LogArgs, MetricsLog, environment, write_whole
+from egom2p.training.optim import OptimArgs, make_optimizer, make_schedule
 from egom2p.training.parallel import full_tensor, gradients_stay_local, spread
 from egom2p.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
 # Keys that may change when a run is resumed: they move the work around or add to it, and change no step.
-MAY_CHANGE = ("run.", "data.workers", "data.cache", "train.micro_batch_size", "train.steps", "train.tokens", "train.timeout_s",
-              "train.first_timeout_s", "train.parallel", "train.max_skipped", "log.", "checkpoint.", "resume.", "debug.")
+MAY_CHANGE = ("run.", "data.workers", "data.cache", "train.micro_batch_size", "train.steps", "train.tokens",
+              "train.timeout_s", "train.first_timeout_s", "train.parallel", "train.max_skipped", "log.", "checkpoint.",
+              "resume.", "debug.", "generation.")
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class TrainArgs:
     One of steps and tokens (samples x budget) says how long. precision: compute type, weights stay float32
     (float64 computes and stores in float64). deterministic: refuse operations that vary from run to run.
     compile: torch.compile the blocks, with dynamic lengths. parallel: how several processes share the model, ddp
-    (a copy each) or fsdp (sharded, for models that do not fit). timeout_s: a rank that keeps the others waiting so long is
-    lost and ends the run (first_timeout_s until the first step is done, when data and kernels are being prepared).
+    (a copy each) or fsdp (sharded, for models that do not fit). timeout_s: a rank that keeps the others waiting so long
+    is lost and ends the run (first_timeout_s until the first step is done, when data and kernels are being prepared).
     max_skipped: so many steps in a row without a finite loss and gradient end the run."""
 
     batch_size: int
@@ -101,7 +102,8 @@ class TrainArgs:
         """Samples a process computes at a time."""
         if self.batch_size % world:
             fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-            raise UserError(f"train.batch_size={self.batch_size} does not divide by {world} processes; use one of {fits[:12]} processes")
+            raise UserError(f"train.batch_size={self.batch_size} does not divide by {world} processes; use one of "
+                            f"{fits[:12]} processes")
         return min(self.micro_batch_size or self.batch_size, self.batch_size // world)
 
 
@@ -121,6 +123,20 @@ class EvalArgs:
     task_clips: int = 8
     max_s: float = 120.0
     recipes: dict[str, TargetArgs] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What every training is configured with."""
+
+    run: RunArgs
+    train: TrainArgs
+    optim: OptimArgs = OptimArgs()
+    eval: EvalArgs = EvalArgs()
+    checkpoint: CheckpointArgs = CheckpointArgs()
+    log: LogArgs = LogArgs()
+    resume: ResumeArgs = ResumeArgs()
+    debug: DebugArgs = DebugArgs()
 
 
 class Task(Protocol):
@@ -191,7 +207,8 @@ class Loop:
             restore_optimizer(folder, self.model, self.optimizer)
         self.step, self.damaged = state.get("step", 0), state.get("damaged", 0)
         self.guard = Guard(world.device, config.train.max_skipped, state)
-        self.metrics = MetricsLog(run_dir, config.log, self.step, self.total, to_plain(config), world.is_main and not replayed)
+        self.metrics = MetricsLog(run_dir, config.log, self.step, self.total, to_plain(config),
+                                  world.is_main and not replayed)
 
     def run(self) -> None:
         """Train to the end, or until asked to stop."""
@@ -220,7 +237,8 @@ class Loop:
             self.metrics.advance()
             if self._due(every.log.every) or self.step == 1:
                 now = time.perf_counter()
-                self._log(sums, grad_norm, lr, (now - logged_at) / (self.step - logged_step), waited / (self.step - logged_step))
+                self._log(sums, grad_norm, lr, (now - logged_at) / (self.step - logged_step),
+                          waited / (self.step - logged_step))
                 waited, logged_at, logged_step = 0.0, time.perf_counter(), self.step
             if every.eval.every and (self._due(every.eval.every) or self.step == self.total):
                 before = time.perf_counter()
@@ -239,7 +257,8 @@ class Loop:
         barrier()
 
     def replay(self, step: int) -> None:
-        """Run up to `step` (counted from 1) and write down that step's figures and samples. Nothing is saved or logged."""
+        """Run up to `step` (counted from 1) and write down that step's figures and samples. Nothing is saved or
+        logged."""
         if not 0 < step <= self.total:
             raise UserError(f"debug.replay_step={step} is not a step of this run (1 .. {self.total})")
         if self.step < step - 1:
@@ -256,9 +275,11 @@ class Loop:
         if self.world.is_main:
             rows = sorted((row for part in everyone for row in part), key=lambda r: r["sample"])
             path = self.run_dir / f"replay_step_{step}.json"
-            path.write_text(json.dumps({"step": step, **figures, "grad_norm": grad_norm.item(), "samples": rows}, indent=1))
+            path.write_text(json.dumps({"step": step, **figures, "grad_norm": grad_norm.item(), "samples": rows},
+                                       indent=1))
             worst = sorted(rows, key=lambda r: math.inf if r["loss"] is None else r["loss"], reverse=True)
-            print(f"step {step}: loss {figures['loss']}, gradient norm {grad_norm.item()}; {len(rows)} samples in {path}; highest losses: "
+            print(f"step {step}: loss {figures['loss']}, gradient norm {grad_norm.item()}; {len(rows)} samples in "
+                  f"{path}; highest losses: "
                   + ", ".join(f"{r['sample']} ({r.get('key', '')}) {r['loss']}" for r in worst[:5]))
         barrier()
 
@@ -278,7 +299,8 @@ class Loop:
             suspects.append(doubtful)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or float("inf")))
-        skipped = self.guard.judge(self.step, grad_norm, losses, suspects, [m.numbers.tolist() for m in batch.micro_batches])
+        skipped = self.guard.judge(self.step, grad_norm, losses, suspects,
+                                   [m.numbers.tolist() for m in batch.micro_batches])
         self.optimizer.found_inf = skipped  # fused AdamW leaves everything as it is when this is 1
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -313,9 +335,12 @@ class Loop:
             figures["tflops"] = flops / seconds / 1e12
             peak = peak_flops(torch.cuda.get_device_name()) if self.world.device.type == "cuda" else None
             figures.update({"mfu": flops / seconds / (peak * self.world.size)} if peak else {})
-        self.metrics.write({"step": self.step, **figures, "lr": lr, "grad_norm": grad_norm.item(), "skipped": self.guard.skipped,
-                            "samples_per_s": batch / seconds, "tokens_per_s": figures.get("tokens", 0) / seconds, "data_wait_s": waited,
-                            "data_wait_share": waited / seconds, "eta_s": (self.total - self.step) * seconds, "peak_memory_gb": memory / 1e9})
+        self.metrics.write({"step": self.step, **figures, "lr": lr, "grad_norm": grad_norm.item(),
+                            "skipped": self.guard.skipped,
+                            "samples_per_s": batch / seconds, "tokens_per_s": figures.get("tokens", 0) / seconds,
+                            "data_wait_s": waited,
+                            "data_wait_share": waited / seconds, "eta_s": (self.total - self.step) * seconds,
+                            "peak_memory_gb": memory / 1e9})
 
     def _evaluate(self) -> None:
         before = time.perf_counter()
@@ -343,7 +368,8 @@ class Loop:
         """After a request to stop: wait for the checkpoint on every rank, then raise Preempted."""
         self.checkpoints.wait()
         barrier()
-        raise Preempted(f"stopped as asked after step {self.step} of {self.total}, checkpoint saved; start the same command again to go on")
+        raise Preempted(f"stopped as asked after step {self.step} of {self.total}, checkpoint saved; start the same "
+                        f"command again to go on")
 
     def _find_checkpoint(self, before: int | None) -> tuple[Path | None, dict[str, Any]]:
         """Folder and state of the newest whole checkpoint, the same on all ranks; (None, {}) at the start of a run."""
@@ -356,7 +382,8 @@ class Loop:
             return None, {}
         folder, state = found
         if state["fingerprint"] != self.task.fingerprint() and not self.config.resume.force:
-            raise UserError(f"{folder}: the data changed since this checkpoint (clips, shards or modalities differ), so the data order would "
+            raise UserError(f"{folder}: the data changed since this checkpoint (clips, shards or modalities differ), "
+                            f"so the data order would "
                             "too; restore the shards, choose another run.dir, or insist with resume.force=true")
         log.info("resuming %s from step %d of %d", self.run_dir, state["step"], self.total)
         # The count of damaged clips is kept for the whole run; the first rank carries what was seen before.
@@ -395,7 +422,8 @@ def _check_same_run(config: Any, run_dir: Path, force: bool) -> None:
     differing = [k for k in sorted(compared) if old.get(k) != new.get(k) and not k.startswith(MAY_CHANGE)]
     if differing:
         shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:8])
-        raise UserError(f"{run_dir} holds another run ({shown}); choose another run.dir, or insist with resume.force=true")
+        raise UserError(f"{run_dir} holds another run ({shown}); choose another run.dir, or insist with "
+                        f"resume.force=true")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 
@@ -30,9 +31,7 @@ class OptimArgs:
 
 def make_optimizer(model: nn.Module, args: OptimArgs) -> torch.optim.AdamW:
     """Fused AdamW; weight decay on matrices and tables, not on vectors (norms, biases, modality embeddings)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = param_groups_weight_decay(model, args.weight_decay)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=tuple(args.betas), fused=True)
 
 

@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from egom2p.distributed import World
 from egom2p.model.blocks import DecoderBlock, EncoderBlock
-from egom2p.training.distributed import World
 
 
 def spread(model: nn.Module, mode: str, world: World) -> nn.Module:
@@ -33,7 +33,8 @@ def spread(model: nn.Module, mode: str, world: World) -> nn.Module:
 
 @contextlib.contextmanager
 def gradients_stay_local(forward: nn.Module, local: bool) -> Iterator[None]:
-    """Backward passes inside leave gradients unsummed over ranks when `local`: all micro-batches of a step but the last."""
+    """Backward passes inside leave gradients unsummed over ranks when `local`: all micro-batches of a step but the
+    last."""
     if isinstance(forward, FSDPModule):
         forward.set_requires_gradient_sync(not local)
         yield

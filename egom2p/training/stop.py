@@ -8,7 +8,7 @@ import threading
 import torch
 import torch.distributed as dist
 
-from egom2p.training.distributed import World
+from egom2p.distributed import World
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +18,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Listens for SIGNALS while it is entered; a second signal ends the process at once.
 
-    `agreed()` is called once a step by every rank. Ranks vote through a small asynchronous all-reduce between hosts, and
-    learn the outcome one step later, so that no step waits for it and all stop after the same step.
+    `agreed()` is called once a step by every rank. Ranks vote through a small asynchronous all-reduce between hosts,
+    and learn the outcome one step later, so that no step waits for it and all stop after the same step.
     """
 
     def __init__(self, world: World) -> None:
@@ -54,4 +54,5 @@ class StopRequest:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
-        log.warning("%s received: finishing the step, then saving a checkpoint (send it again to leave at once)", signal.Signals(number).name)
+        log.warning("%s received: finishing the step, then saving a checkpoint (send it again to leave at once)",
+                    signal.Signals(number).name)

@@ -11,11 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from egom2p import geometry
-from egom2p.tokenizers.signals import relative_inverse_depth
+from egom2p.signals import KINDS
 
 TRUE, PREDICTED, CEILING = "#222222", "#d1495b", "#8d96a3"
 MODALITY_COLOURS = ["#00798c", "#edae49", "#d1495b", "#66a182", "#2e4057", "#8d96a3"]
-DEPTH_MAP = "magma"
+DEPTH_MAP = KINDS["depth"].colours
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110,
                      "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False})
@@ -27,7 +27,8 @@ def loss_curves(metrics: list[dict[str, Any]]) -> plt.Figure:
     held = [m for m in metrics if "eval_s" in m]
     names = sorted({k[5:] for m in train for k in m if k.startswith("loss/")})
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    for axis, records, prefix, title in ((axes[0], train, "loss/", "training (each step's batch)"), (axes[1], held, "eval/loss/", "held out, fixed masks")):
+    for axis, records, prefix, title in ((axes[0], train, "loss/", "training (each step's batch)"),
+                                         (axes[1], held, "eval/loss/", "held out, fixed masks")):
         for name, colour in zip(names, MODALITY_COLOURS, strict=False):
             points = [(m["step"], m[prefix + name]) for m in records if prefix + name in m]
             if points:
@@ -47,30 +48,33 @@ def trajectory_3d(axis: Any, truth: np.ndarray, predicted: np.ndarray) -> None:
         axis.scatter(*points[-1, [0, 2]], -points[-1, 1], color=colour, s=18)
     limits = np.array([axis.get_xlim3d(), axis.get_ylim3d(), axis.get_zlim3d()])
     centre, half = limits.mean(1), max(0.25, np.ptp(limits, axis=1).max() / 2)
-    axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half), zlim=(centre[2] - half, centre[2] + half))
+    axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half),
+             zlim=(centre[2] - half, centre[2] + half))
     axis.set_xlabel("right, m", labelpad=-6)
     axis.set_ylabel("forward, m", labelpad=-6)
     axis.set_zlabel("up, m", labelpad=-6)
     axis.tick_params(labelsize=6, pad=-3)
 
 
-def clip_sheet(rgb: np.ndarray, truth: dict[str, np.ndarray], predicted: dict[str, np.ndarray], kinds: dict[str, str], title: str) -> plt.Figure:
+def clip_sheet(rgb: np.ndarray, truth: dict[str, np.ndarray], predicted: dict[str, np.ndarray], kinds: dict[str, str],
+               title: str) -> plt.Figure:
     """One clip: frames with gaze drawn on them, depth and rgb rows true and predicted, the trajectory in 3-D.
 
     truth and predicted are {modality: raw signal}; kinds {modality: signal kind}. Truth may be absent.
     """
     by_kind = {kind: name for name, kind in kinds.items() if name in predicted}
     picture_rows = [("rgb, gaze" if "gaze" in by_kind else "rgb", rgb, None)]
-    for kind, (as_shown, colours) in PICTURE_ROWS.items():
-        name = by_kind.get(kind)
-        if name:
+    for kind in KINDS.values():
+        name = by_kind.get(kind.name)
+        if name and kind.shown:
             if name in truth and truth[name] is not rgb:
-                picture_rows.append((f"{name}, true", as_shown(truth[name]), colours))
-            picture_rows.append((f"{name}, predicted", as_shown(predicted[name]), colours))
+                picture_rows.append((f"{name}, true", kind.shown(truth[name]), kind.colours))
+            picture_rows.append((f"{name}, predicted", kind.shown(predicted[name]), kind.colours))
     frames = np.linspace(0, len(rgb) - 1, 5).astype(int)
     with_path = "pose" in by_kind
     fig = plt.figure(figsize=(1.7 * (5 + 2.2 * with_path), 1.75 * len(picture_rows) + 0.4))
-    grid = fig.add_gridspec(len(picture_rows), 6 if with_path else 5, width_ratios=[1] * 5 + [2.2] * with_path, wspace=0.05, hspace=0.08)
+    grid = fig.add_gridspec(len(picture_rows), 6 if with_path else 5, width_ratios=[1] * 5 + [2.2] * with_path,
+                            wspace=0.05, hspace=0.08)
     for row, (label, video, colours) in enumerate(picture_rows):
         for column, frame in enumerate(frames):
             axis = fig.add_subplot(grid[row, column])
@@ -94,9 +98,10 @@ def clip_sheet(rgb: np.ndarray, truth: dict[str, np.ndarray], predicted: dict[st
 
 
 def error_figure(rows: Any, measure: Any, title: str) -> plt.Figure:
-    """Left: error over the clip, mean and 10-90 % band over clips. Right: histogram of the clips' errors beside their means.
+    """Left: error over the clip, mean and 10-90 % band over clips. Right: histogram of the clips' errors beside their
+    means.
 
-    rows: evaluation.run.TaskRows; measure: evaluation.measures.Measure.
+    rows: evaluation.results.TaskRows; measure: signals.kind.Measure.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), width_ratios=[1, 1.1])
     curves = np.array(rows.curves["model"], np.float64)
@@ -110,9 +115,12 @@ def error_figure(rows: Any, measure: Any, title: str) -> plt.Figure:
     values = np.array(rows.rows["model"][measure.main], np.float64)
     baselines = {s: float(np.nanmean(m[measure.main])) for s, m in rows.rows.items() if s.startswith("baseline")}
     right.hist(values[np.isfinite(values)], bins=min(40, max(8, len(values) // 4)), color=PREDICTED, alpha=0.75)
-    marks = {"model": (np.nanmean(values), PREDICTED), "ceiling": (np.nanmean(rows.rows["ceiling"][measure.main]), CEILING),
-             "other clip's input": (np.nanmean(rows.rows["shuffled"][measure.main]), "#edae49"), **{k.removeprefix("baseline: "): (v, TRUE) for k, v in baselines.items()}}
-    for (label, (value, colour)), dash in zip(marks.items(), ["-", ":", "--", "-.", (0, (1, 1)), (0, (5, 1))], strict=False):
+    marks = {"model": (np.nanmean(values), PREDICTED), "ceiling": (np.nanmean(rows.rows["ceiling"][measure.main]),
+                                                                   CEILING),
+             "other clip's input": (np.nanmean(rows.rows["shuffled"][measure.main]), "#edae49"),
+             **{k.removeprefix("baseline: "): (v, TRUE) for k, v in baselines.items()}}
+    for (label, (value, colour)), dash in zip(marks.items(), ["-", ":", "--", "-.", (0, (1, 1)), (0, (5, 1))],
+                                              strict=False):
         right.axvline(value, color=colour, ls=dash, lw=1.5, label=f"{label} {value:.3g}")
     right.set(xlabel=measure.main, ylabel="clips", title=f"{len(values)} clips, means as lines")
     right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -141,14 +149,6 @@ def gaze_figure(times: np.ndarray, gaze: np.ndarray) -> plt.Figure:
     axis.legend()
     fig.tight_layout()
     return fig
-
-
-def _displayable_depth(video: np.ndarray) -> np.ndarray:
-    """Metres become relative inverse depth; what is that already stays."""
-    return relative_inverse_depth(video) if video.dtype == np.float16 or video.max(initial=0) > 1.0 + 1e-6 else video
-
-
-PICTURE_ROWS = {"depth": (_displayable_depth, DEPTH_MAP), "rgb": (lambda video: video, None)}  # kind -> (as shown, colour map)
 
 
 def save(figure: plt.Figure, path: Path) -> None:

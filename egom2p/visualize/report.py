@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from egom2p.evaluation.measures import HIGHER_IS_BETTER
+from egom2p.metrics import HIGHER_IS_BETTER
 from egom2p.visualize import plots
 
 STYLE = """
@@ -17,46 +17,58 @@ STYLE = """
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); max-width: 1060px;
        margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
-p, li { max-width: 46rem; } .soft { color: var(--soft); } .num { text-align: right; font-variant-numeric: tabular-nums; }
-table { border-collapse: collapse; width: 100%; font-size: .84rem; } th { text-align: left; font-weight: 600; color: var(--soft); }
-th, td { padding: .36rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap; } th.num { text-align: right; }
-tr.main td { font-weight: 600; } .good { color: var(--good); } .bad { color: var(--bad); }
+p, li { max-width: 46rem; } .soft { color: var(--soft); } .num { text-align: right; font-variant-numeric: tabular-nums;
+} table { border-collapse: collapse; width: 100%; font-size: .84rem; } th { text-align: left; font-weight: 600; color:
+var(--soft); } th, td { padding: .36rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap; } th.num {
+text-align: right; } tr.main td { font-weight: 600; } .good { color: var(--good); } .bad { color: var(--bad); }
 .cards { display: flex; gap: .9rem; flex-wrap: wrap; margin: 1.4rem 0; }
 .card { flex: 1 1 190px; border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; }
 .card b { display: block; font-size: 1.55rem; line-height: 1.25; } .card span { color: var(--soft); font-size: .86rem; }
-img { max-width: 100%; height: auto; display: block; margin: .6rem 0 1.3rem; } code { background: #f3f4f7; padding: .1em .35em; border-radius: 4px; }
+img { max-width: 100%; height: auto; display: block; margin: .6rem 0 1.3rem; } code { background: #f3f4f7; padding: .1em
+.35em; border-radius: 4px; }
 .scroll { overflow-x: auto; }
 """
 
-MAIN_METRICS = {"ate_m": "trajectory error, m", "gaze_mse": "gaze error (MSE)", "abs_rel": "relative depth error", "psnr_db": "picture PSNR, dB"}
+MAIN_METRICS = {"ate_m": "trajectory error, m", "gaze_mse": "gaze error (MSE)", "abs_rel": "relative depth error",
+                "psnr_db": "picture PSNR, dB"}
 
 
-def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], metrics: list[dict[str, Any]], sheets: list[tuple[str, plt.Figure]],
-                 seconds: dict[str, float], facts: list[tuple[str, str]], pictures: list[tuple[str, Path]] | None = None, during: list[tuple[str, Path]] | None = None) -> None:
-    """Write the page. sheets: (caption, figure); facts: (name, value); pictures, during (training): (caption, PNG file)."""
+def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], metrics: list[dict[str, Any]],
+                 sheets: list[tuple[str, plt.Figure]],
+                 seconds: dict[str, float], facts: list[tuple[str, str]],
+                 pictures: list[tuple[str, Path]] | None = None, during: list[tuple[str, Path]] | None = None) -> None:
+    """Write the page. sheets: (caption, figure); facts: (name, value); pictures, during (training): (caption, PNG
+    file)."""
     parts = [f"<h1>{html.escape(title)}</h1>", _lead(facts), _cards(summary),
              "<h2>Results on held-out clips</h2>", _RESULT_NOTE, _result_table(summary),
              "<h2>Training</h2>", _image(plots.loss_curves(metrics)),
-             *(f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}' for caption, file in during or []), "<h2>Clips</h2>", _CLIP_NOTE]
+             *(f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}'
+               for caption, file in during or []), "<h2>Clips</h2>", _CLIP_NOTE]
     for caption, figure in sheets:
         parts += [f'<p class="soft">{html.escape(caption)}</p>', _image(figure)]
     if pictures:
-        parts.append("<h2>Recordings from outside the world</h2><p>The same model on real videos it was never trained for: "
-                     "shown because the path from a plain file to trajectory, gaze and depth works, not because the predictions are good.</p>")
-        parts += [f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}' for caption, file in pictures]
+        parts.append("<h2>Recordings from outside the world</h2><p>The same model on real videos it was never trained "
+                     "for: "
+                     "shown because the path from a plain file to trajectory, gaze and depth works, not because the "
+                     "predictions are good.</p>")
+        parts += [f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}'
+                  for caption, file in pictures]
     parts += ["<h2>What each stage cost</h2>", _cost_table(seconds)]
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>' \
-           f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    page = (f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title><style>{STYLE}</style>'
+            f"<body>{''.join(parts)}</body></html>")
     path.write_text(page)
 
 
-_RESULT_NOTE = """<p>Every row sets the model beside the strongest trivial prediction, beside itself with its inputs taken from
-another clip (if that were no worse, the input would not be used), and beside the tokenizer's own reconstruction, which no
-prediction in these tokens is expected to beat. Brackets are 95&nbsp;% bootstrap intervals over clips. ATE is taken after a rigid
+_RESULT_NOTE = """<p>Every row sets the model beside the strongest trivial prediction, beside itself with its inputs
+taken from another clip (if that were no worse, the input would not be used), and beside the tokenizer's own
+reconstruction, which no prediction in these tokens is expected to beat. Brackets are 95&nbsp;% bootstrap intervals over
+clips. ATE is taken after a rigid
 SE(3) fit, depth errors after a scale-and-shift fit in inverse depth per clip.</p>"""
 
-_CLIP_NOTE = """<p>Held-out clips, not chosen: the first of the set. White ring: true gaze, cyan cross: predicted. Depth is
-relative inverse depth, bright is near. Trajectory, gaze and depth are predicted from rgb; rgb is predicted from depth.</p>"""
+_CLIP_NOTE = """<p>Held-out clips, not chosen: the first of the set. White ring: true gaze, cyan cross: predicted. Depth
+is relative inverse depth, bright is near. Trajectory, gaze and depth are predicted from rgb; rgb is predicted from
+depth.</p>"""
 
 
 def _lead(facts: list[tuple[str, str]]) -> str:
@@ -95,17 +107,22 @@ def _result_table(summary: dict) -> str:
         for metric, f in metrics.items():
             tone = "good" if _gain(metric, f) > 0 else "bad"
             low, high = f["ci95"]
-            rows.append(f'<tr class="{"main" if metric in MAIN_METRICS else ""}"><td>{task}<td>{metric}<td class="num {tone}">{_number(f["value"])}'
-                        f'<td class=num>[{_number(low)}, {_number(high)}]<td class=num>{_number(f["baseline"])}<td>{html.escape(f["baseline_name"])}'
-                        f'<td class=num>{_number(f["shuffled"])}<td class=num>{_number(f["ceiling"])}<td class=num>{f["clips"]}</tr>')
+            cells = [_number(f["value"]), f"[{_number(low)}, {_number(high)}]", _number(f["baseline"])]
+            more = [_number(f["shuffled"]), _number(f["ceiling"]), f["clips"]]
+            rows.append(f'<tr class="{"main" if metric in MAIN_METRICS else ""}"><td>{task}<td>{metric}'
+                        f'<td class="num {tone}">' + "<td class=num>".join(map(str, cells))
+                        + f'<td>{html.escape(f["baseline_name"])}'
+                        + "".join(f"<td class=num>{cell}" for cell in more) + "</tr>")
     return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _cost_table(seconds: dict[str, float]) -> str:
     total = max(sum(seconds.values()), 1e-9)
-    rows = "".join(f'<tr><td>{html.escape(stage)}<td class=num>{_duration(s)}<td style="width:55%"><div style="background:var(--accent);height:.7rem;'
-                   f'border-radius:3px;width:{100 * s / total:.1f}%"></div></tr>' for stage, s in seconds.items())
-    return f"<table><tr><th>stage<th class=num>time<th></tr>{rows}<tr class=main><td>all<td class=num>{_duration(total)}<td></tr></table>"
+    style = "background:var(--accent);height:.7rem;border-radius:3px"
+    rows = "".join(f'<tr><td>{html.escape(stage)}<td class=num>{_duration(s)}<td style="width:55%">'
+                   f'<div style="{style};width:{100 * s / total:.1f}%"></div></tr>' for stage, s in seconds.items())
+    return (f"<table><tr><th>stage<th class=num>time<th></tr>{rows}"
+            f"<tr class=main><td>all<td class=num>{_duration(total)}<td></tr></table>")
 
 
 def _duration(seconds: float) -> str:

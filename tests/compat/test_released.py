@@ -23,7 +23,8 @@ from tests.model.test_parity import reference, write_released
 def released(tmp_path_factory):
     """The three released kinds of file, at a small size."""
     folder = tmp_path_factory.mktemp("released")
-    write_released(folder / "model.pth", reference("model_swiglu")["state_dict"], model="fm_mini_2e_2d_swiglu_nobias", in_domains="tok_rgb")
+    write_released(folder / "model.pth", reference("model_swiglu")["state_dict"], model="fm_mini_2e_2d_swiglu_nobias",
+                   in_domains="tok_rgb")
     for name in ("cam", "gaze"):
         write_released(folder / f"{name}.pth", reference(f"vqvae_{name}")["state_dict"], domain=name)
     return folder
@@ -77,8 +78,10 @@ def test_a_malicious_file_runs_nothing(tmp_path, where):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("damage", "words"), [("cut", "not a whole torch checkpoint"), ("pickle", "refused"), ("empty", "expected a dict with 'model'"),
-                                               ("strange", "neither an EgoM2P checkpoint"), ("half", "lacks"), ("missing", "no checkpoint")])
+@pytest.mark.parametrize(("damage", "words"), [("cut", "not a whole torch checkpoint"), ("pickle", "refused"),
+                                               ("empty", "expected a dict with 'model'"),
+                                               ("strange", "neither an EgoM2P checkpoint"), ("half", "lacks"),
+                                               ("missing", "no checkpoint")])
 def test_wrong_files_get_one_line(released, tmp_path, damage, words):
     path = tmp_path / "file.pth"
     state = dict(reference("model_swiglu")["state_dict"])

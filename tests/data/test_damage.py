@@ -1,4 +1,5 @@
-"""A corpus of damaged inputs: each is used, left out and counted, or refused; none changes which other samples are seen."""
+"""A corpus of damaged inputs: each is used, left out and counted, or refused; none changes which other samples are
+seen."""
 
 import io
 import logging
@@ -17,11 +18,11 @@ from hypothesis import strategies as st
 from egom2p.config import load
 from egom2p.data.loader import TokenStream
 from egom2p.data.tarindex import INDEX_FILE, index_tars, npy_bytes, parse_index
-from egom2p.data.tokens import DamagedClip, TokenDataset, decode_tokens
-from egom2p.errors import UserError
+from egom2p.data.tokens import TokenDataset, decode_tokens
+from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.training.log import read_metrics
-from egom2p.training.tasks import PretrainConfig
+from egom2p.training.pretraining import PretrainConfig
 from tests.conftest import ROOT, run_cli
 from tests.training.test_training import train
 
@@ -58,6 +59,14 @@ def claim(path: Path, size: int) -> None:
 
 
 GRID = np.zeros((5, 4, 4), np.uint16)
+
+
+def npy_file(descr: str, shape: str) -> bytes:
+    """The header of a .npy file that claims so much."""
+    fields = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
+    return b"\x93NUMPY\x01\x00v\x00" + fields.ljust(117).encode() + b"\n"
+
+
 DAMAGES = {  # what is done to the shard -> what `shards check` says of it
     "truncated tar": (lambda p: os.truncate(p, 5000), "truncated"),
     "zero-byte tar": (lambda p: p.write_bytes(b""), "0 bytes"),
@@ -66,12 +75,14 @@ DAMAGES = {  # what is done to the shard -> what `shards check` says of it
     "id beyond the vocabulary": (lambda p: replace_one(p, npy_bytes(GRID + 1000)), "token id 1000"),
     "float tokens": (lambda p: replace_one(p, npy_bytes(GRID.astype(np.float32))), "holds float32"),
     "duplicated key": (lambda p: rewrite(p, [*members(p), members(p)[2]]), "twice"),
-    "key missing": (lambda p: rewrite(p, members(p)[:5] + members(p)[6:]), "absent here while other modalities hold it"),
+    "key missing": (lambda p: rewrite(p, members(p)[:5] + members(p)[6:]),
+                    "absent here while other modalities hold it"),
     "shard missing": (lambda p: p.unlink(), "whole shard missing"),
     "unreadable file": (lambda p: (p.unlink(), p.symlink_to("/nowhere/at/all")), "cannot be read"),
-    "pickled array": (lambda p: replace_one(p, b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n" + b"\x80\x04."), "unreadable"),
+    "pickled array": (lambda p: replace_one(p, npy_file("'|O'", "(1,)") + b"\x80\x04."), "unreadable"),
     "absurd size": (lambda p: claim(p, 2**40), "truncated"),
-    "npy that claims an absurd shape": (lambda p: replace_one(p, b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<u2', 'fortran_order': False, 'shape': (99999999999, 99999999), }".ljust(117) + b"\n"), "unreadable"),
+    "npy that claims an absurd shape": (
+        lambda p: replace_one(p, npy_file("'<u2'", "(99999999999, 99999999)")), "unreadable"),
 }
 
 
@@ -127,7 +138,8 @@ def test_damage_is_found_named_and_harms_nothing_else(debug_tokens, tmp_path, ca
 
     caplog.set_level(logging.WARNING)
     caplog.clear()
-    run_cli("train", "cfgs/train/debug.yaml", f"data.root={root}", f"run.dir={tmp_path / 'run'}", "train.steps=6", "eval.every=0", "data.max_damaged=0.5")
+    run_cli("train", "cfgs/train/debug.yaml", f"data.root={root}", f"run.dir={tmp_path / 'run'}", "train.steps=6",
+            "eval.every=0", "data.max_damaged=0.5")
     assert len(read_metrics(tmp_path / "run")) == 6
     if name not in ("key missing", "shard missing"):
         assert SHARD in caplog.text, caplog.text
@@ -212,8 +224,10 @@ def _decode(data: bytes) -> None:
     """Ids inside the vocabulary, or one of the errors that TokenDataset.read turns into DamagedClip."""
     modalities = ModalitySet([MODALITY])
     dataset = TokenDataset.__new__(TokenDataset)
-    dataset.name, dataset.modalities, dataset.paths, dataset.stamps, dataset.keys = "d", modalities, [Path("x")], [(-1, 0)], ["k"]
-    dataset._file, dataset._offset, dataset._size = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int64), np.full((1, 1), len(data))
+    dataset.name, dataset.modalities, dataset.keys = "d", modalities, ["k"]
+    dataset.paths, dataset.stamps = [Path("x")], [(-1, 0)]
+    dataset._file, dataset._offset = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int64)
+    dataset._size = np.full((1, 1), len(data))
     import egom2p.data.tokens as tokens
 
     kept, tokens.read_at = tokens.read_at, lambda *_: data
@@ -241,8 +255,10 @@ def test_fuzz_token_decoder(data):
     _decode(data)
 
 
+INDEX_WORDS = ["version", "shards", "a.tar", "size", "mtime_ns", "keys", "suffixes", "offsets", "sizes", "damage"]
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["version", "shards", "a.tar", "size", "mtime_ns", "keys", "suffixes", "offsets", "sizes", "damage"]), inner, max_size=7), max_leaves=20)
+                    lambda inner: st.lists(inner, max_size=4)
+                    | st.dictionaries(st.sampled_from(INDEX_WORDS), inner, max_size=7), max_leaves=20)
 
 
 @pytest.mark.slow
@@ -256,7 +272,8 @@ def test_fuzz_index_file(tree):
 
 @pytest.mark.slow
 @MODEST
-@given(text=st.one_of(st.text(max_size=200), mutated((ROOT / "cfgs/train/debug.yaml").read_bytes())), override=st.text(max_size=30))
+@given(text=st.one_of(st.text(max_size=200), mutated((ROOT / "cfgs/train/debug.yaml").read_bytes())),
+       override=st.text(max_size=30))
 def test_fuzz_config_loader(tmp_path_factory, text, override):
     """Any text: a configuration or one line for the user."""
     path = tmp_path_factory.mktemp("fuzz") / "c.yaml"
@@ -270,6 +287,8 @@ def test_fuzz_config_loader(tmp_path_factory, text, override):
 
 def test_the_decoder_refuses_what_the_fuzzer_found():
     """Kept examples: headers that are no headers."""
-    for data in (b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\x00\x00", b"PK\x03\x04", b"\x93NUMPY\x01\x00v\x00" + b"[" * 117 + b"\n"):
-        with pytest.raises((ValueError, OSError, KeyError, EOFError, SyntaxError, TypeError, MemoryError, zipfile.BadZipFile)):
+    for data in (b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\x00\x00", b"PK\x03\x04",
+                 b"\x93NUMPY\x01\x00v\x00" + b"[" * 117 + b"\n"):
+        with pytest.raises((ValueError, OSError, KeyError, EOFError, SyntaxError, TypeError, MemoryError,
+                            zipfile.BadZipFile)):
             decode_tokens(data, MODALITY)

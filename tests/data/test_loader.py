@@ -9,7 +9,7 @@ from egom2p.config import load
 from egom2p.data.loader import BatchPlan, StepDataset, TokenStream, step_loader
 from egom2p.errors import UserError
 from egom2p.modalities import ModalitySet
-from egom2p.training.tasks import PretrainConfig
+from egom2p.training.pretraining import PretrainConfig
 from tests.conftest import ROOT
 
 
@@ -28,7 +28,8 @@ def contents(micro_batches):
             ends = np.cumsum(packed.lengths.sum(1))
             for number, end, length in zip(micro.numbers, ends, packed.lengths.sum(1), strict=True):
                 rows = slice(end - length, end)
-                found.setdefault(int(number), []).append([t[rows].tolist() for t in (packed.modality, packed.position, packed.token)])
+                found.setdefault(int(number), []).append([t[rows].tolist()
+                                                          for t in (packed.modality, packed.position, packed.token)])
     return found
 
 
@@ -36,7 +37,8 @@ def contents(micro_batches):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_same_global_batches_for_any_ranks_and_workers(debug_tokens, world, workers):
     source, _ = stream(debug_tokens)
-    reference = {b.step: contents(b.micro_batches) for b in step_loader(StepDataset(source, 4, BatchPlan(8, 8, 8)), range(3, 6), 0)}
+    reference = {b.step: contents(b.micro_batches) for b in step_loader(StepDataset(source, 4, BatchPlan(8, 8, 8)),
+                                                                        range(3, 6), 0)}
     seen: dict[int, dict] = {3: {}, 4: {}, 5: {}}
     for rank in range(world):
         for batch in step_loader(StepDataset(source, 4, BatchPlan(8, 2, 8, rank, world)), range(3, 6), workers):
@@ -118,10 +120,12 @@ def test_sixty_four_nodes_of_four_share_a_global_batch_exactly():
     costs = rng.integers(100, 4000, 4096)
     for world, micro in ((256, 2), (256, 4), (64, 16), (1, 1024)):
         for step in (0, 3):
-            dealt = [BatchPlan(1024, micro, 1024, rank, world).deal(step, lambda n: int(costs[n])) for rank in range(world)]
+            dealt = [BatchPlan(1024, micro, 1024, rank, world).deal(step, lambda n: int(costs[n]))
+                     for rank in range(world)]
             numbers = sorted(n for rank in dealt for part in rank for n in part)
             assert numbers == list(range(step * 1024, (step + 1) * 1024))
             assert len({len(rank) for rank in dealt}) == 1  # as many micro-batches everywhere
             loads = np.array([sum(costs[n] for part in rank for n in part) for rank in dealt])
-            in_turn = np.array([costs[BatchPlan(1024, micro, 1024, rank, world).numbers(step)].sum() for rank in range(world)])
+            in_turn = np.array([costs[BatchPlan(1024, micro, 1024, rank, world).numbers(step)].sum()
+                                for rank in range(world)])
             assert loads.max() <= in_turn.max()

@@ -22,7 +22,8 @@ def fill(present, count=6000):
 
 
 @pytest.mark.parametrize(("present", "inputs", "targets"), [
-    (("rgb", "depth", "cam", "gaze"), 0.52, 0.505), (("rgb", "gaze", "cam"), 0.35, 0.34), (("rgb", "depth", "cam"), 0.68, 0.67)])
+    (("rgb", "depth", "cam", "gaze"), 0.52, 0.505), (("rgb", "gaze", "cam"), 0.35, 0.34),
+    (("rgb", "depth", "cam"), 0.68, 0.67)])
 def test_fill_of_the_released_mixture(present, inputs, targets):
     """facts.md section 3: 52/50 % for four modalities, 35/34 % for Ego-Exo4D, 68/67 % for rgb + depth + cam."""
     got = fill(present)
@@ -50,11 +51,13 @@ def test_inputs_and_targets_never_overlap_and_carry_the_right_ids(rng):
     for number in range(500):
         ids = tokens(rng)
         inputs, targets = masker.mask(ids, number)
-        shown, asked = (set(zip(side.modality.tolist(), side.position.tolist(), strict=True)) for side in (inputs, targets))
+        shown, asked = (set(zip(side.modality.tolist(), side.position.tolist(), strict=True))
+                        for side in (inputs, targets))
         assert not shown & asked
         assert len(shown) == len(inputs) <= 15
         assert 0 < len(asked) == len(targets) <= 12
-        assert all(ids[m][p] == t for side in (inputs, targets) for m, p, t in zip(side.modality, side.position, side.token, strict=True))
+        assert all(ids[m][p] == t for side in (inputs, targets)
+                   for m, p, t in zip(side.modality, side.position, side.token, strict=True))
         assert 2 not in targets.modality  # input only
         assert (np.diff(inputs.modality) >= 0).all()
 
@@ -63,7 +66,8 @@ def test_masks_are_a_pure_function_of_seed_and_number(rng):
     ids = tokens(rng)
     args = MaskArgs(input_tokens=15, target_tokens=12)
     first, again, other = (Masker(args, SMALL, seed).mask(ids, 7) for seed in (3, 3, 4))
-    assert all(np.array_equal(getattr(a, f), getattr(b, f)) for a, b in zip(first, again, strict=True) for f in ("modality", "position", "token"))
+    assert all(np.array_equal(getattr(a, f), getattr(b, f)) for a, b in zip(first, again, strict=True)
+               for f in ("modality", "position", "token"))
     assert not all(np.array_equal(a.position, b.position) for a, b in zip(first, other, strict=True))
 
 

@@ -71,7 +71,8 @@ def test_any_cluster_sees_the_same_global_batches(world, batch):
 
 
 def test_the_next_window_is_known_ahead():
-    """What is read ahead for remote shards: the shards that the window after this one draws from, over the end of a pass too."""
+    """What is read ahead for remote shards: the shards that the window after this one draws from, over the end of a
+    pass too."""
     sizes = np.array([5, 7, 3, 6, 4])
     order = PassOrder(sizes, 2, seed=3, salt=1)
     ends = np.cumsum(sizes)

@@ -1,4 +1,5 @@
-"""Shards that live elsewhere: an S3 server behind a connection that breaks, HTTP, pipes; the cache stays within its bound."""
+"""Shards that live elsewhere: an S3 server behind a connection that breaks, HTTP, pipes; the cache stays within its
+bound."""
 
 import http.client
 import os
@@ -35,7 +36,8 @@ class Flaky(BaseHTTPRequestHandler):
         connection.request(self.command, self.path, body, dict(self.headers))
         answer = connection.getresponse()
         data = answer.read()
-        kind = "503" if fate < self.share / 2 else "cut" if fate < self.share and len(data) > 2000 and self.command == "GET" else "fine"
+        cuttable = len(data) > 2000 and self.command == "GET"
+        kind = "503" if fate < self.share / 2 else "cut" if fate < self.share and cuttable else "fine"
         self.trouble[kind] += 1
         if kind == "503":
             self.send_response(503)
@@ -94,8 +96,10 @@ def test_what_counts_as_remote():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_from_a_bad_connection_equals_training_from_disk(bucket, debug_tokens, tmp_path, workers):
     """The same figures, bit for bit; the cache is bounded; trouble did occur."""
-    run_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path / 'disk'}", "train.threads=1", "train.steps=8")
-    run_cli("train", "cfgs/train/debug.yaml", "data.root=s3://tokens", f"run.dir={tmp_path / 's3'}", "train.threads=1", "train.steps=8", f"data.workers={workers}",
+    run_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path / 'disk'}",
+            "train.threads=1", "train.steps=8")
+    run_cli("train", "cfgs/train/debug.yaml", "data.root=s3://tokens", f"run.dir={tmp_path / 's3'}", "train.threads=1",
+            "train.steps=8", f"data.workers={workers}",
             f"data.cache={tmp_path / 'cache'}", "data.retry_s=60")
     assert curve(tmp_path / "s3") == curve(tmp_path / "disk")
     assert Flaky.trouble["503"] and Flaky.trouble["fine"]
@@ -108,7 +112,8 @@ def test_a_download_that_breaks_off_is_noticed(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(Flaky, "share", 1.0)
     monkeypatch.setattr(Flaky, "rng", random.Random(3))
     with pytest.raises(OSError, match="could not be had in 2 s"):
-        ShardCache(tmp_path / "none", 1e9, 2.0).fetch(RemoteShard("s3://tokens/rgb/full/shard-000000.tar", 10, ShardCache(tmp_path, 1e9, 2.0)))
+        ShardCache(tmp_path / "none", 1e9, 2.0).fetch(RemoteShard("s3://tokens/rgb/full/shard-000000.tar", 10,
+                                                                  ShardCache(tmp_path, 1e9, 2.0)))
     assert not list((tmp_path / "none").glob("*.tar"))
 
 
@@ -144,7 +149,7 @@ def test_https_and_pipe(debug_tokens, tmp_path):
     from http.server import SimpleHTTPRequestHandler
 
     from egom2p.config import load
-    from egom2p.training.tasks import PretrainConfig
+    from egom2p.training.pretraining import PretrainConfig
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
@@ -155,7 +160,8 @@ def test_https_and_pipe(debug_tokens, tmp_path):
     modalities = ModalitySet.from_config(load(PretrainConfig, ROOT / "cfgs/train/debug.yaml").modalities)
     local = TokenDataset.open(debug_tokens, "full", "", modalities)
     names = ",".join(modalities.names)
-    for pattern in (f"http://127.0.0.1:{server.server_port}/[{names}]/full/shard-{{000000..000000}}.tar", f"pipe:cat {debug_tokens}/[{names}]/full/shard-000000.tar"):
+    for pattern in (f"http://127.0.0.1:{server.server_port}/[{names}]/full/shard-{{000000..000000}}.tar",
+                    f"pipe:cat {debug_tokens}/[{names}]/full/shard-000000.tar"):
         there = TokenDataset.open("", "full", pattern, modalities, (), ShardCache(tmp_path / "cache", 1e9, 10))
         assert there.fingerprint() == local.fingerprint()
         for m, ids in there.read(5).tokens.items():

@@ -10,8 +10,8 @@ import pytest
 
 from egom2p.data.shardtools import check, convert
 from egom2p.data.tarindex import INDEX_FILE, index_tars
-from egom2p.data.tokens import DamagedClip, TokenDataset, decode_tokens, encode_tokens
-from egom2p.errors import UserError
+from egom2p.data.tokens import TokenDataset, decode_tokens, encode_tokens
+from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import Modality, ModalitySet
 
 MODALITIES = ModalitySet([Modality("rgb", 64000, (5, 2, 2)), Modality("cam", 256, (30,))])
@@ -39,7 +39,8 @@ def write_tar(path, files):
 
 
 def grids(rng, count=6):
-    return {f"k{i}": {"rgb": rng.integers(0, 64000, (5, 2, 2)).astype(np.uint16), "cam": rng.integers(0, 256, 30).astype(np.uint16)}
+    return {f"k{i}": {"rgb": rng.integers(0, 64000, (5, 2, 2)).astype(np.uint16),
+                      "cam": rng.integers(0, 256, 30).astype(np.uint16)}
             for i in range(count)}
 
 
@@ -60,7 +61,8 @@ def test_modalities_pair_by_key_and_a_lacking_one_is_absent(tmp_path, rng):
     assert dataset.keys == [f"k{i}" for i in range(6)]
     for element, key in enumerate(dataset.keys):
         sample = dataset.read(element)
-        expected = {i: samples[key][m.name].reshape(-1) for i, m in enumerate(MODALITIES) if (m.name, key) not in {("rgb", "k0"), ("cam", "k3")}}
+        expected = {i: samples[key][m.name].reshape(-1) for i, m in enumerate(MODALITIES)
+                    if (m.name, key) not in {("rgb", "k0"), ("cam", "k3")}}
         assert sample.tokens.keys() == expected.keys()
         assert all(np.array_equal(sample.tokens[i], expected[i]) for i in expected)
 
@@ -71,13 +73,15 @@ def test_released_forms_give_identical_samples(tmp_path, rng):
     wide = {k: {"rgb": v["rgb"].astype(np.int32), "cam": v["cam"].astype(np.int64)} for k, v in samples.items()}
     write_set(tmp_path / "ours", samples)
     for modality in ("rgb", "cam"):
-        write_tar(tmp_path / "theirs" / modality / "set" / "token" / "shard-000000.tar", [(f"{k}.npz", npz(v[modality])) for k, v in wide.items()])
+        write_tar(tmp_path / "theirs" / modality / "set" / "token" / "shard-000000.tar",
+                  [(f"{k}.npz", npz(v[modality])) for k, v in wide.items()])
         folder = tmp_path / "loose" / modality / "set"
         folder.mkdir(parents=True)
         for k, v in wide.items():
             (folder / f"{k}.npz").write_bytes(npz(v[modality]))
     assert convert(str(tmp_path / "theirs"), tmp_path / "converted") == 12
-    sets = [open_set(tmp_path / "ours"), open_set(tmp_path / "theirs", pattern="[rgb,depth,cam]/set/token/shard-{000000..000000}.tar"),
+    sets = [open_set(tmp_path / "ours"), open_set(tmp_path / "theirs",
+                                                  pattern="[rgb,depth,cam]/set/token/shard-{000000..000000}.tar"),
             open_set(tmp_path / "loose"), open_set(tmp_path / "converted")]
     for element in range(6):
         first, *others = (s.read(element) for s in sets)
@@ -98,7 +102,8 @@ def test_missing_marks_survive_both_storage_types():
 
 
 @pytest.mark.parametrize(("array", "words"), [
-    (np.zeros((5, 2, 3), np.uint16), "shape"), (np.zeros(30), "float64"), (np.full(30, 256, np.uint16), "outside"), (np.full(30, -2), "outside")])
+    (np.zeros((5, 2, 3), np.uint16), "shape"), (np.zeros(30), "float64"), (np.full(30, 256, np.uint16), "outside"),
+    (np.full(30, -2), "outside")])
 def test_tokens_that_do_not_fit_are_refused(array, words):
     with pytest.raises(ValueError, match=words):
         decode_tokens(npy(array), MODALITIES[1])
@@ -108,7 +113,9 @@ def test_pickles_are_never_loaded(tmp_path, rng):
     samples = grids(rng)
     write_set(tmp_path, samples)
     evil = npy(np.array([{"a": 1}], dtype=object))
-    write_tar(tmp_path / "cam/set/shard-000000.tar", [("k0.npy", evil), *((f"{k}.npy", npy(v["cam"])) for k, v in samples.items() if k != "k0")])
+    write_tar(tmp_path / "cam/set/shard-000000.tar", [("k0.npy", evil),
+                                                      *((f"{k}.npy", npy(v["cam"])) for k, v in samples.items()
+                                                        if k != "k0")])
     with pytest.raises(DamagedClip, match="k0"):
         open_set(tmp_path).read(0)
 
@@ -145,13 +152,16 @@ def test_check_finds_every_damage(tmp_path, rng):
     assert check(str(tmp_path), MODALITIES)[0] == []
     write_set(tmp_path, samples, "cut")
     os.truncate(tmp_path / "rgb/cut/shard-000000.tar", 3000)
-    write_tar(tmp_path / "cam/odd/shard-000000.tar", [("a.npy", npy(np.zeros(30, np.uint16))), ("a.npy", npy(np.zeros(30, np.uint16))),
-              ("b.npy", npy(np.zeros(29, np.uint16))), ("c.npy", npy(np.zeros(30))), ("d.npy", npy(np.full(30, 999, np.uint16))), ("e.npy", b"nonsense")])
+    write_tar(tmp_path / "cam/odd/shard-000000.tar", [("a.npy", npy(np.zeros(30, np.uint16))),
+                                                      ("a.npy", npy(np.zeros(30, np.uint16))),
+              ("b.npy", npy(np.zeros(29, np.uint16))), ("c.npy", npy(np.zeros(30))),
+              ("d.npy", npy(np.full(30, 999, np.uint16))), ("e.npy", b"nonsense")])
     (tmp_path / "cam/odd/shard-000001.tar").write_bytes(b"")
     (tmp_path / "cam/odd/shard-000002.tar").write_bytes(os.urandom(4096))
     write_tar(tmp_path / "rgb/odd/shard-000000.tar", [("a.npy", npy(samples["k0"]["rgb"]))])
     text = json.dumps(check(str(tmp_path), MODALITIES)[0])
-    for finding in ("truncated", "key occurs twice", "shape (29,)", "holds float64", "token id 999", "unreadable", "0 bytes", "not a readable tar", "whole shard missing"):
+    for finding in ("truncated", "key occurs twice", "shape (29,)", "holds float64", "token id 999", "unreadable",
+                    "0 bytes", "not a readable tar", "whole shard missing"):
         assert finding in text, finding
 
 

@@ -7,7 +7,7 @@ import av
 import numpy as np
 
 from egom2p import geometry
-from egom2p.data.world import _make_scene, render
+from egom2p.datasets.world import _make_scene, render
 
 SECONDS = 6.0
 
@@ -62,7 +62,8 @@ class Miniature:
             stream = container.add_stream("ffv1", rate=rate)
             stream.height, stream.width, stream.pix_fmt = self.height, self.width, pix_fmt
             for frame in self.frames[1]:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.round(frame / scale).astype(np.uint16), format="gray16le")))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.round(frame / scale).astype(np.uint16),
+                                                                       format="gray16le")))
             container.mux(stream.encode())
 
 

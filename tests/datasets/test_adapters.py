@@ -1,7 +1,8 @@
 """Each adapter on a miniature of its raw layout, written from the world in that set's axes, units, rates and formats.
 
-What comes back must be the world's own poses, gaze and depth, so a wrong axis, a transposed matrix or a wrong unit cannot pass. The
-miniatures are ragged: frames dropped, clocks offset, poses NaN, gaze missing, videos cut off, sequences unreadable.
+What comes back must be the world's own poses, gaze and depth, so a wrong axis, a transposed matrix or a wrong unit
+cannot pass. The miniatures are ragged: frames dropped, clocks offset, poses NaN, gaze missing, videos cut off,
+sequences unreadable.
 """
 
 import json
@@ -13,11 +14,12 @@ import pytest
 
 from egom2p import geometry
 from egom2p.data.clips import ClipIndex
-from egom2p.data.video import square, write_video
+from egom2p.data.video import square
 from egom2p.datasets import ADAPTERS
+from egom2p.datasets.checks import reprojection_error
 from egom2p.datasets.holoassist import PSI_FROM_OPENCV
 from egom2p.datasets.lens import distort_rational
-from egom2p.datasets.prepare import reprojection_error
+from egom2p.signals.writers import write_video
 from tests.conftest import run_cli
 from tests.datasets.miniature import Miniature, save_png
 
@@ -32,7 +34,8 @@ def clips_of(out: Path, sequence: str) -> list:
     return [index.read(i) for i in range(len(index))]
 
 
-def check(clips: list, mini: Miniature, crop: int = 0, signals: tuple[str, ...] = ("rgb", "depth", "cam"), offset: float = 0.0, metres: float = 0.004, degrees: float = 0.3, last: float = 0.0) -> None:
+def check(clips: list, mini: Miniature, crop: int = 0, signals: tuple[str, ...] = ("rgb", "depth", "cam"),
+          offset: float = 0.0, metres: float = 0.004, degrees: float = 0.3, last: float = 0.0) -> None:
     """Every clip holds the world's own signals for its time."""
     assert clips
     crop = crop or min(mini.width, mini.height)
@@ -45,7 +48,8 @@ def check(clips: list, mini: Miniature, crop: int = 0, signals: tuple[str, ...] 
         centre = (slice(None), slice(top, top + crop), slice(left, left + crop))
         assert np.abs(square(shown[centre], SIZE).astype(int) - clip.signals["rgb"]).mean() < 6
         if "cam" in signals:
-            truth, got = (geometry.relative_to_first(p.astype(np.float64)) for p in (mini.poses(np.minimum(motion, last or mini.times[-1])), clip.signals["cam"]))
+            truth, got = (geometry.relative_to_first(p.astype(np.float64))
+                          for p in (mini.poses(np.minimum(motion, last or mini.times[-1])), clip.signals["cam"]))
             assert np.linalg.norm(truth[:, :3, 3] - got[:, :3, 3], axis=1).max() < metres
             assert geometry.rotation_angle_deg(truth[:, :3, :3].transpose(0, 2, 1) @ got[:, :3, :3]).max() < degrees
         if "depth" in signals:
@@ -55,7 +59,8 @@ def check(clips: list, mini: Miniature, crop: int = 0, signals: tuple[str, ...] 
             got = clip.signals["depth"].astype(np.float32)
             assert np.median(np.abs(got - expected) / np.maximum(expected, 0.1)) < 0.01
             if "cam" in signals and "intrinsics" in clip.meta:
-                assert reprojection_error(clip.signals["depth"], clip.signals["cam"], np.array(clip.meta["intrinsics"])) < 0.06
+                assert reprojection_error(clip.signals["depth"], clip.signals["cam"],
+                                          np.array(clip.meta["intrinsics"])) < 0.06
         if "gaze" in signals:
             pixels = mini.gaze_pixels(np.minimum(motion, mini.times[-1]))
             truth = geometry.gaze_from_pixels(pixels, mini.width, mini.height, crop)
@@ -111,11 +116,13 @@ def test_taco(tmp_path, halved):
         shown = Miniature(2, 192, 108, 30)
         if halved:
             shown.frames = (rgb[::2], mini.frames[1][::2])
-        shown.write_depth_video(tmp_path / "raw/Egocentric_Depth_Videos" / sequence / "egocentric_depth.avi", 1 / 4000, 15)
+        shown.write_depth_video(tmp_path / "raw/Egocentric_Depth_Videos" / sequence / "egocentric_depth.avi", 1 / 4000,
+                                15)
     card = prepare("taco", tmp_path / "raw", tmp_path / "out")
     assert card["clips"] == 3
     assert "frames were lost" in next(iter(card["failed"].values()))
-    check(clips_of(tmp_path / "out", "_stir__spoon__bowl__20231105_001"), mini, signals=("rgb", "cam") if halved else ("rgb", "depth", "cam"))
+    check(clips_of(tmp_path / "out", "_stir__spoon__bowl__20231105_001"), mini, signals=("rgb", "cam")
+          if halved else ("rgb", "depth", "cam"))
 
 
 def test_holoassist(tmp_path):
@@ -128,7 +135,8 @@ def test_holoassist(tmp_path):
     zero = 637_900_000_000_000_000
     (folder / "Video/VideoMp4Timing.txt").write_text(f"{zero}\n{zero + 60_000_000}\n")
     k = mini.intrinsics
-    text(np.concatenate([k.reshape(-1), np.zeros(14), [mini.width, mini.height]])[None], folder / "Video/Intrinsics.txt", delimiter="\t")
+    text(np.concatenate([k.reshape(-1), np.zeros(14), [mini.width, mini.height]])[None],
+         folder / "Video/Intrinsics.txt", delimiter="\t")
     times = np.arange(-15, len(rgb)) / 30
     poses = mini.poses(np.maximum(times, 0)) @ geometry.invert(PSI_FROM_OPENCV)
     eyes = mini.poses(np.maximum(times, 0))
@@ -136,14 +144,16 @@ def test_holoassist(tmp_path):
     with (folder / "Video/Pose_sync.txt").open("w") as pose_file:
         for i, t in enumerate(times):
             row = np.full(16, np.nan) if 135 <= i < 150 else poses[i].reshape(-1)
-            pose_file.write("\t".join([f"{t + 0.5:.6f}", str(zero + round(t * 1e7)), *(f"{v:.9g}" for v in row)]) + "\n")
+            pose_file.write("\t".join([f"{t + 0.5:.6f}", str(zero + round(t * 1e7)),
+                                       *(f"{v:.9g}" for v in row)]) + "\n")
     (folder / "Eyes").mkdir()
-    half = 0.5  # the authors place the gaze at half a metre along the ray, so the ray must start where it does not matter: at the camera
+    half = 0.5  # the authors place the gaze at half a metre along the ray; its start must not matter: at the camera
     with (folder / "Eyes/Eyes_sync.txt").open("w") as eye_file:
         for i, t in enumerate(times):
             origin = eyes[i, :3, 3]
             direction = (ball - origin) * half
-            eye_file.write("\t".join([f"{t + 0.5:.6f}", str(zero + round(t * 1e7)), *(f"{v:.9g}" for v in (*origin, *direction)), str(int(not 60 <= i < 70))]) + "\n")
+            eye_file.write("\t".join([f"{t + 0.5:.6f}", str(zero + round(t * 1e7)),
+                                      *(f"{v:.9g}" for v in (*origin, *direction)), str(int(not 60 <= i < 70))]) + "\n")
     (tmp_path / "raw/val-v1_2.txt").write_text("R001-1July-Test\n")
     import egom2p.datasets.holoassist as module
 
@@ -191,7 +201,8 @@ def test_hoi4d(tmp_path):
     log = tmp_path / "raw/HOI4D_annotations" / sequence / "3Dseg/output.log"
     log.parent.mkdir(parents=True)
     start = geometry.relative_to_first(mini.poses(mini.times))
-    log.write_text("".join(f"{i} {i} {i + 1}\n" + "\n".join(" ".join(f"{v:.9f}" for v in row) for row in pose) + "\n" for i, pose in enumerate(start)))
+    log.write_text("".join(f"{i} {i} {i + 1}\n" + "\n".join(" ".join(f"{v:.9f}" for v in row) for row in pose) + "\n"
+                           for i, pose in enumerate(start)))
     (tmp_path / "raw/camera_params/ZY20210800001").mkdir(parents=True)
     np.save(tmp_path / "raw/camera_params/ZY20210800001/intrin.npy", mini.intrinsics)
     card = prepare("hoi4d", tmp_path / "raw", tmp_path / "out")
@@ -211,7 +222,8 @@ def test_arctic(tmp_path):
     camera_from_world = geometry.invert(mini.poses(mini.times))
     (tmp_path / "raw/raw_seqs/s05").mkdir(parents=True)
     full = np.diag([2800 / mini.width, 2800 / mini.width, 1]) @ mini.intrinsics
-    camera = {"R_k_cam_np": camera_from_world[:, :3, :3], "T_k_cam_np": camera_from_world[:, :3, 3:], "intrinsics": full, "dist8": lens, "ego_markers.label": ["a", "b"]}
+    camera = {"R_k_cam_np": camera_from_world[:, :3, :3], "T_k_cam_np": camera_from_world[:, :3, 3:],
+              "intrinsics": full, "dist8": lens, "ego_markers.label": ["a", "b"]}
     np.save(tmp_path / "raw/raw_seqs/s05/box_grab_01.egocam.dist.npy", camera, allow_pickle=True)
     (tmp_path / "raw/meta").mkdir()
     (tmp_path / "raw/meta/misc.json").write_text(json.dumps({"s05": {"ioi_offset": offset}}))
@@ -236,7 +248,8 @@ def test_arctic(tmp_path):
 
 
 def _distort(frame: np.ndarray, intrinsics: np.ndarray, lens: np.ndarray) -> np.ndarray:
-    """What the real lens would have recorded: each pinhole pixel moved to where the lens puts it (nearest, holes filled)."""
+    """What the real lens would have recorded: each pinhole pixel moved to where the lens puts it (nearest, holes
+    filled)."""
     height, width = frame.shape[:2]
     v, u = np.mgrid[0:height, 0:width]
     target = np.stack([u + 0.5, v + 0.5], -1).astype(float)
@@ -253,17 +266,19 @@ def _distort(frame: np.ndarray, intrinsics: np.ndarray, lens: np.ndarray) -> np.
 
 @pytest.fixture
 def own_videos(tmp_path):
-    """A folder of someone's own videos: everything beside one, a COLMAP model beside another, a plain one, and broken ones."""
+    """A folder of someone's own videos: everything beside one, a COLMAP model beside another, a plain one, and broken
+    ones."""
     mini = Miniature(7, 128, 96, 25)
     root = tmp_path / "raw"
     (root / "val").mkdir(parents=True)
     write_video(root / "val/walk.mp4", mini.frames[0], 25)
     motion = np.arange(0, 6, 1 / 50)
-    from egom2p.generation.pipeline import _quaternions
+    from egom2p.geometry import quaternions
 
     poses = mini.poses(motion)
-    text(np.c_[motion, poses[:, :3, 3], _quaternions(poses[:, :3, :3])], root / "val/walk.cam.tum")
-    rows = ["time,x,y,valid", *(f"{t:.6f},{x:.4f},{y:.4f},1" if np.isfinite(x) else f"{t:.6f},,,0" for t, (x, y) in zip(motion, mini.gaze_pixels(motion), strict=True))]
+    text(np.c_[motion, poses[:, :3, 3], quaternions(poses[:, :3, :3])], root / "val/walk.cam.tum")
+    rows = ["time,x,y,valid", *(f"{t:.6f},{x:.4f},{y:.4f},1" if np.isfinite(x) else f"{t:.6f},,,0"
+                                for t, (x, y) in zip(motion, mini.gaze_pixels(motion), strict=True))]
     (root / "val/walk.gaze.csv").write_text("\n".join(rows))
     np.save(root / "val/walk.depth.npy", mini.frames[1])
     text(mini.intrinsics, root / "val/walk.intrinsics.txt")
@@ -271,7 +286,7 @@ def own_videos(tmp_path):
     (root / "colmap.colmap").mkdir()
     lines = ["# Image list"]
     for i, pose in enumerate(geometry.invert(mini.poses(mini.times))):
-        x, y, z, w = _quaternions(pose[None, :3, :3])[0]
+        x, y, z, w = quaternions(pose[None, :3, :3])[0]
         lines += [f"{i + 1} {w} {x} {y} {z} {' '.join(map(str, pose[:3, 3]))} 1 frame_{i:05d}.png", ""]
     (root / "colmap.colmap/images.txt").write_text("\n".join(lines))
     write_video(root / "plain.mp4", mini.frames[0][:60], 25)
@@ -316,7 +331,7 @@ def test_a_second_run_does_what_is_missing_and_any_number_of_workers_writes_the_
 
 def test_wrong_axes_are_flagged(tmp_path):
     """The same video with its trajectory inverted: poses, depth and intrinsics disagree, and the card says so."""
-    from egom2p.generation.pipeline import write_tum
+    from egom2p.signals.writers import write_tum
 
     mini = Miniature(8, 96, 96, 25)
     for name, poses in (("right", mini.poses(mini.times)), ("wrong", geometry.invert(mini.poses(mini.times)))):
@@ -343,7 +358,9 @@ def test_prepared_clips_go_through_the_pipeline(own_videos, tmp_path):
     """Tokenise what was prepared, with the statistics of a camera tokenizer trained on it."""
     root, _ = own_videos
     prepare("video", root, tmp_path / "clips")
-    run_cli("tokenizer", "train", "tokenizers/world_cam/config.yaml", f"data.clips={tmp_path}/clips/*/*.tar", f"run.dir={tmp_path / 'cam'}",
+    run_cli("tokenizer", "train", "tokenizers/world_cam/config.yaml", f"data.clips={tmp_path}/clips/*/*.tar",
+            f"run.dir={tmp_path / 'cam'}",
             "train.steps=2", "train.batch_size=2", "optim.warmup_steps=1")
-    done = run_cli("tokenizer", "encode", tmp_path / "cam", "--clips", f"{tmp_path}/clips/*/*.tar", "--out", tmp_path / "tokens")
+    done = run_cli("tokenizer", "encode", tmp_path / "cam", "--clips", f"{tmp_path}/clips/*/*.tar", "--out",
+                   tmp_path / "tokens")
     assert "cam: 6 clips" in done.stdout

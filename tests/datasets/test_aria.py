@@ -1,7 +1,8 @@
-"""The Aria sets on miniatures of their layouts: turned sensors, fisheye lenses, device clocks, rays from the pupil frame.
+"""The Aria sets on miniatures of their layouts: turned sensors, fisheye lenses, device clocks, rays from the pupil
+frame.
 
-VRS files cannot be written here, so `projectaria_tools` is stood in for by a reader of .npz files with the same calls; what is tested is
-everything around it.
+VRS files cannot be written here, so `projectaria_tools` is stood in for by a reader of .npz files with the same calls;
+what is tested is everything around it.
 """
 
 import csv
@@ -17,17 +18,18 @@ import pytest
 from PIL import Image
 
 from egom2p import geometry
-from egom2p.data.video import write_video
 from egom2p.datasets import ase
 from egom2p.datasets.aria import RAW_FROM_UPRIGHT, gaze_direction, pinhole, transform
+from egom2p.datasets.checks import reprojection_error
 from egom2p.datasets.lens import distort_fisheye624
-from egom2p.datasets.prepare import reprojection_error
-from egom2p.generation.pipeline import _quaternions
+from egom2p.geometry import quaternions
+from egom2p.signals.writers import write_video
 from tests.conftest import run_cli
 from tests.datasets.miniature import Miniature, save_png
 from tests.datasets.test_adapters import SIZE, check, clips_of, prepare
 
-DEVICE_FROM_CAMERA = transform([0.33, 0.03, 0.03, 0.943] / np.linalg.norm([0.33, 0.03, 0.03, 0.943]), [-0.0075, -0.011, -0.0036])
+DEVICE_FROM_CAMERA = transform([0.33, 0.03, 0.03, 0.943] / np.linalg.norm([0.33, 0.03, 0.03, 0.943]),
+                               [-0.0075, -0.011, -0.0036])
 LENS = ase.LENS
 WIDE = 320
 
@@ -39,16 +41,18 @@ def world_from_device(mini: Miniature, times: np.ndarray) -> np.ndarray:
 def write_trajectory(path: Path, times: np.ndarray, poses: np.ndarray, start_us: float) -> None:
     """MPS columns in an order of their own, with one more that nobody asked for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = ["graph_uid", "tracking_timestamp_us", *(f"q{a}_world_device" for a in "xyzw"), *(f"t{a}_world_device" for a in "xyz"), "geo_available"]
+    names = ["graph_uid", "tracking_timestamp_us", *(f"q{a}_world_device" for a in "xyzw"),
+             *(f"t{a}_world_device" for a in "xyz"), "geo_available"]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(names)
-        for t, q, p in zip(times, _quaternions(poses[:, :3, :3]), poses[:, :3, 3], strict=True):
+        for t, q, p in zip(times, quaternions(poses[:, :3, :3]), poses[:, :3, 3], strict=True):
             writer.writerow(["abc", round(start_us + t * 1e6), *q, *p, "False"])
 
 
 class Lens:
-    """What a turned Fisheye624 sensor records of the world; pixel centres at integers, as Aria's calibration has them."""
+    """What a turned Fisheye624 sensor records of the world; pixel centres at integers, as Aria's calibration has
+    them."""
 
     def __init__(self, side: int) -> None:
         self.side = side
@@ -60,7 +64,8 @@ class Lens:
         for _ in range(60):
             rays = rays - 0.7 * (distort_fisheye624(rays, LENS) - wanted)
         upright = np.stack([-rays[..., 1], rays[..., 0]], -1)
-        self.inside = (np.abs(upright) < 0.98).all(-1) & (np.abs(distort_fisheye624(rays, LENS) - wanted).max(-1) < 1e-3)
+        back = np.abs(distort_fisheye624(rays, LENS) - wanted).max(-1)
+        self.inside = (np.abs(upright) < 0.98).all(-1) & (back < 1e-3)
         self.pixel = np.clip((upright + 1) * WIDE / 2, 0, WIDE - 1).astype(int)
         self.slant = np.sqrt(1 + (upright**2).sum(-1))
 
@@ -91,13 +96,15 @@ def check_pinhole(clips: list, mini: Miniature, signals: tuple[str, ...], metres
         assert inside.mean() > 0.5
         assert np.abs(rgb[:, inside].astype(int) - clip.signals["rgb"][:, inside]).mean() < 12
         motion = np.minimum(clip.meta["start"] + np.arange(60) / 30, mini.times[-1])
-        truth, got = (geometry.relative_to_first(p.astype(np.float64)) for p in (mini.poses(motion), clip.signals["cam"]))
+        truth, got = (geometry.relative_to_first(p.astype(np.float64))
+                      for p in (mini.poses(motion), clip.signals["cam"]))
         assert np.linalg.norm(truth[:, :3, 3] - got[:, :3, 3], axis=1).max() < metres
         assert geometry.rotation_angle_deg(truth[:, :3, :3].transpose(0, 2, 1) @ got[:, :3, :3]).max() < 0.4
         if "depth" in signals:
             seen = clip.signals["depth"][:, inside].astype(np.float32)
             assert np.median(np.abs(seen - depth[:, inside]) / depth[:, inside].clip(0.1)) < 0.02
-            assert reprojection_error(clip.signals["depth"], clip.signals["cam"], np.array(clip.meta["intrinsics"])) < 0.08
+            assert reprojection_error(clip.signals["depth"], clip.signals["cam"],
+                                      np.array(clip.meta["intrinsics"])) < 0.08
         if "gaze" in signals:
             points = mini.in_camera(motion)
             pixels = geometry.project(points, np.array(clip.meta["intrinsics"])) / SIZE
@@ -110,7 +117,9 @@ def test_egoexo4d(tmp_path):
     """Upright mp4 with a device clock from timesync, a stamp missing, gaze at 10 Hz, a take without its files."""
     mini = Miniature(11, 96, 96, 30)
     root, start_ns = tmp_path / "raw", 7_000_000_000
-    take = {"take_name": "cmu_bike14_4", "take_uid": "u1", "timesync_start_idx": 5, "capture": {"capture_name": "cmu_bike14", "cameras": [{"cam_id": "cam01", "is_ego": False}, {"cam_id": "aria02", "is_ego": True}]}}
+    take = {"take_name": "cmu_bike14_4", "take_uid": "u1", "timesync_start_idx": 5,
+            "capture": {"capture_name": "cmu_bike14", "cameras": [{"cam_id": "cam01", "is_ego": False},
+                                                                  {"cam_id": "aria02", "is_ego": True}]}}
     folder = root / "takes/cmu_bike14_4"
     (folder / "frame_aligned_videos/downscaled/448").mkdir(parents=True)
     (root / "takes/empty_take").mkdir(parents=True)
@@ -118,16 +127,24 @@ def test_egoexo4d(tmp_path):
     write_video(folder / "frame_aligned_videos/downscaled/448/aria02_214-1.mp4", mini.frames[0], 30)
     (root / "captures/cmu_bike14").mkdir(parents=True)
     stamps = ["" if i == 40 else str(start_ns + round((i - 6) / 30 * 1e9)) for i in range(5 + 2 + len(mini.times))]
-    (root / "captures/cmu_bike14/timesync.csv").write_text("cam01_pts,aria02_214-1_capture_timestamp_ns\n" + "\n".join(f"{i},{s}" for i, s in enumerate(stamps)))
+    (root / "captures/cmu_bike14/timesync.csv").write_text("cam01_pts,aria02_214-1_capture_timestamp_ns\n"
+                                                           + "\n".join(f"{i},{s}" for i, s in enumerate(stamps)))
     dense = np.arange(0, 6, 0.002)
-    write_trajectory(folder / "trajectory/closed_loop_trajectory.csv", dense, world_from_device(mini, dense), start_ns / 1000)
-    w, xyz = (q := _quaternions(DEVICE_FROM_CAMERA[None, :3, :3])[0])[3], q[:3]
-    calibration = {"CameraCalibrations": [{"Label": "camera-slam-left"}, {"Label": "camera-rgb", "T_Device_Camera": {"Translation": DEVICE_FROM_CAMERA[:3, 3].tolist(), "UnitQuaternion": [w, xyz.tolist()]},
+    write_trajectory(folder / "trajectory/closed_loop_trajectory.csv", dense, world_from_device(mini, dense),
+                     start_ns / 1000)
+    w, xyz = (q := quaternions(DEVICE_FROM_CAMERA[None, :3, :3])[0])[3], q[:3]
+    calibration = {"CameraCalibrations": [{"Label": "camera-slam-left"},
+                                          {"Label": "camera-rgb",
+                                           "T_Device_Camera": {"Translation": DEVICE_FROM_CAMERA[:3, 3].tolist(),
+                                                               "UnitQuaternion": [w, xyz.tolist()]},
                                                                           "Projection": {"Params": [1.0] * 15}}]}
     (folder / "trajectory/online_calibration.jsonl").write_text(json.dumps(calibration) + "\n")
     slow = np.arange(0, 6, 0.1)
     (folder / "eye_gaze").mkdir()
-    (folder / "eye_gaze/general_eye_gaze_2d.csv").write_text("x,y\n" + "\n".join(f"{x},{y}" for x, y in mini.gaze_pixels(slow) * 1408 / 96))
+    (folder / "eye_gaze/general_eye_gaze_2d.csv").write_text("x,y\n"
+                                                             + "\n".join(f"{x},{y}"
+                                                                         for x, y in mini.gaze_pixels(slow) * 1408
+                                                                         / 96))
     (root / "annotations").mkdir()
     (root / "annotations/splits.json").write_text(json.dumps({"take_uid_to_split": {"u1": "val"}}))
     card = prepare("egoexo4d", root, tmp_path / "out")
@@ -167,13 +184,16 @@ def test_hot3d_clips(tmp_path, headset):
     with tarfile.open(path, "w") as tar:
         for i, frame in enumerate(lens.see(mini.frames[0])):
             world_from_raw = mini.poses(mini.times[i : i + 1])[0] @ geometry.invert(RAW_FROM_UPRIGHT)
-            x, y, z, w = _quaternions(world_from_raw[None, :3, :3])[0]
-            camera = {"T_world_from_camera": {"translation_xyz": world_from_raw[:3, 3].tolist(), "quaternion_wxyz": [w, x, y, z]}, "calibration": {"projection_params": params}}
+            x, y, z, w = quaternions(world_from_raw[None, :3, :3])[0]
+            camera = {"T_world_from_camera": {"translation_xyz": world_from_raw[:3, 3].tolist(),
+                                              "quaternion_wxyz": [w, x, y,
+                                                                  z]}, "calibration": {"projection_params": params}}
             if i == 60:
                 camera["T_world_from_camera"] = None
             buffer = io.BytesIO()
             Image.fromarray(frame).save(buffer, "JPEG", quality=95)
-            for name, data in ((f"{i:06d}.image_{stream}.jpg", buffer.getvalue()), (f"{i:06d}.cameras.json", json.dumps({stream: camera}).encode()),
+            for name, data in ((f"{i:06d}.image_{stream}.jpg", buffer.getvalue()),
+                               (f"{i:06d}.cameras.json", json.dumps({stream: camera}).encode()),
                                (f"{i:06d}.info.json", b'{"participant_id": "P0014"}')):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -241,7 +261,8 @@ def vrs(monkeypatch):
     core.sensor_data = types.SimpleNamespace(TimeDomain=types.SimpleNamespace(DEVICE_TIME="device"))
     package = types.ModuleType("projectaria_tools")
     package.core = core
-    for name, module in (("projectaria_tools", package), ("projectaria_tools.core", core), ("projectaria_tools.core.data_provider", core.data_provider)):
+    for name, module in (("projectaria_tools", package), ("projectaria_tools.core", core),
+                         ("projectaria_tools.core.data_provider", core.data_provider)):
         monkeypatch.setitem(sys.modules, name, module)
 
 
@@ -271,19 +292,22 @@ def write_gaze(path: Path, mini: Miniature, upright_from_cpf: np.ndarray, start_
         for i, t in enumerate(times):
             angles = [np.arctan(x[i] / z[i])] * (2 if per_eye else 1)
             if i != 12:
-                file.write(",".join(map(str, [round(start_us + t * 1e6), *angles, np.arctan(y[i] / z[i]), np.linalg.norm(points[i, :3])])) + "\n")
+                file.write(",".join(map(str, [round(start_us + t * 1e6), *angles, np.arctan(y[i] / z[i]),
+                                              np.linalg.norm(points[i, :3])])) + "\n")
 
 
 def test_hot3d_recording(vrs, tmp_path):
     """The trajectory in time code, gaze from both eyes."""
     mini, lens, start = Miniature(14, WIDE, WIDE, 30), Lens(160), 43_000_000_000
     folder = tmp_path / "raw/P0014_abc"
-    upright_from_cpf = write_vrs(folder / "recording.vrs", mini, lens, lens.see(mini.frames[0]), start + np.round(mini.times * 1e9).astype(np.int64))
+    upright_from_cpf = write_vrs(folder / "recording.vrs", mini, lens, lens.see(mini.frames[0]),
+                                 start + np.round(mini.times * 1e9).astype(np.int64))
     poses = world_from_device(mini, mini.times)
     with (folder / "headset_trajectory.csv").open("w") as file:
         file.write("object_uid,timestamp[ns],t_wo_x[m],t_wo_y[m],t_wo_z[m],q_wo_w,q_wo_x,q_wo_y,q_wo_z\n")
-        for t, pose, (x, y, z, w) in zip(mini.times, poses, _quaternions(poses[:, :3, :3]), strict=True):
-            file.write(",".join(map(str, ["h", start + round(t * 1e9) + _Provider.OFFSET, *pose[:3, 3], w, x, y, z])) + "\n")
+        for t, pose, (x, y, z, w) in zip(mini.times, poses, quaternions(poses[:, :3, :3]), strict=True):
+            file.write(",".join(map(str, ["h", start + round(t * 1e9) + _Provider.OFFSET, *pose[:3, 3], w, x, y,
+                                          z])) + "\n")
     (folder / "metadata.json").write_text(json.dumps({"headset": "Aria", "participant_id": "P0014"}))
     write_gaze(folder / "mps/eye_gaze/general_eye_gaze.csv", mini, upright_from_cpf, start / 1000, per_eye=True)
     card = prepare("hot3d_aria", tmp_path / "raw", tmp_path / "out")
@@ -296,7 +320,8 @@ def test_adt(vrs, tmp_path):
     folder = tmp_path / "raw/Apartment_release_1"
     stamps = start + np.round(mini.times * 1e9).astype(np.int64)
     upright_from_cpf = write_vrs(folder / "video.vrs", mini, lens, lens.see(mini.frames[0]), stamps)
-    write_vrs(folder / "depth_images.vrs", mini, lens, np.round(lens.see(mini.frames[1]) * 1000).astype(np.uint16), stamps)
+    write_vrs(folder / "depth_images.vrs", mini, lens, np.round(lens.see(mini.frames[1]) * 1000).astype(np.uint16),
+              stamps)
     dense = np.arange(0, 6, 0.01)
     write_trajectory(folder / "aria_trajectory.csv", dense, world_from_device(mini, dense), start / 1000)
     write_gaze(folder / "eyegaze.csv", mini, upright_from_cpf, start / 1000, per_eye=False)
@@ -317,14 +342,17 @@ def test_without_projectaria_tools_one_line_says_so(tmp_path, monkeypatch):
 
 
 def test_both_eyes_make_one_ray():
-    both = gaze_direction({"left_yaw_rads_cpf": np.array([0.1]), "right_yaw_rads_cpf": np.array([0.3]), "pitch_rads_cpf": np.array([0.2]), "depth_m": np.array([np.nan])})
+    both = gaze_direction({"left_yaw_rads_cpf": np.array([0.1]), "right_yaw_rads_cpf": np.array([0.3]),
+                           "pitch_rads_cpf": np.array([0.2]), "depth_m": np.array([np.nan])})
     assert np.linalg.norm(both) == pytest.approx(1)
     assert both[0, 0] / both[0, 2] == pytest.approx((np.tan(0.1) + np.tan(0.3)) / 2)
 
 
 def test_lens_turn_and_constants_are_projectaria_tools_own():
-    """Against the authors' package, where it is installed: projection, the turn to upright, ASE's calibration, the calls we make."""
-    pytest.importorskip("projectaria_tools", reason="projectaria-tools is not installed (pip install 'egom2p[aria]', x86-64 and macOS)")
+    """Against the authors' package, where it is installed: projection, the turn to upright, ASE's calibration, the
+    calls we make."""
+    pytest.importorskip("projectaria_tools",
+                        reason="projectaria-tools is not installed (pip install 'egom2p[aria]', x86-64 and macOS)")
     from projectaria_tools.core import calibration, data_provider, sensor_data
     from projectaria_tools.projects import ase as theirs
 
@@ -339,11 +367,13 @@ def test_lens_turn_and_constants_are_projectaria_tools_own():
     expected = np.array([camera.project(p) for p in points])
     assert np.allclose(params[0] * distort_fisheye624(points[:, :2], params[3:]) + params[1:3], expected, atol=1e-9)
     turned = calibration.rotate_camera_calib_cw90deg(camera)
-    assert np.allclose(turned.get_transform_device_camera().to_matrix(), ase.DEVICE_FROM_CAMERA @ RAW_FROM_UPRIGHT, atol=1e-12)
+    assert np.allclose(turned.get_transform_device_camera().to_matrix(), ase.DEVICE_FROM_CAMERA @ RAW_FROM_UPRIGHT,
+                       atol=1e-12)
     upright = np.array((getattr(turned, "get_projection_params", None) or turned.projection_params)())
     assert np.allclose(turn_intrinsics(pinhole(params), 704)[:2, 2] - 0.5, upright[1:3])
     provider = data_provider.VrsDataProvider
-    for name in ("get_stream_id_from_label", "get_timestamps_ns", "get_device_calibration", "get_image_data_by_index", "convert_from_timecode_to_device_time_ns"):
+    for name in ("get_stream_id_from_label", "get_timestamps_ns", "get_device_calibration", "get_image_data_by_index",
+                 "convert_from_timecode_to_device_time_ns"):
         assert hasattr(provider, name)
     assert hasattr(sensor_data.TimeDomain, "DEVICE_TIME")
     assert hasattr(sensor_data.ImageData, "to_numpy_array")

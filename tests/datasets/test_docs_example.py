@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from egom2p import geometry
-from egom2p.data.video import write_video
+from egom2p.signals.writers import write_video
 from tests.conftest import ROOT, run_cli
 from tests.datasets.miniature import Miniature
 from tests.datasets.test_adapters import check, clips_of, prepare

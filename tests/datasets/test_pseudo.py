@@ -5,7 +5,7 @@ import pytest
 
 from egom2p.data.clips import Clip, ClipIndex, read_clips, write_clips
 from egom2p.datasets.pseudo import as_depth
-from egom2p.tokenizers.signals import relative_inverse_depth
+from egom2p.signals.depth import relative_inverse_depth
 from tests.conftest import run_cli
 
 
@@ -34,7 +34,9 @@ def clips(world_clips, tmp_path):
     for i, clip in enumerate(read):
         if i % 3 == 0:
             clip.signals.pop("depth", None)
-    write_clips(tmp_path / "clips/shard-000000.tar", [Clip(c.key, c.dataset, c.signals, {k: v for k, v in c.meta.items() if k != "dataset"}) for c in read])
+    write_clips(tmp_path / "clips/shard-000000.tar", [Clip(c.key, c.dataset, c.signals,
+                                                           {k: v for k, v in c.meta.items()
+                                                            if k != "dataset"}) for c in read])
     return tmp_path / "clips"
 
 
@@ -57,12 +59,16 @@ def test_missing_depth_is_added_and_marked(clips):
     grey = one.signals["rgb"].mean(-1)
     assert np.abs(relative_inverse_depth(one.signals["depth"]) - (grey - grey.min()) / np.ptp(grey)).max() < 0.01
     assert Brightness.calls == len(without)
-    run_cli("depth", "--clips", f"{clips}/*.tar", "--model", "tests.datasets.test_pseudo:Brightness")  # nothing is left to do
+    run_cli("depth", "--clips", f"{clips}/*.tar", "--model",
+            "tests.datasets.test_pseudo:Brightness")  # nothing is left to do
     assert Brightness.calls == len(without)
 
 
-@pytest.mark.parametrize(("model", "words"), [("tests.datasets.test_pseudo:Broken", "not finite"), ("rollingdepth", "not importable"), ("video-depth-anything", "not importable"),
-                                              ("nonesuch", "no such estimator"), ("tests.datasets.test_pseudo:nothing", "no such estimator")])
+@pytest.mark.parametrize(("model", "words"), [("tests.datasets.test_pseudo:Broken", "not finite"),
+                                              ("rollingdepth", "not importable"),
+                                              ("video-depth-anything", "not importable"),
+                                              ("nonesuch", "no such estimator"),
+                                              ("tests.datasets.test_pseudo:nothing", "no such estimator")])
 def test_failures_are_one_line_and_rewrite_nothing(clips, model, words):
     before = {p.name: p.read_bytes() for p in clips.glob("*.tar")}
     done = run_cli("depth", "--clips", f"{clips}/*.tar", "--model", model, check=False)

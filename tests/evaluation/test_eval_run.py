@@ -10,7 +10,8 @@ import torch
 from egom2p.config import load
 from egom2p.errors import UserError
 from egom2p.evaluation.run import ProtocolConfig, evaluate_to
-from egom2p.evaluation.video import frechet_distance, frechet_video_distance, lpips
+from egom2p.metrics.lpips import Lpips, lpips
+from egom2p.metrics.video import frechet_distance, frechet_video_distance
 from egom2p.model.egom2p import EgoM2P
 from egom2p.training.log import read_metrics
 from tests.conftest import ROOT, run_cli, start_cli
@@ -19,7 +20,7 @@ from tests.conftest import ROOT, run_cli, start_cli
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Forty clips of the size the tiny quickstart was trained on: three blocks."""
-    from egom2p.data.world import write_world
+    from egom2p.datasets.world import write_world
 
     folder = tmp_path_factory.mktemp("eval")
     write_world(folder, 40, seed=9, size=24, processes=1)
@@ -27,7 +28,8 @@ def clips(tmp_path_factory):
 
 
 def command(model, clips, out, *more):
-    return ["eval", str(model), "--tasks", "rgb2cam,rgb2depth", "--data", clips, "--recipe", "cfgs/generate/world.yaml", "--out", str(out), *more]
+    return ["eval", str(model), "--tasks", "rgb2cam,rgb2depth", "--data", clips, "--recipe", "cfgs/generate/world.yaml",
+            "--out", str(out), *more]
 
 
 def test_ranks_share_the_clips_and_agree(finished, clips, tmp_path):
@@ -56,7 +58,8 @@ def test_a_stopped_evaluation_goes_on_where_it_was(finished, clips, tmp_path, mo
     whole = evaluate_to(tmp_path / "whole", model, protocol)
     rows = (tmp_path / "whole/rows/0-of-1.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "part/rows").mkdir(parents=True)
-    (tmp_path / "part/rows/0-of-1.jsonl").write_text("".join(rows[:17]) + rows[17][:40])  # one block and a bit; a line cut off
+    cut_off = "".join(rows[:17]) + rows[17][:40]  # one block and a bit; a line cut off
+    (tmp_path / "part/rows/0-of-1.jsonl").write_text(cut_off)
     calls = []
     import egom2p.evaluation.run as run
 
@@ -71,7 +74,8 @@ def test_a_stopped_evaluation_goes_on_where_it_was(finished, clips, tmp_path, mo
 
 def test_alignments_and_units(finished, clips, tmp_path):
     protocol = tmp_path / "p.yaml"
-    protocol.write_text(f"tasks: [rgb2depth, rgb2gaze]\ndata: '{clips}'\nlimit: 6\nmeasures: {{depth_alignment: median, depth_per: frame}}\n")
+    protocol.write_text(f"tasks: [rgb2depth, rgb2gaze]\ndata: '{clips}'\nlimit: 6\nmeasures: "
+                        f"{{depth_alignment: median, depth_per: frame}}\n")
     run_cli("eval", finished[0] / "model", "--protocol", protocol, "--out", tmp_path / "o")
     results = json.loads((tmp_path / "o/results.json").read_text())
     assert {"abs_rel", "rmse_m", "delta1", "delta2", "delta3"} <= results["rgb2depth"].keys()
@@ -98,7 +102,8 @@ def test_evaluation_during_training(finished, clips, tmp_path):
     out = finished[0]
     run = tmp_path / "run"
     shutil.copy(out / "model/config.yaml", tmp_path / "c.yaml")
-    run_cli("train", tmp_path / "c.yaml", f"run.dir={run}", "train.steps=4", "optim.warmup_steps=0", "eval.every=2", "eval.tasks=[rgb2cam,rgb2gaze]", "eval.tasks_every=4",
+    run_cli("train", tmp_path / "c.yaml", f"run.dir={run}", "train.steps=4", "optim.warmup_steps=0", "eval.every=2",
+            "eval.tasks=[rgb2cam,rgb2gaze]", "eval.tasks_every=4",
             f"eval.clips='{clips}'", "eval.task_clips=4")
     with_tasks = [r for r in read_metrics(run) if "eval/rgb2cam/ate_m" in r]
     assert [r["step"] for r in with_tasks] == [4]
@@ -118,7 +123,7 @@ def test_frechet_distance_of_known_gaussians(rng):
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_video_distance_and_lpips_take_plugged_in_networks(rng, tmp_path):
+def test_frechet_video_distance_takes_a_plugged_in_network(rng):
     clips = [rng.integers(0, 255, (4, 8, 8, 3)).astype(np.uint8) for _ in range(8)]
     network = lambda x: torch.stack([x.mean((1, 2, 3, 4)), x.std((1, 2, 3, 4))], 1)  # noqa: E731
     assert frechet_video_distance(clips, clips, network) == pytest.approx(0, abs=1e-9)
@@ -126,12 +131,23 @@ def test_frechet_video_distance_and_lpips_take_plugged_in_networks(rng, tmp_path
     with pytest.raises(UserError, match="two clips"):
         frechet_video_distance(clips[:1], clips, network)
 
-    class Distance(torch.nn.Module):
-        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return (a - b).abs().mean((1, 2, 3))
 
-    torch.jit.script(Distance()).save(str(tmp_path / "net.pt"))
-    assert lpips(clips[0], clips[0], tmp_path / "net.pt") == 0
-    assert lpips(clips[0], clips[1], tmp_path / "net.pt") > 0.1
-    with pytest.raises(UserError, match="LPIPS"):
-        lpips(clips[0], clips[1], tmp_path / "none.pt")
+def test_lpips_is_the_published_one(rng, tmp_path):
+    """Against the network of torchmetrics (a port of the authors'), both with the same random AlexNet."""
+    from torchmetrics.functional.image.lpips import _LPIPS
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    network = alexnet(weights=None)
+    torch.save(network.state_dict(), tmp_path / "alexnet.pth")
+    reference = _LPIPS(pretrained=True, pnet_rand=True)
+    for name in ("slice1", "slice2", "slice3", "slice4", "slice5"):
+        for index, layer in getattr(reference.net, name).named_children():
+            layer.load_state_dict(network.features[int(index)].state_dict())
+    a, b = (rng.integers(0, 255, (4, 64, 64, 3)).astype(np.uint8) for _ in range(2))
+    ours = Lpips(tmp_path / "alexnet.pth")
+    x, y = (torch.from_numpy(v).permute(0, 3, 1, 2).float() / 127.5 - 1 for v in (a, b))
+    assert lpips(a, a, ours) == 0
+    assert lpips(a, b, ours) == pytest.approx(float(reference(x, y).mean()), rel=1e-5)
+    with pytest.raises(UserError, match="alexnet"):
+        Lpips(tmp_path / "none.pth")

@@ -1,4 +1,5 @@
-"""The four released recipes from a plain mp4, with imported motion tokenizers and Cosmos stand-ins of the released grid."""
+"""The four released recipes from a plain mp4, with imported motion tokenizers and Cosmos stand-ins of the released
+grid."""
 
 import json
 
@@ -6,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from egom2p.data.video import decode_video, write_video
+from egom2p.data.video import decode_video
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.signals.writers import write_video
 from tests.conftest import ROOT, run_cli
 from tests.model.test_parity import reference, write_released
 from tests.tokenizers.test_cosmos import Decoder, Encoder
 
-FILES = {"rgb2cam": {"cam.npy", "cam.tum"}, "rgb2gaze": {"gaze.npy"}, "rgb2depth": {"depth.npy", "depth.mp4"}, "depth2rgb": {"rgb.mp4"}}
+FILES = {"rgb2cam": {"cam.npy", "cam.tum"}, "rgb2gaze": {"gaze.npy"}, "rgb2depth": {"depth.npy", "depth.mp4"},
+         "depth2rgb": {"rgb.mp4"}}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,8 @@ def released_like(tmp_path_factory):
         torch.jit.script(Decoder(4, 8)).save(str(folder / name / "decoder.jit"))
     torch.manual_seed(0)
     modalities = ModalitySet([Modality(n, 2100, (5, 32, 32), n, tokenizer=str(folder / n)) for n in ("rgb", "depth")]
-                             + [Modality("cam", 32, (30,), "pose", tokenizer=str(folder / "cam")), Modality("gaze", 32, (30,), "gaze", tokenizer=str(folder / "gaze"))])
+                             + [Modality("cam", 32, (30,), "pose", tokenizer=str(folder / "cam")),
+                                Modality("gaze", 32, (30,), "gaze", tokenizer=str(folder / "gaze"))])
     EgoM2P(modalities, ModelArgs(24, 2, 1, 1)).save_pretrained(folder / "model")
     write_video(folder / "walk.mp4", np.random.default_rng(0).integers(0, 255, (50, 60, 100, 3)).astype(np.uint8), 25)
     return folder
@@ -40,7 +44,8 @@ def released_like(tmp_path_factory):
 
 @pytest.mark.parametrize("recipe", FILES)
 def test_recipe_from_an_mp4(released_like, tmp_path, recipe):
-    run_cli("generate", released_like / "model", "--recipe", f"cfgs/generate/{recipe}.yaml", "--inputs", released_like / "walk.mp4", "--out", tmp_path)
+    run_cli("generate", released_like / "model", "--recipe", f"cfgs/generate/{recipe}.yaml", "--inputs",
+            released_like / "walk.mp4", "--out", tmp_path)
     folder = tmp_path / "walk"
     assert FILES[recipe] | {"preview.png", "generated.json"} <= {p.name for p in folder.iterdir()}
     shapes = {"cam.npy": (60, 4, 4), "gaze.npy": (60, 3), "depth.npy": (16, 256, 256)}
@@ -56,7 +61,8 @@ def test_recipe_from_an_mp4(released_like, tmp_path, recipe):
 
 def test_real_token_grids(released_like, examples, tmp_path):
     """The authors' rgb token grids (ids to 64 000) are refused by a 2 100-id model in one line, naming the file."""
-    done = run_cli("generate", released_like / "model", "--recipe", "cfgs/generate/rgb2cam.yaml", "--inputs", examples / "rgb2cam_egoexo.npz",
+    done = run_cli("generate", released_like / "model", "--recipe", "cfgs/generate/rgb2cam.yaml", "--inputs",
+                   examples / "rgb2cam_egoexo.npz",
                    "--out", tmp_path, check=False)
     assert done.returncode == 2
     assert "rgb2cam_egoexo.npz" in done.stderr

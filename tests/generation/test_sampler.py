@@ -86,7 +86,8 @@ def test_expected_codes_are_the_mean_over_the_distribution(model):
     made = generate(model, {"rgb": rgb()}, {"cam": TargetArgs(temperature=0.0)}, codes={"cam": codes})
     everything = {"rgb": torch.ones(4, 12, dtype=torch.bool)}
     with torch.no_grad():
-        logits = model.masked_logits({"rgb": torch.from_numpy(rgb()), "cam": torch.zeros(4, 10, dtype=torch.long)}, everything,
+        logits = model.masked_logits({"rgb": torch.from_numpy(rgb()), "cam": torch.zeros(4, 10, dtype=torch.long)},
+                                     everything,
                                      {"cam": torch.ones(4, 10, dtype=torch.bool)})["cam"].view(4, 10, 30)
     assert torch.allclose(made.expected["cam"], logits.softmax(-1) @ codes, atol=1e-5)
     assert np.array_equal(made.tokens["cam"], logits.argmax(-1).numpy())
@@ -133,7 +134,8 @@ def test_library_methods(model):
     alone = model.encode({"rgb": torch.from_numpy(ids[1:])})["rgb"]
     assert torch.allclose(alone[0], features[1], atol=1e-5)
     made = model.generate({"rgb": torch.from_numpy(rgb())}, ["cam"], seed=3)
-    assert np.array_equal(made.tokens["cam"], generate(model, {"rgb": rgb()}, {"cam": TargetArgs()}, seed=3).tokens["cam"])
+    assert np.array_equal(made.tokens["cam"], generate(model, {"rgb": rgb()}, {"cam": TargetArgs()},
+                                                       seed=3).tokens["cam"])
 
 
 def test_one_weighted_condition_is_guidance(model):
@@ -167,7 +169,8 @@ def test_several_weighted_conditions_add_up(model):
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_reusing_the_condition_is_exact_in_one_step(model, guidance):
     """With no target token visible there is nothing to encode together; later steps are an approximation."""
-    recipes = [{"cam": TargetArgs(steps=1, guidance=guidance, temperature=0, reuse_condition=reuse)} for reuse in (False, True)]
+    recipes = [{"cam": TargetArgs(steps=1, guidance=guidance, temperature=0, reuse_condition=reuse)}
+               for reuse in (False, True)]
     a, b = (generate(model, {"rgb": rgb()}, r) for r in recipes)
     assert np.array_equal(a.tokens["cam"], b.tokens["cam"])
     assert np.allclose(a.confidence["cam"], b.confidence["cam"], atol=1e-5)

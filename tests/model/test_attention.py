@@ -14,16 +14,19 @@ MODALITIES = ModalitySet([Modality("a", 40, (3, 2, 2)), Modality("b", 20, (9,)),
 
 
 @pytest.mark.parametrize(("lengths_q", "lengths_k"), [
-    ([3, 5, 3], [4, 4, 4]), ([1, 1, 7], [1, 9, 1]), ([4, 4, 4, 4], [6, 6, 6, 6]), ([5, 0, 2], [3, 4, 0]), ([2], [0]), ([2, 3, 2], [5, 1, 5])])
+    ([3, 5, 3], [4, 4, 4]), ([1, 1, 7], [1, 9, 1]), ([4, 4, 4, 4], [6, 6, 6, 6]), ([5, 0, 2], [3, 4, 0]), ([2], [0]),
+    ([2, 3, 2], [5, 1, 5])])
 def test_segments_equal_a_dense_mask(lengths_q, lengths_k):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(sum(n), 2, 8, dtype=torch.float64, requires_grad=True) for n in (lengths_q, lengths_k, lengths_k))
+    q, k, v = (torch.randn(sum(n), 2, 8, dtype=torch.float64, requires_grad=True)
+               for n in (lengths_q, lengths_k, lengths_k))
     segments = Segments(np.array(lengths_q), np.array(lengths_k), q.device)
     out = segment_attention(q, k, v, segments)
     owner_q, owner_k = (torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (lengths_q, lengths_k))
     mask = owner_q[:, None] == owner_k[None]
     scores = torch.einsum("qhd,khd->hqk", q, k) / 8**0.5
-    weights = torch.nan_to_num(scores.masked_fill(~mask, float("-inf")).softmax(-1), nan=0.0) if sum(lengths_k) else scores
+    weights = torch.nan_to_num(scores.masked_fill(~mask, float("-inf")).softmax(-1),
+                               nan=0.0) if sum(lengths_k) else scores
     dense = torch.einsum("hqk,khd->qhd", weights, v)
     assert torch.allclose(out, dense, atol=1e-12)
     pick = torch.randn_like(out)
@@ -38,14 +41,16 @@ def sample(number, inputs, targets, seed):
     rng = np.random.default_rng(seed)
 
     def side(counts, skip):
-        parts = [(np.full(n, m), np.sort(np.arange(MODALITIES[m].num_tokens)[skip[m] : skip[m] + n]), rng.integers(0, MODALITIES[m].vocab_size, n))
+        parts = [(np.full(n, m), np.sort(np.arange(MODALITIES[m].num_tokens)[skip[m] : skip[m] + n]),
+                  rng.integers(0, MODALITIES[m].vocab_size, n))
                  for m, n in enumerate(counts)]
         return FlatTokens(*(np.concatenate(p) for p in zip(*parts, strict=True)))
 
     return MaskedSample(number, side(inputs, [0, 0, 0]), side(targets, inputs))
 
 
-SAMPLES = [sample(0, (4, 3, 0), (3, 2, 5), 1), sample(1, (0, 0, 0), (6, 1, 0), 2), sample(2, (12, 0, 1), (0, 9, 0), 3), sample(3, (1, 0, 0), (0, 0, 12), 4)]
+SAMPLES = [sample(0, (4, 3, 0), (3, 2, 5), 1), sample(1, (0, 0, 0), (6, 1, 0), 2), sample(2, (12, 0, 1), (0, 9, 0), 3),
+           sample(3, (1, 0, 0), (0, 0, 12), 4)]
 
 
 @pytest.mark.parametrize("variant", ["gelu", "swiglu", "swiglu_qknorm"])
@@ -100,7 +105,8 @@ def test_chunked_loss_equals_cross_entropy(chunk, monkeypatch):
     loss, losses = weighted_cross_entropy(hidden, weight, target, scale)
     full = torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="none")
     assert torch.allclose(losses, full)
-    ours, theirs = torch.autograd.grad(3 * loss, (hidden, weight)), torch.autograd.grad(3 * (full * scale).sum(), (hidden, weight))
+    ours = torch.autograd.grad(3 * loss, (hidden, weight))
+    theirs = torch.autograd.grad(3 * (full * scale).sum(), (hidden, weight))
     assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
 
 

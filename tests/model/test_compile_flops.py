@@ -22,7 +22,8 @@ def test_flops_agree_with_torch(variant):
         model.logits(model(batch), batch.targets.modality_counts)
     e, t = batch.inputs.lengths, batch.targets.lengths
     attention = 4 * 24 * (2 * (e.sum(1) ** 2).sum() + 3 * ((t**2).sum() + (e.sum(1) * t.sum(1)).sum()))
-    counted = counter.get_total_flops() - sum(v for k, v in counter.get_flop_counts()["Global"].items() if "attention" in str(k))
+    counted = counter.get_total_flops() - sum(v for k, v in counter.get_flop_counts()["Global"].items()
+                                              if "attention" in str(k))
     ours = training_flops(args, [m.vocab_size for m in MODALITIES], e, t) / 3 - attention
     assert ours == pytest.approx(counted, rel=1e-6)
 
@@ -40,7 +41,8 @@ def test_compiled_blocks_do_not_recompile_as_lengths_vary():
     rng = np.random.default_rng(0)
     graphs = []
     for step in range(8):
-        samples = [sample(i, (int(rng.integers(2, 6)), 2, 1), (int(rng.integers(2, 6)), 3, int(rng.integers(1, 4))), i) for i in range(3 + step % 3)]
+        samples = [sample(i, (int(rng.integers(2, 6)), 2, 1), (int(rng.integers(2, 6)), 3, int(rng.integers(1, 4))), i)
+                   for i in range(3 + step % 3)]
         batch = pack(samples, 3)
         losses = []
         for model in (plain, compiled):

@@ -59,8 +59,10 @@ def test_loss_and_gradients(case):
     for modality, part in zip(model.modalities, losses.split(counts), strict=True):
         assert part.mean().item() == pytest.approx(given["loss_per_modality"][modality.name].item(), abs=1e-4)
     loss.backward()
-    ours = {"mask_token": model.mask_token.grad, "encoder_embeddings.tok_cam.token_emb.weight": model.embeddings["cam"].token.weight.grad,
-            "encoder.0.attn.qkv.weight": model.encoder[0].attn.qkv.weight.grad, "decoder_proj_context.weight": model.context_projection.weight.grad}
+    ours = {"mask_token": model.mask_token.grad,
+            "encoder_embeddings.tok_cam.token_emb.weight": model.embeddings["cam"].token.weight.grad,
+            "encoder.0.attn.qkv.weight": model.encoder[0].attn.qkv.weight.grad,
+            "decoder_proj_context.weight": model.context_projection.weight.grad}
     for name, expected in given["grads_mod"].items():
         assert (ours[name].reshape(expected.shape) - expected).abs().max() < 1e-4, name
 

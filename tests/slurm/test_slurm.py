@@ -71,20 +71,26 @@ def cluster(tmp_path_factory):
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     port = _free_port()
-    (folder / "slurm.conf").write_text(CONF.format(host=socket.gethostname().partition(".")[0], folder=folder, port=port, port1=_free_port()))
+    (folder / "slurm.conf").write_text(CONF.format(host=socket.gethostname().partition(".")[0], folder=folder,
+                                                   port=port, port1=_free_port()))
     env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     daemons = []
     try:
-        subprocess.run(["munged", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid",
-                        f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed"], check=True, capture_output=True, text=True)
+        subprocess.run(["munged", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
+                        f"--pid-file={folder}/munged.pid",
+                        f"--log-file={folder}/munged.log",
+                        f"--seed-file={folder}/munge.seed"], check=True, capture_output=True, text=True)
         for name in ("slurmctld", "slurmd"):
-            daemons.append(subprocess.Popen([name, "-D"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            daemons.append(subprocess.Popen([name, "-D"], env=env, stdout=subprocess.DEVNULL,
+                                            stderr=subprocess.DEVNULL))
         state, deadline = "", time.time() + 40
         while "idle" not in state and time.time() < deadline:
             time.sleep(0.5)
             state = subprocess.run(["sinfo", "-h", "-o", "%T"], env=env, capture_output=True, text=True).stdout
         if "idle" not in state:
-            pytest.skip(f"SLURM did not come up: node '{state.strip()}'; {(folder / 'slurmctld.log').read_text()[-500:] if (folder / 'slurmctld.log').exists() else 'no log'}")
+            trace = folder / "slurmctld.log"
+            said = trace.read_text()[-500:] if trace.exists() else "no log"
+            pytest.skip(f"SLURM did not come up: node '{state.strip()}'; {said}")
         yield env
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"SLURM cannot be started here: {getattr(error, 'stderr', error)}")
@@ -100,33 +106,39 @@ def cluster(tmp_path_factory):
 
 
 def state_of(env: dict, job: str) -> str:
-    return subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], env=env, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], env=env, capture_output=True,
+                          text=True).stdout.strip()
 
 
 def wait(condition, seconds: float, what: str, log: Path | None = None) -> None:
     deadline = time.time() + seconds
     while not condition():
         if time.time() > deadline:
-            raise AssertionError(f"{what} did not happen in {seconds:.0f} s: {log.read_text()[-3000:] if log and log.exists() else ''}")
+            raise AssertionError(f"{what} did not happen in {seconds:.0f} s: "
+                                 f"{log.read_text()[-3000:] if log and log.exists() else ''}")
         time.sleep(0.2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cause", ["preempted", "time limit"])
 def test_a_job_is_stopped_requeued_and_resumed_exactly(cluster, debug_tokens, tmp_path, monkeypatch, cause):
-    """Two processes under torchrun in a SLURM job, stopped by a job of higher priority, or by the signal before the limit."""
+    """Two processes under torchrun in a SLURM job, stopped by a job of higher priority, or by the signal before the
+    limit."""
     for key, value in cluster.items():
         monkeypatch.setenv(key, value)
     options = [f"data.root={debug_tokens}", "train.threads=1", "train.steps=400", "eval.every=50", "checkpoint.every=0"]
     run, output = tmp_path / "run", tmp_path / "job.out"
-    done = run_cli("submit", "cfgs/train/debug.yaml", *options, f"run.dir={run}", "--nodes", 1, "--gpus-per-node", 0, "--processes", 2, "--cpus-per-task", 2, "--time", "10:00",
-                   "--partition", "low", "--venv", Path(sys.executable).parent.parent, "--sbatch", f"output={output}", "mem=1000")
+    done = run_cli("submit", "cfgs/train/debug.yaml", *options, f"run.dir={run}", "--nodes", 1, "--gpus-per-node", 0,
+                   "--processes", 2, "--cpus-per-task", 2, "--time", "10:00",
+                   "--partition", "low", "--venv", Path(sys.executable).parent.parent, "--sbatch", f"output={output}",
+                   "mem=1000")
     job = done.stdout.strip()
     assert job.isdigit(), done.stdout
     wait(lambda: len(read_metrics(run)) > 20, 90, "the first steps", output)
     before = len(read_metrics(run))
     if cause == "preempted":
-        high = subprocess.run(["sbatch", "--parsable", "--partition=high", "--ntasks=1", "--cpus-per-task=2", "--mem=500", f"--output={tmp_path / 'high.out'}", "--wrap", "sleep 3"],
+        high = subprocess.run(["sbatch", "--parsable", "--partition=high", "--ntasks=1", "--cpus-per-task=2",
+                               "--mem=500", f"--output={tmp_path / 'high.out'}", "--wrap", "sleep 3"],
                               env=cluster, capture_output=True, text=True)
         assert high.returncode == 0, high.stderr
     else:
@@ -149,12 +161,14 @@ def test_a_job_is_stopped_requeued_and_resumed_exactly(cluster, debug_tokens, tm
 def test_submit_freezes_what_it_sends(debug_tokens, tmp_path):
     """--dry-run writes everything; code and configuration are those of now, and another configuration is refused."""
     run = tmp_path / "run"
-    arguments = ["submit", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={run}", "--nodes", 4, "--gpus-per-node", 4, "--time", "1-00:00:00", "--account", "lab",
+    arguments = ["submit", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={run}", "--nodes", 4,
+                 "--gpus-per-node", 4, "--time", "1-00:00:00", "--account", "lab",
                  "--sbatch", "constraint=gh200", "--chain", 3, "--venv", "/envs/%m", "--dry-run"]
     done = run_cli(*arguments)
     assert "not sent" in done.stdout
     script = (run / "frozen/train.sbatch").read_text()
-    for line in ("#SBATCH --nodes=4", "#SBATCH --gpus-per-node=4", "#SBATCH --time=1-00:00:00", "#SBATCH --account=lab", "#SBATCH --constraint=gh200", "#SBATCH --job-name=run"):
+    for line in ("#SBATCH --nodes=4", "#SBATCH --gpus-per-node=4", "#SBATCH --time=1-00:00:00", "#SBATCH --account=lab",
+                 "#SBATCH --constraint=gh200", "#SBATCH --job-name=run"):
         assert script.count(line + "\n") == 1, line
     assert script.startswith("#!/usr/bin/env bash\n")
     assert "--gpus-per-node=8" not in script
@@ -165,7 +179,8 @@ def test_submit_freezes_what_it_sends(debug_tokens, tmp_path):
     assert subprocess.run(["bash", "-n", run / "frozen/train.sbatch"]).returncode == 0
     # The frozen copy runs by itself.
     env = {**os.environ, "PYTHONPATH": str(run / "frozen"), "PYTHONSAFEPATH": "1"}
-    where = subprocess.run([sys.executable, "-c", "import egom2p; print(egom2p.__file__)"], env=env, cwd=ROOT, capture_output=True, text=True).stdout
+    where = subprocess.run([sys.executable, "-c", "import egom2p; print(egom2p.__file__)"], env=env, cwd=ROOT,
+                           capture_output=True, text=True).stdout
     assert where.strip() == str(run / "frozen/egom2p/__init__.py")
     assert run_cli(*arguments).returncode == 0
     refused = run_cli(*arguments[:2], "optim.lr=0.5", *arguments[2:], check=False)
@@ -175,6 +190,7 @@ def test_submit_freezes_what_it_sends(debug_tokens, tmp_path):
 
 def test_submit_without_slurm_says_so(debug_tokens, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    done = run_cli("submit", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path / 'run'}", check=False)
+    done = run_cli("submit", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path / 'run'}",
+                   check=False)
     assert done.returncode == 2
     assert "sbatch is not here" in done.stderr

@@ -117,7 +117,8 @@ def test_a_gated_repository_is_explained(folder, monkeypatch):
     from huggingface_hub.errors import GatedRepoError
 
     def gated(*_args, **_kwargs):
-        raise GatedRepoError("gated", response=httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/x")))
+        raise GatedRepoError("gated", response=httpx.Response(403,
+                                                              request=httpx.Request("GET", "https://huggingface.co/x")))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
     (folder / "encoder.jit").unlink()

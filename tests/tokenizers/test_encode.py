@@ -15,7 +15,8 @@ def tokenizer(name, kind, channels, seed=0):
     import torch
 
     torch.manual_seed(seed)
-    return MotionTokenizer(Modality(name, 240, (30,), kind), MotionArgs(60, (0.0,) * channels, (1.0,) * channels, 16, 1, 2, quantizer="fsq")).eval()
+    return MotionTokenizer(Modality(name, 240, (30,), kind),
+                           MotionArgs(60, (0.0,) * channels, (1.0,) * channels, 16, 1, 2, quantizer="fsq")).eval()
 
 
 def clip(number, **signals):
@@ -35,7 +36,8 @@ def test_unmeasured_signals_are_left_out_and_named(tmp_path, rng, caplog):
     half = gaze.copy()
     half[:20, 2] = 0
     blind = gaze * [1, 1, 0]
-    write_clips(tmp_path / "clips.tar", [clip(0, cam=poses(rng), gaze=gaze), clip(1, cam=nan, gaze=half), clip(2, gaze=blind.astype(np.float32)), clip(3, cam=poses(rng))])
+    write_clips(tmp_path / "clips.tar", [clip(0, cam=poses(rng), gaze=gaze), clip(1, cam=nan, gaze=half),
+                                         clip(2, gaze=blind.astype(np.float32)), clip(3, cam=poses(rng))])
     cam, eye = tokenizer("cam", "pose", 9), tokenizer("gaze", "gaze", 2)
     assert encode_clips([cam, eye], str(tmp_path / "clips.tar"), tmp_path / "tokens") == {"cam": 2, "gaze": 2}
     assert "'cam': 1 of 3 clips carry no finite measurement" in caplog.text

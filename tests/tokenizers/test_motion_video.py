@@ -15,11 +15,13 @@ from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
 from egom2p.training.log import read_metrics
 from tests.conftest import ROOT, run_cli, start_cli
 
-SMALL = ("train.steps=40", "train.batch_size=8", "log.every=10", "optim.warmup_steps=5", "eval.every=40", "eval.samples=8")
+SMALL = ("train.steps=40", "train.batch_size=8", "log.every=10", "optim.warmup_steps=5", "eval.every=40",
+         "eval.samples=8")
 
 
 def train(name, clips, run, *overrides):
-    run_cli("tokenizer", "train", f"tokenizers/world_{name}/config.yaml", f"data.clips={clips}/*.tar", f"run.dir={run}", *SMALL, *overrides)
+    run_cli("tokenizer", "train", f"tokenizers/world_{name}/config.yaml", f"data.clips={clips}/*.tar", f"run.dir={run}",
+            *SMALL, *overrides)
     return tokenizers.load(run)
 
 
@@ -36,7 +38,8 @@ def test_train_encode_decode(name, world_clips, tmp_path):
     assert ids.shape == tokenizer.modality.grid
     back = tokenizer.decode(ids)
     assert back.shape == clip.signals[name].shape
-    assert np.allclose(tokenizer.decode_from_codes(tokenizer.codes()[torch.from_numpy(ids.reshape(-1))]), back, atol=1e-5)
+    assert np.allclose(tokenizer.decode_from_codes(tokenizer.codes()[torch.from_numpy(ids.reshape(-1))]), back,
+                       atol=1e-5)
     assert "mean_signal" in tokenizer.statistics
     if name == "cam":
         rotation = back[:, :3, :3]
@@ -52,10 +55,12 @@ def test_wrong_ids_are_one_line(world_clips, tmp_path):
 
 def test_ema_codebook_two_processes_equal_one(world_clips, tmp_path):
     """Codebook statistics cover the global batch: same error curve on one and on two processes."""
-    overrides = [f"data.clips={world_clips}/*.tar", *SMALL, "tokenizer.motion.quantizer=ema", "tokenizer.motion.latent_dim=8", "train.steps=12",
+    overrides = [f"data.clips={world_clips}/*.tar", *SMALL, "tokenizer.motion.quantizer=ema",
+                 "tokenizer.motion.latent_dim=8", "train.steps=12",
                  "log.every=1", "eval.every=0"]
     for world in (1, 2):
-        process = start_cli("tokenizer", "train", "tokenizers/world_cam/config.yaml", f"run.dir={tmp_path / str(world)}", *overrides, torchrun=world)
+        process = start_cli("tokenizer", "train", "tokenizers/world_cam/config.yaml",
+                            f"run.dir={tmp_path / str(world)}", *overrides, torchrun=world)
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output[-2000:]
     one, two = ([m["error"] for m in read_metrics(tmp_path / str(w))] for w in (1, 2))
@@ -87,7 +92,8 @@ def test_ema_moves_codes_to_their_latents_and_revives_dead_ones():
 
 
 def test_gaze_ignores_what_invalid_frames_hold():
-    tokenizer = MotionTokenizer(Modality("gaze", 240, (30,), "gaze"), MotionArgs(60, (0.5, 0.5), (0.5, 0.5), 16, 1, 2, quantizer="fsq")).eval()
+    tokenizer = MotionTokenizer(Modality("gaze", 240, (30,), "gaze"),
+                                MotionArgs(60, (0.5, 0.5), (0.5, 0.5), 16, 1, 2, quantizer="fsq")).eval()
     gaze = np.random.default_rng(0).random((60, 3)).astype(np.float32)
     gaze[:, 2] = 1
     gaze[10:20, 2] = 0
@@ -99,7 +105,8 @@ def test_gaze_ignores_what_invalid_frames_hold():
 
 
 def test_a_pose_with_nan_is_not_observed():
-    tokenizer = MotionTokenizer(Modality("cam", 240, (30,), "pose"), MotionArgs(60, (0.0,) * 9, (1.0,) * 9, 16, 1, 2, quantizer="fsq"))
+    tokenizer = MotionTokenizer(Modality("cam", 240, (30,), "pose"),
+                                MotionArgs(60, (0.0,) * 9, (1.0,) * 9, 16, 1, 2, quantizer="fsq"))
     poses = np.tile(np.eye(4), (60, 1, 1))
     assert tokenizer.observed(poses).all()
     poses[7, 0, 3] = np.nan
@@ -108,7 +115,8 @@ def test_a_pose_with_nan_is_not_observed():
 
 def test_any_series_is_a_modality():
     """A T x C signal of its own: heart rate and skin conductance, say."""
-    tokenizer = MotionTokenizer(Modality("body", 64, (20,), "motion"), MotionArgs(40, (70.0, 3.0), (10.0, 1.0), 16, 1, 2, quantizer="fsq", levels=(4, 4, 4)))
+    tokenizer = MotionTokenizer(Modality("body", 64, (20,), "motion"),
+                                MotionArgs(40, (70.0, 3.0), (10.0, 1.0), 16, 1, 2, quantizer="fsq", levels=(4, 4, 4)))
     signal = np.random.default_rng(0).normal([70, 3], [10, 1], (40, 2))
     assert tokenizer.decode(tokenizer.encode(signal)).shape == (40, 2)
 
@@ -117,7 +125,8 @@ def test_any_series_is_a_modality():
 def test_video_of_any_size_is_causal(frames, height, width):
     torch.manual_seed(0)
     grid = (1 + -(-(frames - 1) // 4), -(-height // 8), -(-width // 8))
-    tokenizer = VideoTokenizer(Modality("rgb", 4096, grid, "rgb"), VideoArgs(frames, dim=16, depth=1, levels=(4,) * 6)).eval()
+    tokenizer = VideoTokenizer(Modality("rgb", 4096, grid, "rgb"),
+                               VideoArgs(frames, dim=16, depth=1, levels=(4,) * 6)).eval()
     video = torch.rand(2, 3, frames, height, width) * 2 - 1
     ids = tokenizer.encode_normalized(video)
     assert ids.shape == (2, *grid)
@@ -133,7 +142,8 @@ def test_video_of_any_size_is_causal(frames, height, width):
 
 def test_statistics_are_the_mean_training_signals(world_clips, tmp_path):
     tokenizer = train("cam", world_clips, tmp_path, "train.steps=1")
-    nines = [geometry.pose_to_nine(geometry.relative_to_first(c.signals["cam"].astype(float))) for c in read_clips(str(world_clips))]
+    nines = [geometry.pose_to_nine(geometry.relative_to_first(c.signals["cam"].astype(float)))
+             for c in read_clips(str(world_clips))]
     assert np.allclose(tokenizer.statistics["mean_signal"], np.mean(nines, 0), atol=1e-5)
     lengths = [np.linalg.norm(np.diff(n[:, 6:], axis=0), axis=1).sum() for n in nines]
     assert tokenizer.statistics["mean_length"][0] == pytest.approx(np.mean(lengths), rel=1e-5)

@@ -42,15 +42,20 @@ def cable():
 
 def start(root, run, port: int) -> list[subprocess.Popen]:
     """One torchrun on each host, meeting at the first."""
-    return [start_cli(*arguments(root, run, "train.steps=400", "train.timeout_s=8", "train.first_timeout_s=60", "checkpoint.every=10", "checkpoint.keep_last=99"), torchrun=1,
-                      launcher=("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", f"{HOSTS['egoa']}:{port}", "--local-addr", address, "--rdzv-conf", f"is_host={str(name == 'egoa').lower()}"),
-                      prefix=("ip", "netns", "exec", name), GLOO_SOCKET_IFNAME=f"{name}0") for name, address in HOSTS.items()]
+    return [start_cli(*arguments(root, run, "train.steps=400", "train.timeout_s=8", "train.first_timeout_s=60",
+                                 "checkpoint.every=10", "checkpoint.keep_last=99"), torchrun=1,
+                      launcher=("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint",
+                                f"{HOSTS['egoa']}:{port}", "--local-addr", address, "--rdzv-conf",
+                                f"is_host={str(name == 'egoa').lower()}"),
+                      prefix=("ip", "netns", "exec", name),
+                      GLOO_SOCKET_IFNAME=f"{name}0") for name, address in HOSTS.items()]
 
 
 def running_children(pid: int) -> list[str]:
     """Child processes that have not ended (an ended one stays listed until torchrun, itself cut off, looks)."""
     children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    return [c for c in children if (status := Path(f"/proc/{c}/stat")).exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"]
+    return [c for c in children if (status := Path(f"/proc/{c}/stat")).exists()
+            and status.read_text().rpartition(")")[2].split()[0] != "Z"]
 
 
 @pytest.mark.slow
@@ -71,7 +76,8 @@ def test_a_host_cut_off_is_named_and_the_run_resumes(debug_tokens, tmp_path, cab
         time.sleep(0.5)
     assert not running_children(hosts[1].pid), "the cut-off host's training process hangs"
     hosts[1].kill()
-    print(f"ended {waited:.1f} s after the cable was pulled: {[line for line in output.splitlines() if 'missing' in line][:1]}")
+    print(f"ended {waited:.1f} s after the cable was pulled: "
+          f"{[line for line in output.splitlines() if 'missing' in line][:1]}")
 
     cable("up")
     hosts = start(debug_tokens, run, 29512)

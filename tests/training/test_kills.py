@@ -1,4 +1,5 @@
-"""Design invariant 4 under fire: killed again and again, on one process and under torchrun, the run is bitwise the same."""
+"""Design invariant 4 under fire: killed again and again, on one process and under torchrun, the run is bitwise the
+same."""
 
 import json
 import os
@@ -22,8 +23,10 @@ OPTIONS = ("checkpoint.every=2", "eval.every=7", "eval.samples=4")
 def test_fifty_kills_change_nothing(debug_tokens, tmp_path):
     steps = "train.steps=1600"
     run_cli(*arguments(debug_tokens, tmp_path / "whole", steps, *OPTIONS))
-    done = subprocess.run([sys.executable, "-m", "tests.training.kill_harness", "cfgs/train/debug.yaml", "60", "1", f"data.root={debug_tokens}",
-                           f"run.dir={tmp_path / 'killed'}", "train.threads=1", steps, *OPTIONS], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "tests.training.kill_harness", "cfgs/train/debug.yaml", "60", "1",
+                           f"data.root={debug_tokens}",
+                           f"run.dir={tmp_path / 'killed'}", "train.threads=1", steps,
+                           *OPTIONS], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
@@ -40,7 +43,8 @@ def test_a_worker_killed_under_torchrun_changes_nothing(debug_tokens, tmp_path):
     options = ("train.steps=400", *OPTIONS)
     _torchrun(debug_tokens, tmp_path / "whole", 2, *options)
     run, rng = tmp_path / "killed", random.Random(2)
-    process = start_cli(*arguments(debug_tokens, run, *options), torchrun=2, launcher=("--max-restarts", "100"), output=tmp_path / "log")
+    process = start_cli(*arguments(debug_tokens, run, *options), torchrun=2, launcher=("--max-restarts", "100"),
+                        output=tmp_path / "log")
     kills, seen, deadline = 0, 0, time.time() + 400
     while process.poll() is None and time.time() < deadline:
         steps = len(read_metrics(run))

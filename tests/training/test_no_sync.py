@@ -14,10 +14,11 @@ from egom2p.data.batch import pack
 from egom2p.data.loader import StepBatch
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.training.loop import Loop
-from egom2p.training.tasks import PretrainConfig
+from egom2p.training.pretraining import PretrainConfig
 from tests.conftest import ROOT
 
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal", "allclose")
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal",
+           "allclose")
 
 
 class NoHostReads(TorchDispatchMode):
@@ -38,7 +39,8 @@ class NoHostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        booleans = name in ("index", "index_put", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        booleans = name in ("index", "index_put", "index_put_") and any(t is not None and t.dtype == torch.bool
+                                                                        for t in args[1])
         if name in WAITING or booleans:
             raise AssertionError(f"host synchronisation in a step: {func}")
         return func(*args, **(kwargs or {}))
@@ -50,7 +52,8 @@ def _refuse(tensor, *args, **kwargs):
 
 def test_the_check_notices_host_reads():
     with NoHostReads():
-        for wrong in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool((x > 0).all()), lambda x: x.tolist()):
+        for wrong in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool((x > 0).all()),
+                      lambda x: x.tolist()):
             with pytest.raises(AssertionError, match="host synchronisation"):
                 wrong(torch.ones(3))
 
@@ -58,11 +61,12 @@ def test_the_check_notices_host_reads():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_step_reads_nothing_back(debug_tokens, tmp_path, checkpointing):
     from egom2p.config import load
-    from egom2p.training.distributed import World
-    from egom2p.training.tasks import PretrainTask
+    from egom2p.distributed import World
+    from egom2p.training.pretraining import PretrainTask
 
-    config = load(PretrainConfig, ROOT / "cfgs/train/debug.yaml", [f"data.root={debug_tokens}", f"run.dir={tmp_path}", "eval.every=0",
-                                                                   f"model.activation_checkpointing={str(checkpointing).lower()}"])
+    config = load(PretrainConfig, ROOT / "cfgs/train/debug.yaml",
+                  [f"data.root={debug_tokens}", f"run.dir={tmp_path}", "eval.every=0",
+                   f"model.activation_checkpointing={str(checkpointing).lower()}"])
     world = World(0, 1, 0, torch.device("cpu"))
     task = PretrainTask(config, world)
     loop = Loop(config, task, world, tmp_path)

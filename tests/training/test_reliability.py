@@ -1,4 +1,5 @@
-"""Stops, full disks, bad numbers, other numbers of processes: what docs/reliability.md promises, through the real command."""
+"""Stops, full disks, bad numbers, other numbers of processes: what docs/reliability.md promises, through the real
+command."""
 
 import json
 import os
@@ -14,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from egom2p.data.tarindex import npy_bytes, write_tar
+from egom2p.distributed import World
 from egom2p.errors import Preempted
 from egom2p.training.checkpoint import CheckpointArgs, Checkpoints
-from egom2p.training.distributed import World
 from egom2p.training.log import MetricsLog, read_metrics
 from egom2p.training.stop import StopRequest
 from tests.conftest import run_cli, start_cli
@@ -111,7 +112,8 @@ def test_milestones_are_kept_and_the_copy_is_of_its_own_moment(tmp_path):
     checkpoints.wait()
     assert checkpoints.steps() == [4, 6, 7]
     for step in (4, 6, 7):
-        assert load_file(tmp_path / f"checkpoints/step_{step:08d}/model.safetensors")["weight"].unique().tolist() == [step]
+        weights = load_file(tmp_path / f"checkpoints/step_{step:08d}/model.safetensors")
+        assert weights["weight"].unique().tolist() == [step]
 
 
 @pytest.fixture
@@ -119,7 +121,8 @@ def small_disk(tmp_path):
     """A file system of 24 MB, or a skip that says why there is none."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True,
+                          text=True)
     if done.returncode:
         pytest.skip(f"no small file system to fill: {done.stderr.strip()}")
     yield folder
@@ -190,13 +193,16 @@ def test_metrics_wait_for_a_disk_that_refuses(tmp_path, monkeypatch, caplog):
 def poisoned(tmp_path_factory) -> tuple[Path, Path]:
     """Shards in which one clip alone holds id 255 of cam, and a start whose embedding of that id is infinite."""
     root, rng = tmp_path_factory.mktemp("poisoned"), np.random.default_rng(0)
-    for name, grid, vocab, dtype in (("rgb", (5, 4, 4), 1000, np.uint16), ("depth", (5, 4, 4), 1000, np.uint16), ("cam", (30,), 255, np.uint16), ("gaze", (30,), 255, np.uint16)):
+    for name, grid, vocab, dtype in (("rgb", (5, 4, 4), 1000, np.uint16), ("depth", (5, 4, 4), 1000, np.uint16),
+                                     ("cam", (30,), 255, np.uint16), ("gaze", (30,), 255, np.uint16)):
         for dataset in ("full", "nodepth", "held_out"):
             arrays = [rng.integers(0, vocab, grid).astype(dtype) for _ in range(40)]
             if name == "cam" and dataset == "full":
                 arrays[7][:] = 255
-            write_tar(root / "tokens" / name / dataset / "shard-000000.tar", ({"__key__": f"{i:08d}", "npy": npy_bytes(a)} for i, a in enumerate(arrays)))
-    run_cli("train", "cfgs/train/debug.yaml", f"data.root={root / 'tokens'}", f"run.dir={root / 'start'}", "train.steps=1", "eval.every=0")
+            write_tar(root / "tokens" / name / dataset / "shard-000000.tar",
+                      ({"__key__": f"{i:08d}", "npy": npy_bytes(a)} for i, a in enumerate(arrays)))
+    run_cli("train", "cfgs/train/debug.yaml", f"data.root={root / 'tokens'}", f"run.dir={root / 'start'}",
+            "train.steps=1", "eval.every=0")
     path = (root / "start/checkpoints/latest").resolve() / "model.safetensors"
     tensors = load_file(path)
     tensors["embeddings.cam.token.weight"][255] = float("inf")
@@ -205,7 +211,8 @@ def poisoned(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_bad_numbers_are_left_out_and_named(poisoned, tmp_path, caplog):
-    """Steps that show the poisoned id are skipped, named with their sample, and training goes on; two processes agree."""
+    """Steps that show the poisoned id are skipped, named with their sample, and training goes on; two processes
+    agree."""
     tokens, start = poisoned
     options = (f"init.from={start}", "eval.every=0", "train.steps=30")
     train(tokens, tmp_path / "one", *options)
@@ -231,7 +238,8 @@ def test_bad_numbers_are_left_out_and_named(poisoned, tmp_path, caplog):
 
 
 def test_a_run_that_diverges_ends_with_the_last_good_weights(debug_tokens, tmp_path):
-    done = train(debug_tokens, tmp_path / "run", "optim.lr=1e30", "optim.clip_norm=0", "train.max_skipped=4", "checkpoint.every=1", "eval.every=0", check=False)
+    done = train(debug_tokens, tmp_path / "run", "optim.lr=1e30", "optim.clip_norm=0", "train.max_skipped=4",
+                 "checkpoint.every=1", "eval.every=0", check=False)
     assert done.returncode == 2
     assert "4 steps in a row had no finite loss" in done.stderr
     assert "debug.replay_step" in done.stderr
@@ -244,10 +252,13 @@ def test_replay_repeats_the_step_and_touches_nothing(debug_tokens, reference, tm
     done = train(debug_tokens, run, "debug.replay_step=18")
     replay = json.loads((run / "replay_step_18.json").read_text())
     logged = next(r for r in read_metrics(reference) if r["step"] == 18)
-    assert {k: replay[k] for k in ("loss", "loss/rgb", "loss/cam", "grad_norm")} == {k: logged[k] for k in ("loss", "loss/rgb", "loss/cam", "grad_norm")}
+    assert {k: replay[k] for k in ("loss", "loss/rgb", "loss/cam",
+                                   "grad_norm")} == {k: logged[k]
+                                                     for k in ("loss", "loss/rgb", "loss/cam", "grad_norm")}
     assert [r["sample"] for r in replay["samples"]] == list(range(17 * 8, 18 * 8))
     assert "step 18: loss" in done.stdout
-    after = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file() and not p.is_symlink() and "replay" not in p.name}
+    after = {p.relative_to(run): p.read_bytes() for p in run.rglob("*")
+             if p.is_file() and not p.is_symlink() and "replay" not in p.name}
     assert after == before
     assert train(debug_tokens, run, "debug.replay_step=21", check=False).returncode == 2
 
@@ -258,7 +269,8 @@ def _torchrun(root: Path, run: Path, processes: int, *overrides: str) -> None:
     assert process.returncode == 0, output[-3000:]
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-9), pytest.param("float32", 1e-4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-9),
+                                                      pytest.param("float32", 1e-4, marks=pytest.mark.slow)])
 def test_one_two_four_and_one_process_again(debug_tokens, tmp_path, precision, tolerance):
     """A run that goes on with another number of processes and another micro-batch: the same losses."""
     options = (f"train.precision={precision}", "checkpoint.keep_last=9")
@@ -294,7 +306,8 @@ def test_sharded_and_replicated_checkpoints_are_the_same_files(debug_tokens, ref
     _torchrun(debug_tokens, tmp_path / "sharded", 2, "train.parallel=fsdp", "checkpoint.keep_last=9")
     for ours, theirs in zip(curve(tmp_path / "sharded"), curve(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4), ours["step"]
-    shapes = [{f"{file}/{k}": (v.shape, v.dtype) for file in ("model", "optimizer") for k, v in load_file(run / f"checkpoints/latest/{file}.safetensors").items()}
+    shapes = [{f"{file}/{k}": (v.shape, v.dtype) for file in ("model", "optimizer")
+               for k, v in load_file(run / f"checkpoints/latest/{file}.safetensors").items()}
               for run in (tmp_path / "sharded", reference)]
     assert shapes[0] == shapes[1]
     forget_after(tmp_path / "sharded", 10)

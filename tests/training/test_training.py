@@ -16,11 +16,13 @@ from egom2p.training.checkpoint import CheckpointArgs, Checkpoints
 from egom2p.training.log import cut_after, read_metrics
 from tests.conftest import run_cli, start_cli
 
-EXACT = ("step", "loss", "loss/rgb", "loss/depth", "loss/cam", "loss/gaze", "lr", "grad_norm", "eval/loss/rgb", "eval/loss/cam")
+EXACT = ("step", "loss", "loss/rgb", "loss/depth", "loss/cam", "loss/gaze", "lr", "grad_norm", "eval/loss/rgb",
+         "eval/loss/cam")
 
 
 def train(root: Path, run: Path, *overrides: str, check: bool = True):
-    return run_cli("train", "cfgs/train/debug.yaml", f"data.root={root}", f"run.dir={run}", "train.threads=1", *overrides, check=check)
+    return run_cli("train", "cfgs/train/debug.yaml", f"data.root={root}", f"run.dir={run}", "train.threads=1",
+                   *overrides, check=check)
 
 
 def curve(run: Path) -> list[dict]:
@@ -43,7 +45,8 @@ def test_a_run_leaves_what_the_design_says(reference):
     assert (reference / "config.yaml").exists()
     assert {"commit", "torch", "host", "index_hash"} <= json.loads((reference / "environment.json").read_text()).keys()
     metrics = read_metrics(reference)
-    assert {"step", "loss", "loss/rgb", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "data_wait_s", "peak_memory_gb"} <= metrics[0].keys()
+    assert {"step", "loss", "loss/rgb", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "data_wait_s",
+            "peak_memory_gb"} <= metrics[0].keys()
     assert [m["step"] for m in metrics if "eval/loss/rgb" in m] == [10, 20]
     assert metrics[-2]["loss"] < metrics[0]["loss"]
     assert sorted(p.name for p in (reference / "checkpoints").iterdir()) == ["latest", "step_00000015", "step_00000020"]
@@ -59,11 +62,13 @@ def test_micro_batches_add_up_to_the_global_loss(debug_tokens, reference, tmp_pa
 
 
 def test_groups_restore_the_released_weights(debug_tokens, tmp_path):
-    """group_samples: the first step's loss is the mean over groups of each group's own loss, whatever the micro-batch."""
+    """group_samples: the first step's loss is the mean over groups of each group's own loss, whatever the
+    micro-batch."""
     losses = {}
     for group, micro in ((0, 8), (2, 8), (2, 3), (1, 8)):
         run = tmp_path / f"{group}-{micro}"
-        train(debug_tokens, run, "train.steps=1", f"loss.group_samples={group}", f"train.micro_batch_size={micro}", "eval.every=0")
+        train(debug_tokens, run, "train.steps=1", f"loss.group_samples={group}", f"train.micro_batch_size={micro}",
+              "eval.every=0")
         losses[group, micro] = curve(run)[0]["loss"]
     assert losses[2, 8] == pytest.approx(losses[2, 3], rel=1e-5)
     assert losses[2, 8] != pytest.approx(losses[0, 8], rel=1e-3)
@@ -72,7 +77,8 @@ def test_groups_restore_the_released_weights(debug_tokens, tmp_path):
 
 
 def test_two_processes_equal_one(debug_tokens, reference, tmp_path):
-    process = start_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path / 'run'}", torchrun=2)
+    process = start_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path / 'run'}",
+                        torchrun=2)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output[-3000:]
     for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):
@@ -162,7 +168,8 @@ def test_changed_data_and_changed_config_are_refused(debug_tokens, reference, tm
 
 
 def test_batch_that_does_not_divide_lists_what_would(debug_tokens, tmp_path):
-    process = start_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}", "train.batch_size=9", torchrun=2)
+    process = start_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}",
+                        "train.batch_size=9", torchrun=2)
     output = process.communicate(timeout=200)[0]
     assert process.returncode
     assert "use one of [1, 3, 9] processes" in output
@@ -170,7 +177,8 @@ def test_batch_that_does_not_divide_lists_what_would(debug_tokens, tmp_path):
 
 def test_start_from_an_export_with_modalities_added_and_left_out(debug_tokens, reference, tmp_path):
     run = tmp_path / "run"
-    train(debug_tokens, run, f"init.from={reference}", "init.freeze=all", "init.unfreeze=[cam]", "train.steps=3", "eval.every=0")
+    train(debug_tokens, run, f"init.from={reference}", "init.freeze=all", "init.unfreeze=[cam]", "train.steps=3",
+          "eval.every=0")
     before, after = weights(reference), weights(run)
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed == {"embeddings.cam.token.weight", "embeddings.cam.modality", "heads.cam.weight"}
@@ -231,6 +239,7 @@ def test_released_shards_train_without_conversion(debug_tokens, reference, tmp_p
         (folder / "token").mkdir()
         for shard in folder.glob("*.tar"):
             shard.rename(folder / "token" / shard.name)
-    paths = [f"data.datasets.{n}.path='[rgb,depth,cam,gaze]/{n}/token/shard-{{000000..000000}}.tar'" for n in ("full", "nodepth")]
+    paths = [f"data.datasets.{n}.path='[rgb,depth,cam,gaze]/{n}/token/shard-{{000000..000000}}.tar'"
+             for n in ("full", "nodepth")]
     train(tmp_path / "npz", tmp_path / "run", *paths, f"eval.root={debug_tokens}")
     assert curve(tmp_path / "run") == curve(reference)

@@ -55,7 +55,8 @@ def process_group(first_timeout_s: int) -> Iterator[World]:
         yield world
         return
     timeout = timedelta(seconds=first_timeout_s)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_fresh_store(timeout), rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_fresh_store(timeout), rank=rank,
+                            world_size=size, timeout=timeout)
     heartbeats = _Heartbeats(world)
     try:
         yield world
@@ -125,7 +126,8 @@ def _leave_at_once(error: BaseException, heartbeats: "_Heartbeats") -> None:
 
 
 # What the backends say when another rank is gone; the wording depends on where in a collective they were.
-LOST_WORDS = ("gloo", "nccl", "processgroup", "connection closed by peer", "connection reset by peer", "broken pipe", "pair closure", "timed out", "timeout")
+LOST_WORDS = ("gloo", "nccl", "processgroup", "connection closed by peer", "connection reset by peer", "broken pipe",
+              "pair closure", "timed out", "timeout")
 
 
 def _is_collective(error: RuntimeError) -> bool:
@@ -165,7 +167,8 @@ class _Heartbeats:
         silent = [r for r, (a, b) in enumerate(zip(before, after, strict=True)) if a == b and r != self.world.rank]
         if not silent:
             return "every rank is alive but one kept the others waiting beyond train.timeout_s"
-        return f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))} of {self.world.size} {'are' if len(silent) > 1 else 'is'} missing (no heartbeat)"
+        names, (noun, verb) = ", ".join(map(str, silent)), ("ranks", "are") if len(silent) > 1 else ("rank", "is")
+        return f"{noun} {names} of {self.world.size} {verb} missing (no heartbeat)"
 
     def _counts(self) -> list[int]:
         return [self.store.add(f"egom2p/heartbeat/{r}", 0) for r in range(self.world.size)]

@@ -1,12 +1,10 @@
 """Picture metrics over (T, H, W, 3) uint8 frames."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from egom2p.errors import UserError
 
@@ -19,25 +17,14 @@ def psnr_db(predicted: np.ndarray, reference: np.ndarray) -> float:
 
 def ssim(predicted: np.ndarray, reference: np.ndarray) -> float:
     """Structural similarity (Wang et al. 2004), mean over frames, by torchmetrics."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     p, r = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() / 255 for x in (predicted, reference))
     return float(structural_similarity_index_measure(p, r, data_range=1.0))
 
 
-def lpips(predicted: np.ndarray, reference: np.ndarray, weights: str | Path) -> float:
-    """Learned perceptual distance (Zhang et al., CVPR 2018), mean over frames, lower is better.
-
-    weights: a TorchScript file of the LPIPS network, taking two (N, 3, H, W) batches in [-1, 1] and returning N
-    distances. The network's weights are not part of this project and nothing is downloaded.
-    """
-    if not Path(weights).is_file():
-        raise UserError(f"LPIPS needs its network as a TorchScript file; {weights} is not there (trace the `lpips` package's LPIPS(net='alex') once)")
-    network = torch.jit.load(str(weights)).eval()
-    p, r = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (predicted, reference))
-    with torch.no_grad():
-        return float(network(p, r).flatten().mean())
-
-
-def frechet_video_distance(predicted: Iterable[np.ndarray], reference: Iterable[np.ndarray], features: Callable[[Tensor], Tensor]) -> float:
+def frechet_video_distance(predicted: Iterable[np.ndarray], reference: Iterable[np.ndarray],
+                           features: Callable[[Tensor], Tensor]) -> float:
     """Frechet distance between two sets of clips (Unterthiner et al. 2018), lower is better.
 
     features: a video network, (1, 3, T, H, W) in [0, 1] -> (1, D); which one it is must be named beside the figure.
@@ -46,7 +33,8 @@ def frechet_video_distance(predicted: Iterable[np.ndarray], reference: Iterable[
     sets = []
     for clips in (predicted, reference):
         with torch.no_grad():
-            rows = [features(torch.from_numpy(np.ascontiguousarray(c)).permute(3, 0, 1, 2)[None].float() / 255)[0].double().cpu().numpy() for c in clips]
+            videos = (torch.from_numpy(np.ascontiguousarray(c)).permute(3, 0, 1, 2)[None].float() / 255 for c in clips)
+            rows = [features(video)[0].double().cpu().numpy() for video in videos]
         if len(rows) < 2:
             raise UserError("the Frechet distance needs at least two clips on each side")
         sets.append(np.stack(rows))
@@ -60,4 +48,5 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2), whose argument is symmetric.
     inner = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(np.clip(inner, 0, None)).sum())
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2
+                 * np.sqrt(np.clip(inner, 0, None)).sum())

@@ -10,13 +10,16 @@ def gaze_mse(predicted: np.ndarray, reference: np.ndarray) -> float:
 
 
 def gaze_distance(predicted: np.ndarray, reference: np.ndarray) -> float:
-    """Mean Euclidean distance over valid frames, in units of the square frame's side (times the side: pixels); nan if none."""
+    """Mean Euclidean distance over valid frames, in units of the square frame's side (times the side: pixels); nan if
+    none."""
     valid = (reference[:, 2] > 0) & np.isfinite(reference[:, :2]).all(1)
-    return float(np.linalg.norm(predicted[valid, :2] - reference[valid, :2], axis=1).mean()) if valid.any() else float("nan")
+    return float(np.linalg.norm(predicted[valid, :2] - reference[valid, :2],
+                                axis=1).mean()) if valid.any() else float("nan")
 
 
 def gaze_angle_deg(predicted: np.ndarray, reference: np.ndarray, intrinsics: np.ndarray, side: int) -> float:
-    """Mean angle in degrees between predicted and true gaze rays over valid frames; intrinsics in pixels of a `side` square."""
+    """Mean angle in degrees between predicted and true gaze rays over valid frames; intrinsics in pixels of a `side`
+    square."""
     valid = reference[:, 2] > 0
     inverse = np.linalg.inv(intrinsics)
 

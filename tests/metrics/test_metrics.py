@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from egom2p import geometry
-from egom2p.evaluation.camera import ate, rre, rte
-from egom2p.evaluation.depth import align_inverse_depth, depth_errors
-from egom2p.evaluation.gaze import gaze_angle_deg, gaze_mse
-from egom2p.evaluation.run import bootstrap
-from egom2p.evaluation.video import psnr_db, ssim
+from egom2p.evaluation.results import bootstrap
+from egom2p.metrics.camera import ate, rre, rte
+from egom2p.metrics.depth import align_inverse_depth, depth_errors
+from egom2p.metrics.gaze import gaze_angle_deg, gaze_mse
+from egom2p.metrics.video import psnr_db, ssim
 from tests.test_geometry import random_poses
 
 
@@ -36,7 +36,8 @@ def wander(rng, count=60):
     poses = np.eye(4)[None].repeat(count, 0)
     for i in range(1, count):
         step = random_poses(rng, 1)[0]
-        step[:3, :3] = geometry.nine_to_pose(np.r_[1, 0, 0, 0, 1, 0, 0, 0, 0] + np.r_[rng.normal(scale=0.05, size=6), 0, 0, 0])[:3, :3]
+        nine = np.r_[1, 0, 0, 0, 1, 0, 0, 0, 0] + np.r_[rng.normal(scale=0.05, size=6), 0, 0, 0]
+        step[:3, :3] = geometry.nine_to_pose(nine)[:3, :3]
         step[:3, 3] *= 0.05
         poses[i] = poses[i - 1] @ step
     return poses

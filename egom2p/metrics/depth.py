@@ -9,22 +9,27 @@ import numpy as np
 MIN_INVERSE = 1e-3  # metres^-1: a fitted inverse depth below it counts as 1 km
 
 
-DEPTH_ALIGNMENTS = {"none": "no alignment", "median": "median of depth", "scale_shift": "scale and shift in inverse depth"}
+DEPTH_ALIGNMENTS = {"none": "no alignment", "median": "median of depth",
+                    "scale_shift": "scale and shift in inverse depth"}
 
 
-def align_depth(predicted: np.ndarray, reference: np.ndarray, alignment: str = "scale_shift", per: str = "clip") -> np.ndarray:
+def align_depth(predicted: np.ndarray, reference: np.ndarray, alignment: str = "scale_shift",
+                per: str = "clip") -> np.ndarray:
     """Predicted inverse depth (T, H, W) -> metres, aligned with (T, H, W) reference metres (0 = no reading).
 
     alignment: none (the prediction is metric inverse depth), median (one factor that makes the medians of depth equal,
     Zhou et al. 2017) or scale_shift (least squares in inverse depth, MiDaS). per: clip or frame.
     """
     if per == "frame":
-        return np.concatenate([align_depth(p[None], r[None], alignment) for p, r in zip(predicted, reference, strict=True)])
+        return np.concatenate([align_depth(p[None], r[None], alignment)
+                               for p, r in zip(predicted, reference, strict=True)])
     if alignment == "scale_shift":
         return align_inverse_depth(predicted, reference)
     metres = 1 / np.maximum(predicted.astype(np.float64), MIN_INVERSE)
     seen = reference > 0
-    return metres * (np.median(reference[seen].astype(np.float64)) / np.median(metres[seen])) if alignment == "median" and seen.any() else metres
+    if alignment == "median" and seen.any():
+        metres *= np.median(reference[seen].astype(np.float64)) / np.median(metres[seen])
+    return metres
 
 
 def align_inverse_depth(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:

@@ -2,11 +2,18 @@
 
 A subclass of `Exportable` says how it becomes a plain config (`to_config`) and how it is rebuilt from one
 (`from_config`). Nothing here runs code from a file: weights are safetensors, configs are JSON.
+
+A model's config names its tokenizers. Local ones are written relative to the folder that holds the config, so that a
+tree can be moved or opened from anywhere; `egom2p export` puts them inside it.
 """
 
+import dataclasses
 import json
+import os
+import tempfile
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import huggingface_hub
 import torch
@@ -15,8 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from egom2p import resources
 from egom2p.config import build, read_json, to_plain
 from egom2p.errors import UserError
+from egom2p.modalities import ModalityArgs, ModalitySet
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -30,14 +39,13 @@ class Exportable(nn.Module):
         return {"modalities": modalities, "model": to_plain(self.args)}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], source: str) -> "Exportable":
-        import typing
-
-        from egom2p.modalities import ModalityArgs, ModalitySet
-
+    def from_config(cls, config: dict[str, Any], source: str) -> Self:
+        """source: the file `config` comes from, for messages and for paths relative to its folder."""
         if not {"modalities", "model"} <= config.keys():
             raise UserError(f"{source}: not an {cls.__name__} export (no 'modalities' and 'model' in {CONFIG})")
         entries = build(dict[str, ModalityArgs], config["modalities"], "modalities", source)
+        entries = {name: dataclasses.replace(entry, tokenizer=resolve_beside(entry.tokenizer, Path(source).parent))
+                   for name, entry in entries.items()}
         args_type = typing.get_type_hints(cls.__init__)["args"]
         return cls(ModalitySet.from_config(entries), build(args_type, config["model"], "model", source))
 
@@ -46,13 +54,17 @@ class Exportable(nn.Module):
         dictionary to write instead of the module's own, as checkpoints in the background do."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(self.to_config(), indent=1))
+        config = self.to_config()
+        for entry in config.get("modalities", {}).values():
+            entry["tokenizer"] = relative_to(entry["tokenizer"], folder)
+        (folder / CONFIG).write_text(json.dumps(config, indent=1))
         weights = self.state_dict() if weights is None else weights
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str = "cpu"):
-        """Load a folder written by `save_pretrained`, a run (its latest checkpoint) or a Hub repository, in eval mode."""
+    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Load a folder written by `save_pretrained`, a run (its latest checkpoint) or a Hub repository, in eval
+        mode."""
         folder = resolve_folder(source)
         module = cls.from_config(read_json(folder / CONFIG), str(folder / CONFIG))
         load_weights(module, read_weights(folder / WEIGHTS), folder / WEIGHTS)
@@ -60,26 +72,58 @@ class Exportable(nn.Module):
 
     def push_to_hub(self, repo: str, private: bool = True) -> str:
         """Upload the export to the Hub repository `owner/name`; returns its address."""
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             huggingface_hub.create_repo(repo, private=private, exist_ok=True)
             return huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
 
 
-def resolve_folder(source: str | Path) -> Path:
-    """The folder that holds the export `source` names: a folder, a run with checkpoints, or a Hub repository."""
-    path = Path(source)
+def export_in(path: Path) -> Path | None:
+    """The folder below `path` that holds an export: itself, a run's latest checkpoint, or `export`."""
     for candidate in (path, path / "checkpoints" / "latest", path / "export"):
         if (candidate / CONFIG).is_file():
             return candidate
+    return None
+
+
+def resolve_beside(source: str, folder: Path) -> str:
+    """A tokenizer's name in the config of `folder` -> an absolute path where it is found from there, else unchanged.
+
+    Looked for in the folder itself and then in those above it, since older runs wrote paths relative to the folder that
+    the training was started in.
+    """
+    if not source or Path(source).is_absolute():
+        return source
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if export_in(place / source):
+            return os.path.normpath(place / source)
+    return source
+
+
+def relative_to(source: str, folder: Path) -> str:
+    """A tokenizer as the config in `folder` names it: relative when it is a local folder of one's own."""
+    if not source or not export_in(Path(source)):
+        return source
+    path = Path(source).resolve()
+    shipped = resources.root().resolve()
+    if path.is_relative_to(shipped) and resources.is_shipped(path.relative_to(shipped)):
+        return path.relative_to(shipped).as_posix()
+    return os.path.relpath(path, folder.resolve())
+
+
+def resolve_folder(source: str | Path) -> Path:
+    """The folder that holds the export `source` names: a folder, a run with checkpoints, or a Hub repository."""
+    path = resources.locate(source)
+    found = export_in(path)
+    if found:
+        return found
     if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise UserError(f"{source}: no export or checkpoint there (expected {CONFIG} and {WEIGHTS})")
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jit"]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise UserError(f"{source}: neither a folder here nor a Hub repository that can be fetched ({type(error).__name__}); "
+        raise UserError(f"{source}: neither a folder here nor a Hub repository that can be fetched "
+                        f"({type(error).__name__}); "
                         "check the name, the network, and for gated repositories `hf auth login`") from error
 
 

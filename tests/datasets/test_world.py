@@ -7,7 +7,7 @@ import pytest
 
 from egom2p import geometry
 from egom2p.data.clips import count_clips, read_clips
-from egom2p.data.world import BALL_COLOUR, intrinsics, make_clip, write_world
+from egom2p.datasets.world import BALL_COLOUR, intrinsics, make_clip, write_world
 from egom2p.errors import UserError
 
 SIZE = 64

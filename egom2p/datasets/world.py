@@ -69,7 +69,8 @@ class Walk:
         speed = self.speed * (1 + self.speed_swing * np.sin(np.pi * fine / CLIP_SECONDS - np.pi / 2))
         heading = self.heading + self.path_turn * fine
         velocity = speed[:, None] * np.stack([np.cos(heading), np.sin(heading)], -1)
-        path = np.concatenate([np.zeros((1, 2)), np.cumsum((velocity[1:] + velocity[:-1]) / 2 * np.diff(fine)[:, None], 0)])
+        path = np.concatenate([np.zeros((1, 2)), np.cumsum((velocity[1:] + velocity[:-1]) / 2 * np.diff(fine)[:, None],
+                                                           0)])
         steps = 2 * np.pi * (1.3 + 0.4 * self.speed) * times + self.bob_phase
         sway = 0.012 * self.speed * np.sin(steps / 2)
         x = self.start[0] + np.interp(times, fine, path[:, 0]) - sway * np.sin(self.heading)
@@ -107,7 +108,8 @@ def make_clip(seed: int, number: int, size: int = 64, dataset: str = "world", wi
     signals = {"rgb": rgb, "depth": depth, "cam": world_from_camera.astype(np.float32), "gaze": gaze}
     absent = set(without) | {name for name, share in SHARE_WITHOUT.items() if rng.random() < share}
     meta = {"source": f"world-{seed}", "start": number * CLIP_SECONDS, "rates": RATES,
-            "intrinsics": intrinsics(size).tolist(), "side": size, "balls": scene.balls.tolist(), "fixated": fixated.tolist()}
+            "intrinsics": intrinsics(size).tolist(), "side": size, "balls": scene.balls.tolist(),
+            "fixated": fixated.tolist()}
     return Clip(f"{seed:03d}-{number:06d}", dataset, {k: v for k, v in signals.items() if k not in absent}, meta)
 
 
@@ -122,11 +124,13 @@ def write_world(out: Path, clips: int, seed: int = 0, size: int = 64, dataset: s
     unknown = set(without) - set(RATES)
     if unknown:
         raise UserError(f"unknown signal '{sorted(unknown)[0]}' in --without; the world has {', '.join(RATES)}")
-    jobs = [(out / f"shard-{i:06d}.tar", range(start, min(start + CLIPS_PER_SHARD, first + clips)), seed, size, dataset, without)
+    jobs = [(out / f"shard-{i:06d}.tar", range(start, min(start + CLIPS_PER_SHARD, first + clips)), seed, size, dataset,
+             without)
             for i, start in enumerate(range(first, first + clips, CLIPS_PER_SHARD))]
     others = sorted(set(out.glob("*.tar")) - {job[0] for job in jobs})
     if others:
-        raise UserError(f"{out} already holds {others[0].name} of another world, which would be mixed in; choose another --out or remove it")
+        raise UserError(f"{out} already holds {others[0].name} of another world, which would be mixed in; choose "
+                        f"another --out or remove it")
     with tqdm(total=clips, desc=f"world {out.name}", unit="clip") as bar:
         for done in _run_jobs(jobs, processes):
             bar.update(done)
@@ -206,7 +210,8 @@ def _make_scene(rng: np.random.Generator) -> tuple[Scene, Walk]:
             boxes.append([corner, corner + extent])
     boxes = np.array(boxes).reshape(-1, 2, 3)
     radius = 0.28
-    balls = [ball for _ in range(1 + (rng.random() < TWO_BALLS)) if (ball := _place_ball(rng, walk, size, boxes, radius)) is not None]
+    balls = [ball for _ in range(1 + (rng.random() < TWO_BALLS))
+             if (ball := _place_ball(rng, walk, size, boxes, radius)) is not None]
     tint = FACE_COLOURS * rng.uniform(0.85, 1.15, (6, 1)).astype(np.float32)
     colours = rng.uniform(0.15, 0.9, (len(boxes), 3)).astype(np.float32)
     return Scene(size, tint, boxes, colours, np.array(balls).reshape(-1, 3), radius), walk
@@ -224,7 +229,8 @@ def _make_walk(rng: np.random.Generator, size: np.ndarray, margin: float = 0.7) 
     return Walk(**{**vars(walk), "start": low + rng.uniform(0, 1, 2) * (high - low)})
 
 
-def _place_ball(rng: np.random.Generator, walk: Walk, size: np.ndarray, boxes: np.ndarray, radius: float) -> np.ndarray | None:
+def _place_ball(rng: np.random.Generator, walk: Walk, size: np.ndarray, boxes: np.ndarray,
+                radius: float) -> np.ndarray | None:
     """A spot the camera sees half-way through the clip, clear of walls, boxes and path; None if 40 tries fail."""
     half_way = walk.poses(np.array([CLIP_SECONDS / 2]))[0]
     path = walk.positions(np.linspace(0, CLIP_SECONDS, 9))
@@ -232,7 +238,8 @@ def _place_ball(rng: np.random.Generator, walk: Walk, size: np.ndarray, boxes: n
         ray = np.append(np.clip(rng.normal(0, 0.4, 2), -0.8, 0.8), 1)
         ball = half_way[:3, :3] @ ray * rng.uniform(1.2, 3.5) + half_way[:3, 3]
         clear_of_walls = np.all(ball > 0.3) and np.all(ball < size - 0.3)
-        clear_of_boxes = all(np.linalg.norm(np.maximum(np.maximum(b[0] - ball, ball - b[1]), 0)) > radius for b in boxes)
+        clear_of_boxes = all(np.linalg.norm(np.maximum(np.maximum(b[0] - ball, ball - b[1]), 0)) > radius
+                             for b in boxes)
         if not (clear_of_walls and clear_of_boxes and np.linalg.norm(path - ball, axis=-1).min() > 0.8):
             continue
         if not any(_blocks(box, half_way[:3, 3], ball) for box in boxes):
@@ -263,9 +270,11 @@ def _make_gaze(rng: np.random.Generator, scene: Scene, world_from_camera: np.nda
             fixated[rng.integers(15, num_frames - 15) :] = 1 - first
     if not len(scene.balls):
         return np.zeros((num_frames, 3), np.float32), fixated
-    in_camera = np.einsum("tij,kj->tki", geometry.invert(world_from_camera), np.c_[scene.balls, np.ones(len(scene.balls))])
+    in_camera = np.einsum("tij,kj->tki", geometry.invert(world_from_camera),
+                          np.c_[scene.balls, np.ones(len(scene.balls))])
     depth = in_camera[..., 2]
-    points = geometry.project(np.concatenate([in_camera[..., :2], np.maximum(depth, 1e-3)[..., None]], -1), intrinsics(1))
+    points = geometry.project(np.concatenate([in_camera[..., :2], np.maximum(depth, 1e-3)[..., None]], -1),
+                              intrinsics(1))
     gaze = points[np.arange(num_frames), fixated]
     for jump in np.flatnonzero(np.diff(fixated)):
         gaze[jump + 1] = (gaze[jump] + gaze[min(jump + 2, num_frames - 1)]) / 2

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from egom2p import geometry
-from egom2p.data.video import probe_video, stream_frames, write_video
-from egom2p.generation.join import DepthJoiner, GazeJoiner, Joiner, PictureJoiner, PoseJoiner, chordal_mean
-from egom2p.generation.pipeline import NpyWriter, Pipeline, cut
+from egom2p.data.video import probe_video, stream_frames
+from egom2p.generation.pipeline import Pipeline, cut
+from egom2p.geometry import chordal_mean
+from egom2p.signals.depth import DepthJoiner
+from egom2p.signals.gaze import GazeJoiner
+from egom2p.signals.kind import Joiner
+from egom2p.signals.pose import PoseJoiner
+from egom2p.signals.rgb import PictureJoiner
+from egom2p.signals.writers import NpyWriter, write_video
 from tests.conftest import run_cli
 from tests.test_geometry import random_poses
 
@@ -97,7 +103,8 @@ def test_growing_npy_is_an_ordinary_one(tmp_path, rng):
 def test_streamed_frames_are_the_nearest_in_time(tmp_path, rate, seconds):
     """Each frame of the source holds its own number as grey level."""
     count = rate * seconds
-    frames = np.repeat(np.linspace(20, 235, count).astype(np.uint8)[:, None, None, None], 32, 1).repeat(32, 2).repeat(3, 3)
+    frames = np.repeat(np.linspace(20, 235, count).astype(np.uint8)[:, None, None, None], 32,
+                       1).repeat(32, 2).repeat(3, 3)
     write_video(tmp_path / "v.mp4", frames, rate)
     got = np.array([f.mean() for f in stream_frames(tmp_path / "v.mp4", 8, 16)])
     assert len(got) == 8 * seconds
@@ -111,11 +118,13 @@ def test_a_long_recording_in_constant_memory(finished, tmp_path):
     """Forty seconds at 25 fps: no more than one window's frames are ever held, and the files are whole."""
     out = finished[0]
     rng = np.random.default_rng(0)
-    write_video(tmp_path / "day.mp4", np.kron(rng.integers(0, 255, (1000, 8, 8, 3)), np.ones((1, 4, 4, 1))).astype(np.uint8), 25)
+    write_video(tmp_path / "day.mp4", np.kron(rng.integers(0, 255, (1000, 8, 8, 3)),
+                                              np.ones((1, 4, 4, 1))).astype(np.uint8), 25)
     pipeline = Pipeline.from_pretrained(out / "model")
     held = [w.start for w in pipeline.windows(tmp_path / "day.mp4", ["cam"])]
     assert held == [1.5 * i for i in range(len(held) - 1)] + [38.0]
-    run_cli("generate", out / "model", "--inputs", tmp_path / "day.mp4", "--targets", "cam,gaze,depth", "--samples", 2, "--overlap", 1, "--out", tmp_path)
+    run_cli("generate", out / "model", "--inputs", tmp_path / "day.mp4", "--targets", "cam,gaze,depth", "--samples", 2,
+            "--overlap", 1, "--out", tmp_path)
     folder = tmp_path / "day"
     assert np.load(folder / "cam.npy").shape == (1200, 4, 4)
     assert np.load(folder / "gaze.npy").shape == (1200, 3)

@@ -1,0 +1,153 @@
+"""A Recording -> clips of 2 s: resampling to the clip rates, gates for gaps and tracker jumps, crop and resize."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from egom2p import geometry
+from egom2p.data.clips import RATES, Clip
+from egom2p.data.video import centre_crop, square
+from egom2p.datasets.checks import Statistics, reprojection_error
+from egom2p.datasets.recording import BadSequence, Pictures, Recording, Track
+
+SECONDS = 2.0
+SPEED_LIMIT, TURN_LIMIT = 20.0, 1500.0  # m/s and deg/s between neighbouring 30 Hz poses: more is a jump of the tracker
+# Seconds a sample may be from the moment it stands for.
+LARGEST_GAP = {"rgb": 0.2, "depth": 0.3, "cam": 0.1, "gaze": 0.16}
+
+
+def safe(sequence: str) -> str:
+    """A sequence's name as a file name and clip key."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in sequence)
+
+
+def cut(recording: Recording, dataset: str, size: int, limit: int, counts: Counter,
+        stats: Statistics) -> Iterator[Clip]:
+    """The recording's clips of 2 s one after another; counts says why others, or parts of these, were left out."""
+    if recording.rgb is None or not len(recording.rgb.times):
+        raise BadSequence("no video")
+    start, end = float(recording.rgb.times[0]), float(recording.rgb.times[-1])
+    number = 0
+    while start + SECONDS <= end + LARGEST_GAP["rgb"] and not (limit and counts["clips kept"] >= limit):
+        try:
+            signals, intrinsics = _signals(recording, start, size, counts)
+        except BadSequence as problem:
+            # Decoding broke off: what came before is whole.
+            counts[f"clips dropped: "
+                   f"{'video broke off' if 'ends at' in str(problem) or 'decoded' in str(problem) else problem}"] += 1
+            return
+        if signals:
+            counts["clips kept"] += 1
+            stats.add(signals)
+            meta = {**recording.meta, "source": recording.name, "start": round(start, 6),
+                    "rates": {n: RATES[n] for n in signals}, "side": size}
+            if intrinsics is not None:
+                meta["intrinsics"] = np.round(intrinsics, 6).tolist()
+                if {"depth", "cam"} <= signals.keys():
+                    stats.reprojection.append(reprojection_error(signals["depth"], signals["cam"], intrinsics))
+            yield Clip(f"{safe(recording.name)}-{number:05d}", dataset, signals, meta)
+        start += SECONDS
+        number += 1
+
+
+def _signals(recording: Recording, start: float, size: int,
+             counts: Counter) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """({signal: array}, intrinsics of the stored frames) of one clip; {} when it has no video."""
+    times = {n: start + np.arange(round(SECONDS * RATES[n])) / RATES[n] for n in RATES}
+    frames = pictures_at(recording.rgb, times["rgb"], LARGEST_GAP["rgb"])
+    if frames is None:
+        counts["clips dropped: gap in the video"] += 1
+        return {}, None
+    height, width = frames.shape[1:3]
+    crop = recording.crop or min(height, width)
+    signals: dict[str, np.ndarray] = {"rgb": square(centre_crop(frames, crop), size)}
+    if recording.depth is not None:
+        depth = pictures_at(recording.depth, times["depth"], LARGEST_GAP["depth"])
+        if depth is None or not (depth > 0).any():
+            counts["depth left out: gap" if depth is None else "depth left out: no reading"] += 1
+        else:
+            signals["depth"] = _resize_nearest(centre_crop(depth, round(crop * depth.shape[2] / width)),
+                                               size).astype(np.float16)
+    if recording.cam is not None:
+        poses, reason = resample_poses(recording.cam, times["cam"])
+        if poses is None:
+            counts[f"cam left out: {reason}"] += 1
+        else:
+            signals["cam"] = poses.astype(np.float32)
+    if recording.gaze is not None:
+        pixels = resample_points(recording.gaze, times["gaze"])
+        gaze = geometry.gaze_from_pixels(pixels, width, height, crop)
+        if not gaze[:, 2].any():
+            counts["gaze left out: never seen"] += 1
+        else:
+            signals["gaze"] = gaze
+    matrix = None
+    if recording.intrinsics is not None:
+        left, top = geometry.crop_offset(width, height, crop)
+        shift = np.array([[1.0, 0, -left], [0, 1, -top], [0, 0, 1]])
+        matrix = np.diag([size / crop, size / crop, 1.0]) @ shift @ recording.intrinsics
+    return signals, matrix
+
+
+def pictures_at(source: Pictures, times: np.ndarray, gap: float) -> np.ndarray | None:
+    """The pictures nearest in time, or None when one is further than `gap` away."""
+    index = nearest(source.times, times)
+    if np.abs(source.times[index] - times).max() > gap:
+        return None
+    return np.stack([source.read(int(i)) for i in index])
+
+
+def nearest(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Index into ascending `known` of the entry nearest to each of `wanted`."""
+    right = np.clip(np.searchsorted(known, wanted), 1, len(known) - 1) if len(known) > 1 else np.zeros(len(wanted), int)
+    left = np.maximum(right - 1, 0)
+    return np.where(np.abs(known[left] - wanted) <= np.abs(known[right] - wanted), left, right)
+
+
+def resample_poses(track: Track, times: np.ndarray) -> tuple[np.ndarray | None, str]:
+    """(T, 4, 4) at `times`: positions linear, rotations along the shortest arc (to first order); or None and why."""
+    finite = np.isfinite(track.values).all((1, 2))
+    known, poses = track.times[finite], track.values[finite].astype(np.float64)
+    if len(known) < 2:
+        return None, "no pose"
+    right = np.clip(np.searchsorted(known, times), 1, len(known) - 1)
+    left = right - 1
+    nearest_s = np.minimum(np.abs(known[left] - times), np.abs(known[right] - times))
+    between_far_ones = (known[right] - known[left] > 2 * LARGEST_GAP["cam"]) & (nearest_s >= 1e-4)
+    if (nearest_s > LARGEST_GAP["cam"]).any() or between_far_ones.any():
+        return None, "gap or NaN"
+    weight = np.clip((times - known[left]) / np.maximum(known[right] - known[left], 1e-9), 0, 1)[:, None, None]
+    out = (1 - weight) * poses[left] + weight * poses[right]
+    determinants = np.linalg.det(poses[:, :3, :3])
+    if np.abs(determinants - 1).max() > 0.05:
+        return None, "no rotation (determinant is not 1)"
+    out[:, :3, :3] = geometry.chordal_mean(out[:, :3, :3])
+    speed = np.linalg.norm(np.diff(out[:, :3, 3], axis=0), axis=1) * RATES["cam"]
+    turn = geometry.rotation_angle_deg(out[:-1, :3, :3].transpose(0, 2, 1) @ out[1:, :3, :3]) * RATES["cam"]
+    if speed.max() > SPEED_LIMIT or turn.max() > TURN_LIMIT:
+        return None, "jump of the tracker"
+    return out, ""
+
+
+def resample_points(track: Track, times: np.ndarray) -> np.ndarray:
+    """(T, 2) at `times`, linear between neighbours that are both seen, NaN elsewhere."""
+    right = np.clip(np.searchsorted(track.times, times), 1, max(1, len(track.times) - 1))
+    left = right - 1
+    right = np.minimum(right, len(track.times) - 1)
+    span = track.times[right] - track.times[left]
+    weight = np.clip((times - track.times[left]) / np.maximum(span, 1e-9), 0, 1)[:, None]
+    exact = np.where(np.abs(track.times[left] - times) < np.abs(track.times[right] - times), left, right)
+    out = (1 - weight) * track.values[left] + weight * track.values[right]
+    # On a sample itself its neighbour does not matter.
+    near = np.abs(track.times[exact] - times) < 2e-3
+    out[near] = track.values[exact][near]
+    alone = np.abs(track.times[exact] - times) > LARGEST_GAP["gaze"]
+    out[alone | ((span > 2 * LARGEST_GAP["gaze"]) & ~near)] = np.nan
+    return out
+
+
+def _resize_nearest(frames: np.ndarray, size: int) -> np.ndarray:
+    """(T, H, W) -> (T, size, size) by the nearest pixel: depth must not be mixed across edges."""
+    rows, columns = (np.minimum(((np.arange(size) + 0.5) * n / size).astype(int), n - 1) for n in frames.shape[1:3])
+    return frames[:, rows][:, :, columns]

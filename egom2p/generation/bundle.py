@@ -1,0 +1,27 @@
+"""`egom2p export`: a folder that holds a model with its tokenizers, so that it can be moved, zipped or uploaded."""
+
+import dataclasses
+from pathlib import Path
+
+from egom2p import tokenizers
+from egom2p.errors import UserError
+from egom2p.modalities import ModalitySet
+from egom2p.model.egom2p import EgoM2P
+
+
+def export_bundle(source: str | Path, out: Path) -> str:
+    """Write the model `source` and its tokenizers (`OUT/tokenizers/NAME`) into the new folder `out`; returns one line
+    about it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty; choose another --out or remove it")
+    model = EgoM2P.from_pretrained(source)
+    named = [m.name for m in model.modalities if m.tokenizer]
+    loaded = tokenizers.load_for(model.modalities, named)
+    for name, tokenizer in loaded.items():
+        tokenizer.save_pretrained(out / "tokenizers" / name)
+    inside = {name: str(out / "tokenizers" / name) for name in named}
+    model.modalities = ModalitySet(dataclasses.replace(m, tokenizer=inside.get(m.name, "")) for m in model.modalities)
+    model.save_pretrained(out)
+    without = [m.name for m in model.modalities if not m.tokenizer]
+    note = f"; tokens only, no tokenizer is named: {', '.join(without)}" if without else ""
+    return f"{out}: {', '.join(m.name for m in model.modalities)}{note}"

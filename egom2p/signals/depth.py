@@ -1,0 +1,93 @@
+"""Kind `depth`: (T, H, W) metres along the optical axis, 0 = no reading.
+
+Tokens hold relative inverse depth only, so what decoding gives is (T, H, W) in [0, 1], near is 1: the metric scale is
+not in the tokens.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from egom2p.metrics.depth import DEPTH_ALIGNMENTS, align_depth, depth_errors
+from egom2p.signals.kind import Joiner, Measure, MeasureArgs, SignalKind, Statistics, check_numbers, spread
+from egom2p.signals.writers import depth_video_file, npy_file
+
+MIN_SPREAD = 1e-6
+SCALES = (0.2, 5.0)
+
+check = partial(check_numbers, shape="(T, H, W) metres", axes=3)
+
+
+def relative_inverse_depth(depth: np.ndarray) -> np.ndarray:
+    """Metres (T, H, W), 0 = no reading -> min-max normalised inverse depth in [0, 1]; no reading becomes 0 (far)."""
+    depth = np.asarray(depth, np.float32)
+    seen = np.isfinite(depth) & (depth > 0)
+    inverse = np.divide(1, depth, out=np.zeros_like(depth), where=seen)
+    low, high = (inverse[seen].min(), inverse[seen].max()) if seen.any() else (0, 1)
+    return np.where(seen, (inverse - low) / max(high - low, 1e-6), 0)
+
+
+class DepthPicture:
+    """The network sees (1/d - min) / (max - min) over the clip, repeated to three channels in [-1, 1]."""
+
+    def is_observed(self, signal: np.ndarray) -> bool:
+        return bool(np.any(signal > 0))
+
+    def normalize(self, signal: np.ndarray) -> np.ndarray:
+        """Raw signal -> (3, T, H, W) float32 in [-1, 1]."""
+        relative = relative_inverse_depth(signal)
+        return np.broadcast_to(relative * 2 - 1, (3, *relative.shape)).astype(np.float32)
+
+    def denormalize(self, values: np.ndarray) -> np.ndarray:
+        return np.clip((values.mean(0) + 1) / 2, 0, 1).astype(np.float32)
+
+
+def averages(depth: np.ndarray) -> Statistics:
+    """mean_signal (H, W): relative inverse depth, over frames too."""
+    return {"mean_signal": relative_inverse_depth(depth).mean(0)}
+
+
+class DepthJoiner(Joiner):
+    """Relative inverse depth, each window with a scale and shift of its own -> in those of the first window."""
+
+    def fit(self, old: np.ndarray, window: np.ndarray) -> np.ndarray:
+        x, y = window[: len(old)].ravel(), old.ravel()
+        variance = x.var()
+        scale = ((x - x.mean()) * (y - y.mean())).mean() / variance if variance > MIN_SPREAD else 1.0
+        scale = float(np.clip(scale, *SCALES))  # an overlap too flat or too noisy to tell must not collapse the rest
+        return scale * (window - x.mean()) + y.mean()
+
+
+def measure(args: MeasureArgs) -> Measure:
+    text = f"{DEPTH_ALIGNMENTS[args.depth_alignment]} per {args.depth_per}; pixels with a reading"
+    return Measure(partial(_metrics, args=args), _baselines, partial(_over_time, args=args), "AbsRel", "abs_rel", text)
+
+
+def _metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any], args: MeasureArgs) -> dict[str, float]:
+    truth = truth.astype(np.float32)
+    return depth_errors(align_depth(predicted, truth, args.depth_alignment, args.depth_per), truth)
+
+
+def _over_time(predicted: np.ndarray, truth: np.ndarray, args: MeasureArgs) -> np.ndarray:
+    truth = truth.astype(np.float32)
+    aligned = align_depth(predicted, truth, args.depth_alignment, args.depth_per)
+    return np.array([depth_errors(a, t)["abs_rel"] for a, t in zip(aligned, truth, strict=True)])
+
+
+def _baselines(statistics: Statistics, truth: np.ndarray) -> dict[str, np.ndarray]:
+    flat = {"flat plane": np.zeros(truth.shape, np.float32)}
+    if "mean_signal" in statistics and statistics["mean_signal"].shape == truth.shape[1:]:
+        flat["mean depth image"] = np.broadcast_to(statistics["mean_signal"], truth.shape)
+    return flat
+
+
+def shown(video: np.ndarray) -> np.ndarray:
+    """Metres become relative inverse depth; what is that already stays."""
+    metric = video.dtype == np.float16 or video.max(initial=0) > 1.0 + 1e-6
+    return relative_inverse_depth(video) if metric else video
+
+
+DEPTH = SignalKind("depth", "relative inverse depth, in the first window's scale", check, DepthPicture, DepthJoiner,
+                   (npy_file, depth_video_file), measure, spread, averages, is_picture=True, shown=shown,
+                   colours="magma")

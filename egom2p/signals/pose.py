@@ -1,0 +1,105 @@
+"""Kind `pose`: (T, 4, 4) world_from_camera, metres, OpenCV axes. The network sees nine numbers relative to the first
+frame."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from egom2p import geometry
+from egom2p.metrics.camera import ate, rre, rte
+from egom2p.signals.kind import Joiner, Measure, MeasureArgs, Series, SignalKind, Statistics, check_numbers
+from egom2p.signals.writers import npy_file, tum_file
+
+ALIGNMENTS = {"se3": "a centred rigid SE(3) fit", "sim3": "a Sim(3) fit", "none": "no fit"}
+
+
+def check(signal: np.ndarray) -> None:
+    check_numbers(signal, "(T, 4, 4)", 3, 4)
+    if signal.shape[1] != 4:
+        raise ValueError(f"has shape {signal.shape}, expected (T, 4, 4)")
+
+
+class PoseSeries(Series):
+    """(T, 4, 4) world_from_camera -> 9 numbers relative to the first frame; back to (T, 4, 4) first_from_camera."""
+
+    def normalize(self, signal: np.ndarray) -> np.ndarray:
+        return super().normalize(geometry.pose_to_nine(geometry.relative_to_first(np.asarray(signal, np.float64))))
+
+    def denormalize(self, values: np.ndarray) -> np.ndarray:
+        return geometry.nine_to_pose(super().denormalize(values).astype(np.float64)).astype(np.float32)
+
+
+def averages(world_from_camera: np.ndarray) -> Statistics:
+    """mean_signal (T, 9): relative poses as nine numbers. mean_length (1,): path length in metres."""
+    nine = geometry.pose_to_nine(geometry.relative_to_first(world_from_camera.astype(np.float64)))
+    return {"mean_signal": nine, "mean_length": np.linalg.norm(np.diff(nine[:, 6:], axis=0), axis=1).sum()}
+
+
+class PoseJoiner(Joiner):
+    """(n, 4, 4) first_from_camera of each window -> poses in the frame of the recording's first camera.
+
+    A window is laid onto the one before by the rigid motion that fits the overlap best: rotations by their chordal
+    mean, then positions by their mean. `drift` holds each join's residual: (metres, degrees), root mean square.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drift: list[tuple[float, float]] = []
+
+    def fit(self, old: np.ndarray, window: np.ndarray) -> np.ndarray:
+        new = window[: len(old)]
+        rotation = geometry.chordal_mean((old[:, :3, :3] @ new[:, :3, :3].transpose(0, 2, 1)).sum(0))
+        move = np.eye(4)
+        move[:3, :3] = rotation
+        move[:3, 3] = (old[:, :3, 3] - new[:, :3, 3] @ rotation.T).mean(0)
+        moved = move @ window
+        there = moved[: len(old)]
+        metres = np.sqrt(((there[:, :3, 3] - old[:, :3, 3]) ** 2).sum(1).mean())
+        angles = geometry.rotation_angle_deg(old[:, :3, :3].transpose(0, 2, 1) @ there[:, :3, :3])
+        self.drift.append((float(metres), float(np.sqrt((angles**2).mean()))))
+        return moved
+
+    def blend(self, old: np.ndarray, new: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        out = super().blend(old, new, weight)
+        out[:, :3, :3] = geometry.chordal_mean(out[:, :3, :3])
+        return out
+
+
+def spread(draws: np.ndarray) -> np.ndarray:
+    """(S, T, 4, 4) -> (T, 1) root mean square distance of the camera centres from their mean, metres."""
+    centres = draws[:, :, :3, 3]
+    return np.sqrt(((centres - centres.mean(0)) ** 2).sum(-1).mean(0))[:, None].astype(np.float32)
+
+
+def measure(args: MeasureArgs) -> Measure:
+    text = f"ATE after {ALIGNMENTS[args.pose_alignment]}; RTE and RRE at delta {args.pose_delta}"
+    return Measure(partial(_metrics, args=args), _baselines, partial(_over_time, args=args), "position error, m",
+                   "ate_m", text)
+
+
+def _metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any], args: MeasureArgs) -> dict[str, float]:
+    return {"ate_m": ate(predicted, truth, args.pose_alignment), "rte_m": rte(predicted, truth, args.pose_delta),
+            "rre_deg": rre(predicted, truth, args.pose_delta)}
+
+
+def _over_time(predicted: np.ndarray, truth: np.ndarray, args: MeasureArgs) -> np.ndarray:
+    points, target = predicted[:, :3, 3].astype(np.float64), truth[:, :3, 3].astype(np.float64)
+    if args.pose_alignment != "none":
+        points = geometry.align(points, target, args.pose_alignment == "sim3")
+    return np.linalg.norm(points - target, axis=1)
+
+
+def _baselines(statistics: Statistics, truth: np.ndarray) -> dict[str, np.ndarray]:
+    still = np.tile(np.eye(4), (len(truth), 1, 1))
+    found = {"no motion": still}
+    if "mean_signal" in statistics:
+        found["mean trajectory"] = geometry.nine_to_pose(statistics["mean_signal"].astype(np.float64))
+        line = still.copy()
+        line[:, 2, 3] = np.linspace(0, float(statistics["mean_length"][0]), len(truth))
+        found["straight line of mean length"] = line
+    return found
+
+
+POSE = SignalKind("pose", "first_from_camera, metres, OpenCV axes", check, PoseSeries, PoseJoiner, (npy_file, tum_file),
+                  measure, spread, averages)

@@ -1,0 +1,234 @@
+"""Training the masked transformer on token shards: `egom2p train`."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from egom2p.config import to_plain
+from egom2p.data.batch import PackedBatch, on_device
+from egom2p.data.loader import BatchPlan, DataArgs, FixedSet, StepBatch, StepDataset, TokenStream, step_loader
+from egom2p.data.masking import MaskArgs
+from egom2p.data.tokens import TokenDataset
+from egom2p.distributed import World, sum_over_ranks
+from egom2p.errors import UserError
+from egom2p.evaluation.run import evaluate
+from egom2p.generation.schedule import TargetArgs
+from egom2p.modalities import ModalityArgs, ModalitySet
+from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.model.flops import training_flops
+from egom2p.tokenizers import load as load_tokenizer
+from egom2p.training.loop import TrainingConfig, run_training
+from egom2p.visualize import plots
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LossArgs:
+    """group_samples: consecutive samples whose targets are averaged together, 0 = the whole global batch.
+    4 restores the weights of the released run, where each GPU averaged its own 4 samples."""
+
+    group_samples: int = 0
+
+
+@dataclass(frozen=True)
+class InitArgs:
+    """from: export, run or Hub repository whose weights to start from. Modalities are matched by name; what the
+    source lacks starts fresh, what it has more is left out. codes: start token tables and heads from the code
+    vectors of the modalities' tokenizers (see EgoM2P.start_from_codes). freeze: nothing, the trunk (everything
+    but the modalities' embeddings and heads), or all but those of the modalities in `unfreeze`."""
+
+    from_: str = ""
+    codes: bool = False
+    freeze: Literal["none", "trunk", "all"] = "none"
+    unfreeze: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Everything `egom2p train` reads. generation: how the model is asked for each target, written into its exports."""
+
+    modalities: dict[str, ModalityArgs]
+    data: DataArgs
+    model: ModelArgs
+    masking: MaskArgs = MaskArgs()
+    loss: LossArgs = LossArgs()
+    init: InitArgs = InitArgs()
+    generation: dict[str, TargetArgs] = field(default_factory=dict)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train EgoM2P; returns the run's folder."""
+    return run_training(config, PretrainTask)
+
+
+class PretrainTask:
+    """Masked modelling of token shards.
+
+    The loss is a mean per modality over the targets of a group of consecutive global samples, divided by the
+    number of output modalities, averaged over groups (design invariant 2). Each target's weight follows from
+    counts over the whole global batch, so micro-batches and ranks add up to it exactly.
+    """
+
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        self.modalities = ModalitySet.from_config(config.modalities)
+        self.config, self.world = config, world
+        self.stream = TokenStream(config.data, self.modalities, config.masking, config.train.seed)
+        self.model = EgoM2P(self.modalities, config.model)
+        self.model.generation = {name: to_plain(recipe) for name, recipe in config.generation.items()}
+        start_model(self.model, config.init, config.train.seed)
+        self.plan = BatchPlan(config.train.batch_size, config.train.micro_batch(world.size),
+                              config.loss.group_samples or config.train.batch_size, world.rank, world.size)
+        self.tokens_per_sample = config.masking.input_tokens + config.masking.target_tokens
+        self.num_outputs = sum(m.target for m in self.modalities)
+        self.scale_GM = torch.empty(0)
+        self.held_out = self._open_held_out() if config.eval.every else None
+        self._fingerprint = self.stream.fingerprint()
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def steps(self, steps: range) -> Iterator[StepBatch]:
+        return step_loader(StepDataset(self.stream, len(self.modalities), self.plan), steps, self.config.data.workers)
+
+    def begin_step(self, batch: StepBatch) -> None:
+        """Targets of the global batch by group and modality -> the weight of one such target, (G, M)."""
+        counts = np.zeros((self.plan.num_groups, len(self.modalities)))
+        for micro in batch.micro_batches:
+            np.add.at(counts, micro.groups, micro.targets.lengths)
+        counts_GM = sum_over_ranks(on_device(counts, self.world.device))
+        self.scale_GM = 1 / (counts_GM.clamp(min=1) * self.num_outputs * self.plan.num_groups)
+
+    def loss(self, micro: PackedBatch, forward: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        counts = micro.targets.lengths
+        group = on_device(np.repeat(micro.groups, counts.sum(1)), self.world.device)
+        scale = self.scale_GM[group, micro.targets.modality].to(self.model.mask_token.dtype)[micro.targets.by_modality]
+        total, losses = forward(micro, scale)
+        return total, self._sums(micro, total, losses), per_sample(micro, (~torch.isfinite(losses)).float()) > 0
+
+    def _sums(self, micro: PackedBatch, total: Tensor, losses: Tensor) -> Tensor:
+        """[loss, tokens, FLOPs, sum of CE by modality, targets by modality] in float64."""
+        counts = micro.targets.modality_counts
+        by_modality = [part.double().sum() for part in losses.split(counts)]
+        flops = training_flops(self.config.model, [m.vocab_size for m in self.modalities], micro.inputs.lengths,
+                               micro.targets.lengths)
+        host = on_device(np.array([len(micro.inputs) + len(micro.targets), flops, *counts], np.float64), total.device)
+        return torch.cat([total.detach().double()[None], host[:2], torch.stack(by_modality), host[2:]])
+
+    def figures(self, sums: Tensor) -> dict[str, float]:
+        total, tokens, flops, *rest = sums.tolist()
+        sums_m, counts = rest[: len(self.modalities)], rest[len(self.modalities) :]
+        by_modality = {f"loss/{m.name}": s / n for m, s, n in zip(self.modalities, sums_m, counts, strict=True) if n}
+        return {"loss": total, **by_modality, "tokens": tokens, "flops": flops}
+
+    def after_step(self, step: int, skipped: Tensor) -> None:
+        """Nothing to do."""
+
+    def inspect(self, batch: StepBatch) -> list[dict[str, Any]]:
+        """Data set, key, tokens and mean cross-entropy of each sample."""
+        rows = []
+        for micro in batch.micro_batches:
+            micro = micro.to(self.world.device)
+            _, losses = self.model(micro, torch.ones(len(micro.targets), dtype=self.model.mask_token.dtype,
+                                                     device=self.world.device))
+            means = per_sample(micro, losses) / per_sample(micro, torch.ones_like(losses))
+            for number, mean, num_inputs, num_targets in zip(micro.numbers.tolist(), means.tolist(),
+                                                             micro.inputs.lengths.sum(1).tolist(),
+                                                             micro.targets.lengths.sum(1).tolist(), strict=True):
+                index, element = self.stream.locate(number)
+                rows.append({"sample": number, "dataset": self.stream.datasets[index].name,
+                             "key": self.stream.datasets[index].keys[element],
+                             "inputs": num_inputs, "targets": num_targets, "loss": mean
+                             if math.isfinite(mean) else None})
+        return rows
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss per modality, mean over the targets of fixed clips under fixed masks."""
+        plan = BatchPlan(self.config.eval.samples, self.plan.micro_batch_size, self.config.eval.samples,
+                         self.world.rank, self.world.size)
+        batch = StepDataset(self.held_out, len(self.modalities), plan)[0]
+        sums = torch.zeros(3 + 2 * len(self.modalities), dtype=torch.float64, device=self.world.device)
+        for micro in batch.micro_batches:
+            micro = micro.to(self.world.device)
+            scale = torch.ones(len(micro.targets), dtype=self.model.mask_token.dtype, device=self.world.device)
+            sums += self._sums(micro, *self.model(micro, scale))
+        figures = self.figures(sum_over_ranks(sums))
+        return {f"eval/{k}": v for k, v in figures.items() if k.startswith("loss/")}
+
+    def predict(self, folder: Path) -> dict[str, float]:
+        """Figures of the tasks on a few fixed clips, within eval.max_s; the first clip's sheet goes to `folder`.
+
+        Every rank predicts the same clips (a sharded model needs all of them); the main one keeps the picture.
+        """
+        args, figures, started = self.config.eval, {}, time.perf_counter()
+        for task in args.tasks:
+            if time.perf_counter() - started > args.max_s and self.config.train.parallel == "ddp":
+                log.warning("eval.tasks: %s left out, eval.max_s=%g s are used up", task, args.max_s)
+                continue
+            done = evaluate(self.model, [task], args.clips, args.recipes, args.task_clips, shown=1)
+            figures |= {f"eval/{task}/{metric}": f["value"] for metric, f in done.summary[task].items()}
+            if self.world.is_main:
+                clip, predicted = done.shown[task][0]
+                frames = clip.signals.get("rgb", np.full((16, 48, 48, 3), 40, np.uint8))
+                kinds = {m.name: m.signal for m in self.modalities}
+                folder.mkdir(parents=True, exist_ok=True)
+                sheet = {k: v for k, v in predicted.items() if k != "ceiling"}
+                plots.save(plots.clip_sheet(frames, clip.signals, sheet, kinds, f"{task}, clip {clip.key}"),
+                           folder / f"{task}.png")
+        return {**figures, "eval/tasks_s": time.perf_counter() - started}
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        self.model.save_pretrained(folder, weights)
+
+    def _open_held_out(self) -> FixedSet:
+        args = self.config.eval
+        if args.tasks and not args.clips:
+            raise UserError("eval.tasks is set but eval.clips names no clip tars to predict on")
+        if not args.datasets:
+            raise UserError("eval.every is set but eval.datasets names no held-out data set; name some, or set "
+                            "eval.every=0")
+        root = args.root or self.config.data.root
+        sets = [TokenDataset.open(root, name, "", self.modalities, (), self.stream.cache) for name in args.datasets]
+        return FixedSet(sets, self.modalities, self.config.masking, args.samples)
+
+
+def per_sample(micro: PackedBatch, values: Tensor) -> Tensor:
+    """(B,) sums of `values` (one a target, sorted by modality) over each sample."""
+    owner = on_device(np.repeat(np.arange(micro.num_samples), micro.targets.lengths.sum(1)), values.device)
+    return values.new_zeros(micro.num_samples).index_add_(0, owner[micro.targets.by_modality], values)
+
+
+def start_model(model: EgoM2P, args: InitArgs, seed: int) -> None:
+    """Starting weights and frozen parts, as `init` says."""
+    if args.codes:
+        model.start_from_codes({m.name: load_tokenizer(m.tokenizer).codes() for m in model.modalities if m.tokenizer},
+                               seed)
+    if args.from_:
+        source = EgoM2P.from_pretrained(args.from_).state_dict()
+        own = model.state_dict()
+        for name in own:
+            modality = name.split(".")[1] if name.startswith(("embeddings.", "heads.")) else ""
+            if name in source and source[name].shape == own[name].shape:
+                own[name] = source[name]
+            elif not modality:
+                raise UserError(f"init.from={args.from_}: its '{name}' does not fit this model; use the same model "
+                                f"section")
+            elif name in source:
+                raise UserError(f"init.from={args.from_}: modality '{modality}' has another vocabulary there; rename "
+                                f"it here to start it fresh")
+        model.load_state_dict(own)
+    unknown = set(args.unfreeze) - set(model.modalities.names)
+    if unknown:
+        raise UserError(f"init.unfreeze names an unknown modality '{sorted(unknown)[0]}'")
+    for name, parameter in model.named_parameters():
+        modality = name.split(".")[1] if name.startswith(("embeddings.", "heads.")) else ""
+        parameter.requires_grad = args.freeze == "none" or (bool(modality)
+                                                            if args.freeze == "trunk" else modality in args.unfreeze)

@@ -1,0 +1,197 @@
+"""Training a tokenizer on raw signals: `egom2p tokenizer train`."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from egom2p.data.batch import on_device
+from egom2p.data.clips import ClipIndex
+from egom2p.data.loader import BatchPlan, SourceArgs, StepBatch, step_loader
+from egom2p.data.order import PassOrder
+from egom2p.distributed import World, sum_over_ranks
+from egom2p.errors import DamagedClip, UserError
+from egom2p.modalities import Modality, ModalityArgs
+from egom2p.signals.kind import NetworkUnits
+from egom2p.tokenizers.base import Tokenizer
+from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
+from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
+from egom2p.training.loop import TrainingConfig, run_training
+
+STATISTICS_CLIPS = 1000  # the trivial predictions are averages over so many
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipsArgs(SourceArgs):
+    """clips: pattern of the clip tars."""
+
+    clips: str
+    shuffle_shards: int = 4
+
+
+@dataclass(frozen=True)
+class TokenizerArgs:
+    """name and entry of the modality, and exactly one of `motion` and `video`: the network."""
+
+    name: str
+    modality: ModalityArgs
+    motion: MotionArgs | None = None
+    video: VideoArgs | None = None
+
+    def __post_init__(self) -> None:
+        if (self.motion is None) == (self.video is None):
+            raise ValueError("give exactly one of motion and video")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(TrainingConfig):
+    """Everything `egom2p tokenizer train` reads."""
+
+    tokenizer: TokenizerArgs
+    data: ClipsArgs
+
+
+def train_tokenizer(config: TokenizerConfig) -> Path:
+    """Train a tokenizer; returns the run's folder, whose latest checkpoint is the finished tokenizer."""
+    return run_training(config, TokenizerTask)
+
+
+def make_tokenizer(args: TokenizerArgs) -> Tokenizer:
+    try:
+        modality = Modality(args.name, **vars(args.modality))
+        return MotionTokenizer(modality, args.motion) if args.motion else VideoTokenizer(modality, args.video)
+    except ValueError as error:
+        raise UserError(f"tokenizer '{args.name}': {error}") from error
+
+
+@dataclass(frozen=True)
+class SignalBatch:
+    """x (B, ...) in the network's units; numbers (B,) their global sample numbers; samples: how many of them count."""
+
+    x: Tensor
+    numbers: np.ndarray
+    samples: int
+
+    def to(self, device: torch.device) -> "SignalBatch":
+        return replace(self, x=self.x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "SignalBatch":
+        return replace(self, x=self.x.pin_memory())
+
+
+class SignalSteps(torch.utils.data.Dataset):
+    """Step -> this rank's micro-batches of normalised signals, in the data order of one data set."""
+
+    def __init__(self, clips: ClipIndex, source: str, signal: NetworkUnits, plan: BatchPlan,
+                 order: PassOrder | None) -> None:
+        self.clips, self.source, self.signal, self.plan, self.order = clips, source, signal, plan, order
+
+    def __getitem__(self, step: int) -> StepBatch:
+        micro, damaged = [], []
+        for numbers in self.plan.deal(step, None):
+            rows, read = [], []
+            for number in numbers:
+                try:
+                    element = self.order.element(number) if self.order else number % len(self.clips)
+                    raw = self.clips.read_signal(element, self.source)
+                    if np.any(self.signal.is_observed(raw)):
+                        rows.append(torch.from_numpy(self.signal.normalize(raw)))
+                        read.append(number)
+                except DamagedClip as error:
+                    damaged.append(f"sample {number}: {error}")
+            micro.append(SignalBatch(torch.stack(rows or [self._stand_in()]), np.array(read or [-1]), len(rows)))
+        return StepBatch(step, micro, damaged)
+
+    def _stand_in(self) -> Tensor:
+        """Some readable clip, for a micro-batch that lost all of its own: it counts nothing, but every rank must take
+        part."""
+        for element in range(len(self.clips)):
+            with contextlib.suppress(DamagedClip):
+                raw = self.clips.read_signal(element, self.source)
+                if np.any(self.signal.is_observed(raw)):
+                    return torch.from_numpy(self.signal.normalize(raw))
+        raise UserError("no clip of the data set can be read; `egom2p shards check` lists the damaged files")
+
+
+class TokenizerTask:
+    """Reconstruction of one signal. The loss is the mean over the clips of the global batch."""
+
+    tokens_per_sample = 1
+
+    def __init__(self, config: TokenizerConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.model = make_tokenizer(config.tokenizer)
+        self.source = self.model.modality.clip_signal
+        self.clips = ClipIndex(config.data.clips, self.source)
+        self.order = PassOrder(self.clips.shard_sizes, config.data.shuffle_shards, config.train.seed, salt=0)
+        micro = config.train.micro_batch(world.size)
+        self.plan = BatchPlan(config.train.batch_size, micro, config.train.batch_size, world.rank, world.size)
+        self.samples = torch.ones(())
+        self.model.statistics = self.model.modality.kind.statistics(self._spread_over_clips())
+
+    def fingerprint(self) -> str:
+        return f"{len(self.clips)} clips {self.clips.shard_sizes.tolist()}"
+
+    def steps(self, steps: range) -> Iterator[StepBatch]:
+        return step_loader(SignalSteps(self.clips, self.source, self.model.signal, self.plan, self.order), steps,
+                           self.config.data.workers)
+
+    def begin_step(self, batch: StepBatch) -> None:
+        count = np.array(sum(m.samples for m in batch.micro_batches), np.float32)
+        self.samples = sum_over_ranks(on_device(count, self.world.device))
+
+    def loss(self, micro: SignalBatch, forward: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        loss, figures = forward(micro.x)
+        used = torch.bincount(figures["ids"].flatten(), minlength=self.model.modality.vocab_size).double()
+        share = micro.samples / self.samples
+        sums = torch.stack([loss.detach() * share, figures["error"] * share]).double()
+        return loss * share, torch.cat([sums, used]), (~torch.isfinite(loss.detach())).expand(len(micro.numbers))
+
+    def figures(self, sums: Tensor) -> dict[str, float]:
+        """loss, reconstruction error, share of codes used and perplexity of the codebook in this batch."""
+        used = sums[2:]
+        p = used / used.sum().clamp(min=1)
+        perplexity = torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
+        return {"loss": sums[0].item(), "error": sums[1].item(), "tokens": used.sum().item(),
+                "codes_used": (used > 0).double().mean().item(), "perplexity": perplexity.item()}
+
+    def predict(self, folder: Path) -> dict[str, float]:
+        """A tokenizer predicts nothing."""
+        return {}
+
+    def after_step(self, step: int, skipped: Tensor) -> None:
+        self.model.after_step(self.config.train.seed, step, bool(skipped))
+
+    def inspect(self, batch: StepBatch) -> list[dict[str, Any]]:
+        """Reconstruction loss of each clip."""
+        rows = []
+        for micro in batch.micro_batches:
+            for number, x in zip(micro.numbers.tolist(), micro.x, strict=True):
+                loss = self.model.eval()(x[None].to(self.world.device))[0].item()
+                rows.append({"sample": number, "loss": loss if math.isfinite(loss) else None})
+        self.model.train()
+        return rows
+
+    def evaluate(self) -> dict[str, float]:
+        """Reconstruction error on held-out clips."""
+        held_out = ClipIndex(self.config.eval.clips or self.config.data.clips, self.source)
+        samples = min(self.config.eval.samples, len(held_out))
+        batch = SignalSteps(held_out, self.source, self.model.signal, BatchPlan(samples, 32, samples), None)[0]
+        self.samples = torch.tensor(float(sum(m.samples for m in batch.micro_batches)), device=self.world.device)
+        sums = sum(self.loss(m.to(self.world.device), self.model)[1] for m in batch.micro_batches if m.samples)
+        return {f"eval/{k}": v for k, v in self.figures(sums).items() if k in ("error", "codes_used", "perplexity")}
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        self.model.save_pretrained(folder, weights)
+
+    def _spread_over_clips(self) -> Iterator[np.ndarray]:
+        """Raw signals of at most STATISTICS_CLIPS readable clips, evenly spread."""
+        for element in np.linspace(0, len(self.clips) - 1, min(len(self.clips), STATISTICS_CLIPS)).astype(int):
+            with contextlib.suppress(DamagedClip):
+                yield self.clips.read_signal(int(element), self.source)

@@ -1,0 +1,63 @@
+"""Every dependency earns its place, and the public names carry types."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Where a distribution's name is not the module's.
+MODULES = {"PyYAML": "yaml", "pillow": "PIL", "vector-quantize-pytorch": "vector_quantize_pytorch"}
+
+
+def requirements() -> list[str]:
+    lines = [line for line in (ROOT / "req.txt").read_text().splitlines() if line and not line.startswith("#")]
+    return [re.match(r"[A-Za-z0-9_-]+", line)[0] for line in lines]
+
+
+def imported_modules() -> set[str]:
+    found = set()
+    for path in (ROOT / "egom2p").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", requirements())
+def test_every_requirement_is_imported(name):
+    assert MODULES.get(name, name) in imported_modules()
+
+
+def test_every_import_is_required_or_optional():
+    # Behind one clear line that says what to install.
+    optional = {"projectaria_tools", "rollingdepth", "video_depth_anything", "botocore", "aiohttp"}
+    own = set(sys.stdlib_module_names) | {"egom2p"}
+    assert imported_modules() - own - {MODULES.get(n, n) for n in requirements()} <= optional
+
+
+USER = """
+import numpy as np
+from egom2p import EgoM2P, Pipeline, tokenizers
+
+model = EgoM2P.from_pretrained("runs/x")
+model.generate({"rgb": np.zeros((1, 5, 3, 3))}, ["cam"])
+tokenizer = tokenizers.load("a")
+ids: np.ndarray = tokenizer.encode(np.zeros((60, 3)))
+clip = Pipeline.from_pretrained("x")("v.mp4", ["cam"])
+print(clip.signals["cam"].shape, tokenizer.modality.grid)
+"""
+
+
+@pytest.mark.slow
+def test_a_users_code_passes_strict_type_checks(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text(USER)
+    done = subprocess.run([sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", tmp_path / "user.py"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
