@@ -52,3 +52,12 @@ def walk(modalities, rng):
     assert made.tokens[last.name].shape == (1, *last.grid)
     assert made.tokens[last.name].min() >= 0
     assert made.tokens[last.name].max() < last.vocab_size
+
+
+def test_every_kind_of_signal_has_a_measure():
+    from egom2p.evaluation.measures import MEASURES, MeasureArgs
+    from egom2p.signals import KINDS
+
+    assert MEASURES.keys() == KINDS.keys()
+    for make in MEASURES.values():
+        assert make(MeasureArgs()).main

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from egom2p.data.clips import Clip
-from egom2p.metrics import is_better
+from egom2p.evaluation.measures import is_better
 
 BOOTSTRAP = 2000
 
@@ -47,7 +47,7 @@ def summarise(rows: TaskRows) -> dict[str, dict]:
         summary[metric] = {"value": float(np.nanmean(mine)), "baseline": float(baselines[best]),
                            "shuffled": float(np.nanmean(shuffled)),
                            "ceiling": float(np.nanmean(rows.rows["ceiling"][metric])), "baseline_name": best,
-                           "clips": len(mine),
+                           "clips": len(mine), "better": "higher" if is_better(metric, 1, 0) else "lower",
                            "baselines": {k: float(v) for k, v in baselines.items()},
                            "ci95": bootstrap(mine), "shuffled_minus_value_ci95": bootstrap(shuffled - mine),
                            "baseline_minus_value_ci95": bootstrap(trivial - mine)}

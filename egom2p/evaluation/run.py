@@ -24,12 +24,11 @@ from egom2p.config import to_plain
 from egom2p.data.clips import Clip, ClipIndex, read_clips
 from egom2p.distributed import World, barrier
 from egom2p.errors import DamagedClip, UserError
+from egom2p.evaluation.measures import MEASURES, MeasureArgs, is_better
 from egom2p.evaluation.results import Evaluation, TaskRows, summarise, write_results
 from egom2p.generation.sampler import generate
 from egom2p.generation.schedule import TargetArgs, recipes_of
-from egom2p.metrics import is_better
 from egom2p.model.egom2p import EgoM2P
-from egom2p.signals import MeasureArgs
 from egom2p.tokenizers.base import Tokenizer
 from egom2p.visualize import plots
 
@@ -91,7 +90,7 @@ class _Runner:
         used = {n for t in self.tasks for n in (*t.inputs, t.target)}
         self.loaded = tokenizers.load_for(model.modalities, used, model.device)
         self.sources = {t.modality.clip_signal for t in self.loaded.values()}
-        self.measures = {name: t.modality.kind.measure(measures) for name, t in self.loaded.items()}
+        self.measures = {name: MEASURES[t.modality.signal](measures) for name, t in self.loaded.items()}
         self.clips = ClipIndex(data)
         repeated = len(self.clips) - len(set(self.clips.keys))
         if repeated:
@@ -259,7 +258,7 @@ def evaluate_to(out: Path, model: EgoM2P, protocol: ProtocolConfig, world: World
 def reconstruction_table(tokenizer: Tokenizer, data: str, limit: int = 0) -> str:
     """Mean, median and worst error of encoding and decoding, one line a metric, and how many ids are in use."""
     source = tokenizer.modality.clip_signal
-    measure = tokenizer.modality.kind.measure(MeasureArgs())
+    measure = MEASURES[tokenizer.modality.signal](MeasureArgs())
     rows, used = TaskRows(), set()
     for clip in tqdm(_limited(data, limit, {source}), desc="reconstruct", unit="clip"):
         if source in clip.signals and np.any(tokenizer.observed(clip.signals[source])):

@@ -5,12 +5,10 @@ not in the tokens.
 """
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from egom2p.metrics.depth import DEPTH_ALIGNMENTS, align_depth, depth_errors
-from egom2p.signals.kind import Joiner, Measure, MeasureArgs, SignalKind, Statistics, check_numbers, spread
+from egom2p.signals.kind import Joiner, SignalKind, Statistics, check_numbers, spread
 from egom2p.signals.writers import depth_video_file, npy_file
 
 MIN_SPREAD = 1e-6
@@ -59,29 +57,6 @@ class DepthJoiner(Joiner):
         return scale * (window - x.mean()) + y.mean()
 
 
-def measure(args: MeasureArgs) -> Measure:
-    text = f"{DEPTH_ALIGNMENTS[args.depth_alignment]} per {args.depth_per}; pixels with a reading"
-    return Measure(partial(_metrics, args=args), _baselines, partial(_over_time, args=args), "AbsRel", "abs_rel", text)
-
-
-def _metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any], args: MeasureArgs) -> dict[str, float]:
-    truth = truth.astype(np.float32)
-    return depth_errors(align_depth(predicted, truth, args.depth_alignment, args.depth_per), truth)
-
-
-def _over_time(predicted: np.ndarray, truth: np.ndarray, args: MeasureArgs) -> np.ndarray:
-    truth = truth.astype(np.float32)
-    aligned = align_depth(predicted, truth, args.depth_alignment, args.depth_per)
-    return np.array([depth_errors(a, t)["abs_rel"] for a, t in zip(aligned, truth, strict=True)])
-
-
-def _baselines(statistics: Statistics, truth: np.ndarray) -> dict[str, np.ndarray]:
-    flat = {"flat plane": np.zeros(truth.shape, np.float32)}
-    if "mean_signal" in statistics and statistics["mean_signal"].shape == truth.shape[1:]:
-        flat["mean depth image"] = np.broadcast_to(statistics["mean_signal"], truth.shape)
-    return flat
-
-
 def shown(video: np.ndarray) -> np.ndarray:
     """Metres become relative inverse depth; what is that already stays."""
     metric = video.dtype == np.float16 or video.max(initial=0) > 1.0 + 1e-6
@@ -89,5 +64,5 @@ def shown(video: np.ndarray) -> np.ndarray:
 
 
 DEPTH = SignalKind("depth", "relative inverse depth, in the first window's scale", check, DepthPicture, DepthJoiner,
-                   (npy_file, depth_video_file), measure, spread, averages, is_picture=True, shown=shown,
+                   (npy_file, depth_video_file), spread, averages, is_picture=True, shown=shown,
                    colours="magma")

@@ -1,11 +1,9 @@
 """Kind `gaze`: (T, 3) x, y in units of the square frame's side, valid (1 or 0)."""
 
-from typing import Any
 
 import numpy as np
 
-from egom2p.metrics.gaze import gaze_angle_deg, gaze_distance, gaze_mse
-from egom2p.signals.kind import Joiner, Measure, MeasureArgs, Series, SignalKind, Statistics, check_numbers, spread
+from egom2p.signals.kind import Joiner, Series, SignalKind, Statistics, check_numbers, spread
 from egom2p.signals.writers import npy_file
 
 
@@ -45,30 +43,5 @@ class GazeJoiner(Joiner):
         return out
 
 
-def measure(args: MeasureArgs) -> Measure:
-    return Measure(_metrics, _baselines, _over_time, "squared error", "gaze_mse", "none; frames with valid gaze")
-
-
-def _metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any]) -> dict[str, float]:
-    found = {"gaze_mse": gaze_mse(predicted, truth)}
-    if "side" in meta:
-        found["gaze_px"] = gaze_distance(predicted, truth) * meta["side"]
-        if "intrinsics" in meta:
-            matrix = np.array(meta["intrinsics"], np.float64)
-            found["gaze_deg"] = gaze_angle_deg(predicted, truth, matrix, meta["side"])
-    return found
-
-
-def _over_time(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return np.where(truth[:, 2] > 0, ((predicted[:, :2] - truth[:, :2]) ** 2).mean(1), np.nan)
-
-
-def _baselines(statistics: Statistics, truth: np.ndarray) -> dict[str, np.ndarray]:
-    found = {"frame centre": np.broadcast_to([0.5, 0.5], (len(truth), 2))}
-    if "mean_signal" in statistics:
-        found["mean gaze"] = np.broadcast_to(statistics["mean_signal"], (len(truth), 2))
-    return found
-
-
 GAZE = SignalKind("gaze", "x, y in units of the square frame's side, valid", check, GazeSeries, GazeJoiner, (npy_file,),
-                  measure, spread, averages)
+                  spread, averages)

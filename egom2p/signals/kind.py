@@ -1,13 +1,14 @@
 """What a kind of signal is, and the parts that most kinds share.
 
 Everything the framework does that depends on what a raw signal *is* (a pose, a picture, a gaze, ...) hangs on one
-`SignalKind` object. A modality names its kind, and no room branches on names of modalities or kinds.
+`SignalKind` object. A modality names its kind, and no room branches on names of modalities or kinds. (What a prediction
+of a kind is worth is its `Measure`, in `evaluation/measures.py`, which lies higher.)
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,33 +32,6 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True)
-class MeasureArgs:
-    """pose_alignment: before ATE: se3 (centred rigid), sim3 (with scale) or none. pose_delta: frames between the poses
-    of
-    RTE and RRE. depth_alignment: none (prediction is metric inverse depth), median (of depth) or scale_shift (least
-    squares in inverse depth); depth_per: what is aligned together, a clip or a frame."""
-
-    pose_alignment: Literal["se3", "sim3", "none"] = "se3"
-    pose_delta: int = 1
-    depth_alignment: Literal["none", "median", "scale_shift"] = "scale_shift"
-    depth_per: Literal["clip", "frame"] = "clip"
-
-
-@dataclass(frozen=True)
-class Measure:
-    """metrics(prediction, truth, meta) -> {metric: value}, meta being the clip's; baselines(statistics, truth) ->
-    {name: prediction}; over_time(prediction, truth) -> (T,) error of each frame, named by `curve`; alignment: what is
-    fitted before the errors are taken. `main` is the metric that ranks clips."""
-
-    metrics: Callable[[np.ndarray, np.ndarray, dict[str, Any]], dict[str, float]]
-    baselines: Callable[[Statistics, np.ndarray], dict[str, np.ndarray]]
-    over_time: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    curve: str
-    main: str
-    alignment: str
-
-
-@dataclass(frozen=True)
 class SignalKind:
     """One kind of raw signal, for example `pose`.
 
@@ -69,7 +43,6 @@ class SignalKind:
     is among them); they are the trivial predictions that evaluation sets every model against. None: there are none.
     joiner: makes what lays overlapping windows together. spread((S, T, ...) draws) -> (T, ...).
     writers: each makes a growing file in a folder from (folder, name, rate in Hz).
-    measure(MeasureArgs) -> Measure.
     shown: pictures only, turns a signal into what a plot draws; colours: matplotlib's colour map for it.
     """
 
@@ -79,7 +52,6 @@ class SignalKind:
     network: Callable[..., NetworkUnits]
     joiner: Callable[[], "Joiner"]
     writers: tuple[Callable[[Path, str, float], Writer], ...]
-    measure: Callable[[MeasureArgs], Measure]
     spread: Callable[[np.ndarray], np.ndarray]
     averages: Callable[[np.ndarray], Statistics] | None = None
     is_picture: bool = False

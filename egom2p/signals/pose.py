@@ -1,17 +1,12 @@
 """Kind `pose`: (T, 4, 4) world_from_camera, metres, OpenCV axes. The network sees nine numbers relative to the first
 frame."""
 
-from functools import partial
-from typing import Any
 
 import numpy as np
 
 from egom2p import geometry
-from egom2p.metrics.camera import ate, rre, rte
-from egom2p.signals.kind import Joiner, Measure, MeasureArgs, Series, SignalKind, Statistics, check_numbers
+from egom2p.signals.kind import Joiner, Series, SignalKind, Statistics, check_numbers
 from egom2p.signals.writers import npy_file, tum_file
-
-ALIGNMENTS = {"se3": "a centred rigid SE(3) fit", "sim3": "a Sim(3) fit", "none": "no fit"}
 
 
 def check(signal: np.ndarray) -> None:
@@ -72,34 +67,5 @@ def spread(draws: np.ndarray) -> np.ndarray:
     return np.sqrt(((centres - centres.mean(0)) ** 2).sum(-1).mean(0))[:, None].astype(np.float32)
 
 
-def measure(args: MeasureArgs) -> Measure:
-    text = f"ATE after {ALIGNMENTS[args.pose_alignment]}; RTE and RRE at delta {args.pose_delta}"
-    return Measure(partial(_metrics, args=args), _baselines, partial(_over_time, args=args), "position error, m",
-                   "ate_m", text)
-
-
-def _metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any], args: MeasureArgs) -> dict[str, float]:
-    return {"ate_m": ate(predicted, truth, args.pose_alignment), "rte_m": rte(predicted, truth, args.pose_delta),
-            "rre_deg": rre(predicted, truth, args.pose_delta)}
-
-
-def _over_time(predicted: np.ndarray, truth: np.ndarray, args: MeasureArgs) -> np.ndarray:
-    points, target = predicted[:, :3, 3].astype(np.float64), truth[:, :3, 3].astype(np.float64)
-    if args.pose_alignment != "none":
-        points = geometry.align(points, target, args.pose_alignment == "sim3")
-    return np.linalg.norm(points - target, axis=1)
-
-
-def _baselines(statistics: Statistics, truth: np.ndarray) -> dict[str, np.ndarray]:
-    still = np.tile(np.eye(4), (len(truth), 1, 1))
-    found = {"no motion": still}
-    if "mean_signal" in statistics:
-        found["mean trajectory"] = geometry.nine_to_pose(statistics["mean_signal"].astype(np.float64))
-        line = still.copy()
-        line[:, 2, 3] = np.linspace(0, float(statistics["mean_length"][0]), len(truth))
-        found["straight line of mean length"] = line
-    return found
-
-
 POSE = SignalKind("pose", "first_from_camera, metres, OpenCV axes", check, PoseSeries, PoseJoiner, (npy_file, tum_file),
-                  measure, spread, averages)
+                  spread, averages)

@@ -1,11 +1,9 @@
 """Kind `rgb`: (T, H, W, 3) uint8 frames."""
 
-from typing import Any
 
 import numpy as np
 
-from egom2p.metrics.video import psnr_db, ssim
-from egom2p.signals.kind import Joiner, Measure, MeasureArgs, SignalKind, Statistics, check_numbers, spread
+from egom2p.signals.kind import Joiner, SignalKind, Statistics, check_numbers, spread
 from egom2p.signals.writers import video_file
 
 
@@ -44,28 +42,9 @@ class PictureJoiner(Joiner):
         return super().end().round().astype(np.uint8)
 
 
-def measure(args: MeasureArgs) -> Measure:
-    return Measure(_metrics, _baselines, _over_time, "PSNR, dB", "psnr_db", "none")
-
-
-def _metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any]) -> dict[str, float]:
-    return {"psnr_db": psnr_db(predicted, truth), "ssim": ssim(predicted, truth)}
-
-
-def _over_time(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return np.array([psnr_db(a, b) for a, b in zip(predicted, truth, strict=True)])
-
-
-def _baselines(statistics: Statistics, truth: np.ndarray) -> dict[str, np.ndarray]:
-    grey = {"grey frame": np.full(truth.shape, 128, np.uint8)}
-    if "mean_signal" in statistics and statistics["mean_signal"].shape == truth.shape[1:]:
-        grey["mean frame"] = np.broadcast_to(statistics["mean_signal"].round().astype(np.uint8), truth.shape)
-    return grey
-
-
 def shown(video: np.ndarray) -> np.ndarray:
     return video
 
 
-RGB = SignalKind("rgb", "uint8", check, RgbPicture, PictureJoiner, (video_file,), measure, spread, averages,
+RGB = SignalKind("rgb", "uint8", check, RgbPicture, PictureJoiner, (video_file,), spread, averages,
                  is_picture=True, shown=shown)

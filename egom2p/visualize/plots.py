@@ -101,7 +101,7 @@ def error_figure(rows: Any, measure: Any, title: str) -> plt.Figure:
     """Left: error over the clip, mean and 10-90 % band over clips. Right: histogram of the clips' errors beside their
     means.
 
-    rows: evaluation.results.TaskRows; measure: signals.kind.Measure.
+    rows: evaluation.results.TaskRows; measure: evaluation.measures.Measure.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), width_ratios=[1, 1.1])
     curves = np.array(rows.curves["model"], np.float64)

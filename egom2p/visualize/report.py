@@ -9,7 +9,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from egom2p.metrics import HIGHER_IS_BETTER
 from egom2p.visualize import plots
 
 STYLE = """
@@ -81,15 +80,15 @@ def _cards(summary: dict) -> str:
         for metric, label in MAIN_METRICS.items():
             if metric in metrics:
                 f = metrics[metric]
-                gain = _gain(metric, f)
+                gain = _gain(f)
                 tone = "good" if gain > 0 else "bad"
                 cards.append(f'<div class="card"><span>{task}: {label}</span><b>{_number(f["value"])}</b>'
                              f'<span class="{tone}">{_versus(metric, f)} the strongest trivial prediction</span></div>')
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _gain(metric: str, f: dict) -> float:
-    return f["value"] - f["baseline"] if metric in HIGHER_IS_BETTER else f["baseline"] - f["value"]
+def _gain(f: dict) -> float:
+    return f["value"] - f["baseline"] if f["better"] == "higher" else f["baseline"] - f["value"]
 
 
 def _versus(metric: str, f: dict) -> str:
@@ -105,7 +104,7 @@ def _result_table(summary: dict) -> str:
     rows = []
     for task, metrics in summary.items():
         for metric, f in metrics.items():
-            tone = "good" if _gain(metric, f) > 0 else "bad"
+            tone = "good" if _gain(f) > 0 else "bad"
             low, high = f["ci95"]
             cells = [_number(f["value"]), f"[{_number(low)}, {_number(high)}]", _number(f["baseline"])]
             more = [_number(f["shuffled"]), _number(f["ceiling"]), f["clips"]]

@@ -9,9 +9,9 @@ import torch
 
 from egom2p.config import load
 from egom2p.errors import UserError
+from egom2p.evaluation.lpips import Lpips, lpips
 from egom2p.evaluation.run import ProtocolConfig, evaluate_to
-from egom2p.metrics.lpips import Lpips, lpips
-from egom2p.metrics.video import frechet_distance, frechet_video_distance
+from egom2p.evaluation.video import frechet_distance, frechet_video_distance
 from egom2p.model.egom2p import EgoM2P
 from egom2p.training.log import read_metrics
 from tests.conftest import ROOT, run_cli, start_cli

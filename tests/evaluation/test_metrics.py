@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from egom2p import geometry
+from egom2p.evaluation.camera import ate, rre, rte
+from egom2p.evaluation.depth import align_inverse_depth, depth_errors
+from egom2p.evaluation.gaze import gaze_angle_deg, gaze_mse
 from egom2p.evaluation.results import bootstrap
-from egom2p.metrics.camera import ate, rre, rte
-from egom2p.metrics.depth import align_inverse_depth, depth_errors
-from egom2p.metrics.gaze import gaze_angle_deg, gaze_mse
-from egom2p.metrics.video import psnr_db, ssim
+from egom2p.evaluation.video import psnr_db, ssim
 from tests.test_geometry import random_poses
 
 
