@@ -12,6 +12,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+# No wheel exists for aarch64 Linux.
+ARIA = ['projectaria-tools>=1.5; platform_machine == "x86_64" or sys_platform == "darwin"']
 SHIPPED = ("cfgs", "tokenizers", "scripts/slurm")
 
 
@@ -42,10 +44,10 @@ setup(
     install_requires=requirements,
     extras_require={
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "moto[server]>=5", "s3fs>=2024.6",
-                "aiohttp>=3.9", "ruff>=0.6", "mypy>=1.11", "hypothesis>=6", "evo>=1.28", "pre-commit>=3"],
+                "aiohttp>=3.9", "ruff>=0.6", "mypy>=1.11", *ARIA, "hypothesis>=6", "evo>=1.28", "pre-commit>=3"],
         "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],
         "viewer": ["rerun-sdk>=0.18"],
-        "aria": ['projectaria-tools>=1.5; platform_machine == "x86_64" or sys_platform == "darwin"'],
+        "aria": ARIA,
     },
     entry_points={"console_scripts": ["egom2p = egom2p.cli:main"]},
 )

@@ -17,7 +17,7 @@ import numpy as np
 from egom2p.compat.released import CAMERA_MEAN, CAMERA_STD
 from egom2p.config import load, read_yaml
 from egom2p.generation.pipeline import Pipeline
-from egom2p.generation.recordings import generate_files
+from egom2p.generation.recordings import GenerateArgs, generate_files
 from egom2p.generation.schedule import RecipeConfig
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
@@ -50,7 +50,8 @@ def main() -> None:
         for name in args.recipes.split(","):
             recipe = load(RecipeConfig, f"cfgs/generate/{name}.yaml")
             started = time.perf_counter()
-            generate_files(pipeline, [tokens], list(recipe.targets), root / "out", recipe.input, recipe.targets)
+            generate_files(pipeline, [tokens], root / "out",
+                           GenerateArgs(list(recipe.targets), recipe.input, recipe.targets))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             print(f"{args.size} {name}: {time.perf_counter() - started:.1f} s a clip, peak memory {peak:.1f} GB",
                   flush=True)

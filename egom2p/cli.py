@@ -89,6 +89,12 @@ def _add_prepare(commands) -> None:
     parser.add_argument("--limit", type=int, default=0, help="at most so many clips a sequence")
     parser.add_argument("--sequences", nargs="*", default=[], help="only these")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+    parser.add_argument("--split", default="", help="what every sequence is for, instead of what the set's lists say")
+    parser.add_argument("--gaze-units", default="", choices=("pixels", "normalized"),
+                        help="of gaze files that do not say themselves (default: pixels; asked when they look like 0 "
+                             ".. 1)")
+    parser.add_argument("--depth-with-wearer", action="store_true",
+                        help="depth that shows the wearer's own body, where a set has both (adt)")
     parser.set_defaults(run=_prepare)
 
 
@@ -98,10 +104,10 @@ def _prepare(args) -> int:
 
     if args.size < 8 or min(args.limit, args.workers) < 0:
         raise UserError("--size must be at least 8, --limit and --workers not below 0")
-    card = prepare(args.dataset, args.root, args.out, PrepareArgs(args.size, args.limit, args.workers),
-                   tuple(args.sequences))
+    asked = PrepareArgs(args.size, args.limit, args.workers, args.split, args.gaze_units, args.depth_with_wearer)
+    card = prepare(args.dataset, args.root, args.out, asked, tuple(args.sequences))
     print(f"{describe(card)}\ncard: {args.out / 'card.json'}, contact sheet: {args.out / 'contact_sheet.png'}")
-    return 0 if card["clips"] else 1
+    return 0 if card["clips"] and not card["failed"] else 1
 
 
 def _add_depth(commands) -> None:
@@ -319,9 +325,9 @@ def _add_generate(commands) -> None:
     parser.set_defaults(run=_generate)
 
 
-def _generate(args) -> None:
+def _generate(args) -> int:
     from egom2p.generation.pipeline import Pipeline
-    from egom2p.generation.recordings import generate_files
+    from egom2p.generation.recordings import GenerateArgs, generate_files
 
     recipe = _recipe(args.recipe)
     targets = [t for t in args.targets.split(",") if t] or list(recipe.targets)
@@ -334,9 +340,15 @@ def _generate(args) -> None:
         compile_blocks(pipeline.model)
     if args.samples < 1 or not 0 <= args.overlap < 2:
         raise UserError("--samples must be at least 1 and --overlap from 0 to below 2 seconds")
-    for folder in generate_files(pipeline, args.inputs, targets, args.out, args.modality or recipe.input,
-                                 recipe.targets, args.seed, args.samples, args.overlap):
+    asked = GenerateArgs(targets, args.modality or recipe.input, recipe.targets, args.seed, args.samples, args.overlap)
+    folders, failed = generate_files(pipeline, args.inputs, args.out, asked)
+    for folder in folders:
         print(folder)
+    if failed and not folders:
+        return 2
+    if failed:
+        print(f"{len(failed)} of {len(args.inputs)} recordings failed: {', '.join(map(str, failed))}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _add_eval(commands) -> None:

@@ -23,7 +23,7 @@ from egom2p.errors import UserError
 from egom2p.evaluation.results import table, write_results
 from egom2p.evaluation.run import evaluate
 from egom2p.generation.pipeline import Pipeline
-from egom2p.generation.recordings import generate_files
+from egom2p.generation.recordings import GenerateArgs, generate_files
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
 from egom2p.training.log import read_metrics
@@ -83,8 +83,8 @@ def quickstart(out: Path, config_path: Path, inputs: list[Path]) -> Path:
         evaluation = evaluate(model, config.tasks, str(out / "clips/test/*.tar"), config.recipes, shown=3)
     print(table(evaluation.summary))
     with stages.run("generate"):
-        folders = generate_files(Pipeline(model), inputs, ["cam", "gaze", "depth"], out / "generated",
-                                 recipes=config.recipes) if inputs else []
+        asked = GenerateArgs(("cam", "gaze", "depth"), recipes=config.recipes)
+        folders, _ = generate_files(Pipeline(model), inputs, out / "generated", asked)
     with stages.run("report"):
         _report(config, out, evaluation, stages.seconds, [(f.name, f / "preview.png") for f in folders])
     write_results(out, evaluation, {"seconds": stages.seconds})

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from egom2p.visualize.plots import plt
 DOUBTFUL_REPROJECTION = 0.12
 
 
-def write_card(out: Path, name: str) -> dict[str, Any]:
-    """Add up the records below `out`, write card.json and contact_sheet.png, and return the card."""
+def write_card(out: Path, name: str, skipped: Sequence[str] = ()) -> dict[str, Any]:
+    """Add up the records below `out`, write card.json and contact_sheet.png, and return the card. skipped: lines about
+    files that are part of no sequence."""
     records = [json.loads(p.read_text()) for p in sorted((out / "records").glob("*.json"))]
     counts: Counter = Counter()
     clips: Counter = Counter()
@@ -31,14 +33,18 @@ def write_card(out: Path, name: str) -> dict[str, Any]:
     histograms = {n: np.sum([r["stats"]["histograms"][n] for r in records], 0) if records else np.zeros(len(e) - 1)
                   for n, e in Statistics.EDGES.items()}
     errors = [e for r in records for e in r["stats"]["reprojection"]]
-    card = {"dataset": name, "sequences": len(records), "failed": {r["sequence"]: r["error"] for r in records
-                                                                   if r["error"]}, "clips": kept,
+    median = float(np.median(errors)) if errors else 0.0
+    failed = {r["sequence"]: r["error"] for r in records if r["error"] and not r.get("skipped")}
+    no_recording = [f"{r['sequence']}: {r['error']}" for r in records if r.get("skipped")]
+    card = {"dataset": name, "sequences": len(records), "failed": failed, "skipped": [*skipped, *no_recording],
+            "notes": {r["sequence"]: r["notes"] for r in records if r.get("notes")}, "clips": kept,
             "clips_by_split": {k: v for k, v in sorted(by_split.items()) if v}, "hours": kept * SECONDS / 3600,
             "left_out": dict(sorted(counts.items())),
             "coverage": {n: clips[n] / kept for n in sorted(clips)} if kept else {}, **_pose_moments(records),
             "distributions": {n: _quantiles(h, Statistics.EDGES[n]) for n, h in histograms.items() if h.sum()},
-            "reprojection": {"clips": len(errors), "median": float(np.median(errors)),
-                             "doubtful": bool(np.median(errors) > DOUBTFUL_REPROJECTION)} if errors else None}
+            "reprojection": None}
+    if errors:
+        card["reprojection"] = {"clips": len(errors), "median": median, "doubtful": median > DOUBTFUL_REPROJECTION}
     (out / "card.json").write_text(json.dumps(card, indent=1))
     if kept:
         draw_sheet(out, card, histograms)
@@ -52,6 +58,8 @@ def describe(card: dict[str, Any]) -> str:
     lines.append("coverage: " + ", ".join(f"{k} {v:.0%}" for k, v in card["coverage"].items()))
     lines += [f"left out: {v} {k}" for k, v in card["left_out"].items()]
     lines += [f"failed: {k}: {v}" for k, v in list(card["failed"].items())[:10]]
+    if card["skipped"]:
+        lines.append(f"skipped: {len(card['skipped'])} files or folders, named above and in card.json")
     if card["reprojection"] and card["reprojection"]["doubtful"]:
         lines.append(f"WARNING: poses, depth and intrinsics disagree (median {card['reprojection']['median']:.0%}): "
                      f"check axes, direction and units")

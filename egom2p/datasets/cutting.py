@@ -13,6 +13,7 @@ from egom2p.datasets.recording import BadSequence, Pictures, Recording, Track
 
 SECONDS = 2.0
 SPEED_LIMIT, TURN_LIMIT = 20.0, 1500.0  # m/s and deg/s between neighbouring 30 Hz poses: more is a jump of the tracker
+NO_ROTATION = 0.05  # largest entry of R R^T - 1 of a pose that counts
 # Seconds a sample may be from the moment it stands for.
 LARGEST_GAP = {"rgb": 0.2, "depth": 0.3, "cam": 0.1, "gaze": 0.16}
 
@@ -22,21 +23,18 @@ def safe(sequence: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in sequence)
 
 
-def cut(recording: Recording, dataset: str, size: int, limit: int, counts: Counter,
-        stats: Statistics) -> Iterator[Clip]:
-    """The recording's clips of 2 s one after another; counts says why others, or parts of these, were left out."""
+def cut(recording: Recording, dataset: str, size: int, limit: int, counts: Counter, stats: Statistics,
+        key: str = "") -> Iterator[Clip]:
+    """The recording's clips of 2 s one after another; counts says why others, or parts of these, were left out. key:
+    what the clips' keys begin with."""
     if recording.rgb is None or not len(recording.rgb.times):
         raise BadSequence("no video")
+    key = key or safe(recording.name)
+    recording.cam = without_bad_poses(recording)
     start, end = float(recording.rgb.times[0]), float(recording.rgb.times[-1])
     number = 0
     while start + SECONDS <= end + LARGEST_GAP["rgb"] and not (limit and counts["clips kept"] >= limit):
-        try:
-            signals, intrinsics = _signals(recording, start, size, counts)
-        except BadSequence as problem:
-            # Decoding broke off: what came before is whole.
-            counts[f"clips dropped: "
-                   f"{'video broke off' if 'ends at' in str(problem) or 'decoded' in str(problem) else problem}"] += 1
-            return
+        signals, intrinsics = _signals(recording, start, size, counts)
         if signals:
             counts["clips kept"] += 1
             stats.add(signals)
@@ -46,16 +44,35 @@ def cut(recording: Recording, dataset: str, size: int, limit: int, counts: Count
                 meta["intrinsics"] = np.round(intrinsics, 6).tolist()
                 if {"depth", "cam"} <= signals.keys():
                     stats.reprojection.append(reprojection_error(signals["depth"], signals["cam"], intrinsics))
-            yield Clip(f"{safe(recording.name)}-{number:05d}", dataset, signals, meta)
+            yield Clip(f"{key}-{number:05d}", dataset, signals, meta)
         start += SECONDS
         number += 1
+
+
+def without_bad_poses(recording: Recording) -> Track | None:
+    """The camera track without the rows that are no rigid motion (an all-zero matrix, a scale, NaN); their number is
+    noted unless they are NaN, which is how sets mark a lost pose."""
+    if recording.cam is None:
+        return None
+    values = recording.cam.values.astype(np.float64)
+    finite = np.isfinite(values).all((1, 2))
+    turn = np.where(finite[:, None, None], values, 0)[:, :3, :3]
+    off = np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
+    rigid = finite & (off < NO_ROTATION) & (np.linalg.det(turn) > 0)
+    bad = int((finite & ~rigid).sum())
+    if bad:
+        recording.notes.append(f"{bad} of {len(rigid)} poses are no rotation and were left out")
+    return Track(recording.cam.times[rigid], values[rigid])
 
 
 def _signals(recording: Recording, start: float, size: int,
              counts: Counter) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """({signal: array}, intrinsics of the stored frames) of one clip; {} when it has no video."""
     times = {n: start + np.arange(round(SECONDS * RATES[n])) / RATES[n] for n in RATES}
-    frames = pictures_at(recording.rgb, times["rgb"], LARGEST_GAP["rgb"])
+    try:
+        frames = pictures_at(recording.rgb, times["rgb"], LARGEST_GAP["rgb"])
+    except BadSequence:  # a stretch that cannot be decoded; what follows may be whole
+        frames = None
     if frames is None:
         counts["clips dropped: gap in the video"] += 1
         return {}, None
@@ -63,12 +80,12 @@ def _signals(recording: Recording, start: float, size: int,
     crop = recording.crop or min(height, width)
     signals: dict[str, np.ndarray] = {"rgb": square(centre_crop(frames, crop), size)}
     if recording.depth is not None:
-        depth = pictures_at(recording.depth, times["depth"], LARGEST_GAP["depth"])
-        if depth is None or not (depth > 0).any():
-            counts["depth left out: gap" if depth is None else "depth left out: no reading"] += 1
+        depth, reason = _depth_at(recording, times["depth"])
+        if depth is None:
+            counts[f"depth left out: {reason}"] += 1
         else:
-            signals["depth"] = _resize_nearest(centre_crop(depth, round(crop * depth.shape[2] / width)),
-                                               size).astype(np.float16)
+            own = centre_crop(depth, round(crop * depth.shape[2] / width))
+            signals["depth"] = _resize_nearest(own, size).astype(np.float16)
     if recording.cam is not None:
         poses, reason = resample_poses(recording.cam, times["cam"])
         if poses is None:
@@ -88,6 +105,21 @@ def _signals(recording: Recording, start: float, size: int,
         shift = np.array([[1.0, 0, -left], [0, 1, -top], [0, 0, 1]])
         matrix = np.diag([size / crop, size / crop, 1.0]) @ shift @ recording.intrinsics
     return signals, matrix
+
+
+def _depth_at(recording: Recording, times: np.ndarray) -> tuple[np.ndarray | None, str]:
+    """(T, H, W) metres, 0 = no reading; or None and why. A depth file that cannot be read is left out from there on."""
+    try:
+        depth = pictures_at(recording.depth, times, LARGEST_GAP["depth"])
+    except BadSequence as problem:
+        if "ends before" not in str(problem):
+            recording.depth = None
+            recording.notes.append(f"depth left out: {problem}")
+        return None, "gap"
+    if depth is None:
+        return None, "gap"
+    depth = np.where(np.isfinite(depth) & (depth > 0), depth, 0)
+    return (depth, "") if depth.any() else (None, "no reading")
 
 
 def pictures_at(source: Pictures, times: np.ndarray, gap: float) -> np.ndarray | None:
@@ -119,9 +151,6 @@ def resample_poses(track: Track, times: np.ndarray) -> tuple[np.ndarray | None, 
         return None, "gap or NaN"
     weight = np.clip((times - known[left]) / np.maximum(known[right] - known[left], 1e-9), 0, 1)[:, None, None]
     out = (1 - weight) * poses[left] + weight * poses[right]
-    determinants = np.linalg.det(poses[:, :3, :3])
-    if np.abs(determinants - 1).max() > 0.05:
-        return None, "no rotation (determinant is not 1)"
     out[:, :3, :3] = geometry.chordal_mean(out[:, :3, :3])
     speed = np.linalg.norm(np.diff(out[:, :3, 3], axis=0), axis=1) * RATES["cam"]
     turn = geometry.rotation_angle_deg(out[:-1, :3, :3].transpose(0, 2, 1) @ out[1:, :3, :3]) * RATES["cam"]

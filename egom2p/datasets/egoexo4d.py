@@ -3,31 +3,38 @@
 Get it: https://ego-exo4d-data.org (own licence), then `egoexo -o DIR --parts metadata annotations captures
 downscaled_takes/448 take_trajectory take_eye_gaze take_point_cloud --views ego`. Layout by docs.ego-exo4d-data.org
 (data/takes, data/mps) and the authors' gaze tutorial:
-  takes.json                                         take_name, take_uid, root_dir, timesync_start_idx, capture
-  {capture_name, cameras}
-  captures/CAPTURE/timesync.csv                      a row an instant; ARIA_214-1_capture_timestamp_ns in device time
-  takes/TAKE/frame_aligned_videos/[downscaled/448/]ARIA_214-1.mp4      30 fps, upright, fisheye (1408 or 448 pixels)
-  takes/TAKE/trajectory/closed_loop_trajectory.csv   MPS, 1 kHz
-  takes/TAKE/trajectory/online_calibration.jsonl     device from camera-rgb
-  takes/TAKE/eye_gaze/general_eye_gaze_2d.csv        x, y in pixels of the 1408 mp4, 10 a second, optional
-  annotations/splits.json                            take_uid_to_split
-Frame i of the mp4 is row timesync_start_idx + 1 + i (docs and tutorial; another of the authors' examples has no + 1,
-which would be 33 ms).
-Poses: MPS world from device @ device from camera @ rotZ(-90), which is facts.md's matrix. Frames stay fisheye and gaze
-is / 1408, no crop, as EgoM2P has it; so clips carry no pinhole intrinsics. No depth.
+  takes.json                            take_name, take_uid, root_dir, timesync_start_idx, capture {capture_name,
+  cameras}
+  captures/CAPTURE/timesync.csv         a row an instant; ARIA_214-1_capture_timestamp_ns in device time
+  takes/TAKE/frame_aligned_videos/[downscaled/448/]ARIA_214-1.mp4    30 fps, upright, fisheye (1408 or 448 pixels)
+  takes/TAKE/trajectory/closed_loop_trajectory.csv                   MPS, 1 kHz; 1 % of takes have none
+  takes/TAKE/trajectory/online_calibration.jsonl                     device from camera-rgb
+  takes/TAKE/eye_gaze/general_eye_gaze_2d.csv                        x, y in pixels of the 1408 mp4, 10 a second;
+                                                                     frame_num counts these rows, not video frames
+  annotations/splits.json               take_uid_to_split
+Frame i of the mp4 is row timesync_start_idx + 1 + i (docs and tutorial), or without the + 1 where the mp4 has a frame
+more.
+Gaze is placed by tracking_timestamp_us against frame 0's stamp where both are there, else row k at k / 10 s, as the
+tutorial spreads it. Poses: MPS world from device @ device from camera @ rotZ(-90), which is facts.md's matrix. Frames
+stay fisheye and gaze is / 1408, no crop, as EgoM2P has it; so clips carry no pinhole intrinsics. Takes in no split list
+are left out. No depth. No real take was at hand; columns and rates are what three independent readers of real ones
+agree on.
 """
 
+import csv
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from egom2p.datasets.aria import poses_at, read_csv, read_online_calibration, read_trajectory
-from egom2p.datasets.recording import Adapter, BadSequence, Recording, Track, VideoPictures, find, need
+from egom2p.datasets.aria import poses_at, read_online_calibration, read_trajectory
+from egom2p.datasets.recording import Adapter, BadSequence, Recording, Track, VideoPictures, find, need, walk
+from egom2p.datasets.tables import read_table
+from egom2p.errors import UserError
 
 RATE, GAZE_RATE, GAZE_SIDE = 30.0, 10.0, 1408
-FIRST_ROW = 1
 
 
 class EgoExo4D(Adapter):
@@ -36,64 +43,97 @@ class EgoExo4D(Adapter):
               "(parts metadata, captures, takes, take_trajectory)")
 
     def sequences(self, root: Path) -> list[str]:
-        return need(root, sorted(name for name in self._takes(root) if (root / "takes" / name).is_dir()), self)
+        known = self._takes(root)
+        return need(root, sorted(name for name, take in known.items() if self._folder(root, take).is_dir()), self)
+
+    def skipped(self, root: Path) -> list[str]:
+        known = {self._folder(root, take) for take in self._takes(root).values()}
+        return [f"takes/{p.name}: not in takes.json" for p in sorted((root / "takes").glob("*"))
+                if p.is_dir() and p not in known]
+
+    def splits(self, root: Path, sequences: Sequence[str]) -> dict[str, str]:
+        path = root / "annotations/splits.json"
+        if not path.exists():
+            raise UserError(f"{path} is missing, which says what each take is for; fetch it (egoexo --parts "
+                            f"annotations), "
+                            "or insist with --split train")
+        by_uid = _split_by_uid(path)
+        uids = {name: take["take_uid"] for name, take in self._takes(root).items()}
+        return {name: by_uid[uids[name]] for name in sequences if uids[name] in by_uid}
+
+    def files(self, root: Path, sequence: str) -> list[Path]:
+        return list(walk(self._folder(root, self._takes(root)[sequence])))
 
     def open(self, root: Path, sequence: str) -> Recording:
         take = self._takes(root)[sequence]
-        folder = root / "takes" / sequence
-        aria = self._aria(take, folder)
-        videos = folder / "frame_aligned_videos"
-        video = VideoPictures(find(videos / f"{aria}_214-1.mp4", videos / f"downscaled/448/{aria}_214-1.mp4"))
+        folder = self._folder(root, take)
+        path = self._video(take, folder)
+        video = VideoPictures(path)
         video.times = np.arange(len(video.times)) / RATE
-        stamps = self._stamps(root, take, aria, len(video.times))
-        device_from_camera, _ = read_online_calibration(folder / "trajectory/online_calibration.jsonl")
-        cam = None
-        if (folder / "trajectory/closed_loop_trajectory.csv").exists():
-            cam = poses_at(read_trajectory(folder / "trajectory/closed_loop_trajectory.csv"), stamps, video.times,
-                           device_from_camera)
+        recording = Recording(sequence, "", rgb=video, meta={"lens": "fisheye"})
+        stamps = recording.attempt("device clock", self._stamps, root, take, path.name.partition("_214-1")[0],
+                                   len(video.times))
+        if stamps is not None:
+            recording.cam = recording.attempt("cam", self._camera, root, take, folder, stamps, video.times)
         side = video.read(0).shape[0]
-        return Recording(sequence, self._split(root, take["take_uid"]), rgb=video, cam=cam,
-                         gaze=self._gaze(folder, side), meta={"lens": "fisheye"})
+        gaze = [folder / f"eye_gaze/{kind}_eye_gaze_2d.csv" for kind in ("personalized", "general")]
+        if any(p.exists() for p in gaze):
+            recording.gaze = recording.attempt("gaze", self._gaze, find(*[p for p in gaze if p.exists()]), side, stamps,
+                                               len(video.times) / RATE)
+        return recording
 
     def _takes(self, root: Path) -> dict[str, dict]:
         path = root / "takes.json"
-        return _takes_by_name(path) if path.exists() else {}
+        if not path.exists():
+            raise UserError(f"{path} is missing (part metadata); expected {self.layout}")
+        return _takes_by_name(path)
 
-    def _aria(self, take: dict, folder: Path) -> str:
-        named = [c["cam_id"] for c in take.get("capture", {}).get("cameras", []) if c.get("is_ego")]
-        found = named or sorted({p.name.partition("_214-1")[0]
-                                 for p in folder.glob("frame_aligned_videos/**/*_214-1.mp4")})
-        if not found:
+    def _folder(self, root: Path, take: dict) -> Path:
+        return root / take.get("root_dir", f"takes/{take['take_name']}")
+
+    def _video(self, take: dict, folder: Path) -> Path:
+        """The Aria's rgb mp4: of the cameras marked ego those whose video is there, whose name says Aria first."""
+        videos = sorted((folder / "frame_aligned_videos").glob("**/*_214-1.mp4"), key=lambda p: len(p.parts))
+        cameras = take.get("capture", {}).get("cameras", [])
+        ego = {str(c.get("cam_id")) for c in cameras if str(c.get("is_ego")).lower() == "true"}
+        ours = [p for p in videos if p.name.partition("_214-1")[0] in ego] or videos
+        if not ours:
             raise BadSequence(f"{folder} has no Aria video (*_214-1.mp4)")
-        return found[0]
+        return min(ours, key=lambda p: ("aria" not in p.name.lower(), len(p.parts), p.name))
 
     def _stamps(self, root: Path, take: dict, aria: str, count: int) -> np.ndarray:
         """(count,) device time in ns of each video frame, NaN where the row or its stamp is missing."""
-        column = f"{aria}_214-1_capture_timestamp_ns"
-        columns = read_csv(root / "captures" / take["capture"]["capture_name"] / "timesync.csv")
-        if column not in columns:
-            raise BadSequence(f"timesync.csv of {take['capture']['capture_name']} lacks the column {column}")
-        rows = int(take["timesync_start_idx"]) + FIRST_ROW + np.arange(count)
+        path = root / "captures" / take["capture"]["capture_name"] / "timesync.csv"
+        column = _timesync(find(path), f"{aria}_214-1_capture_timestamp_ns")
+        start, end = int(take["timesync_start_idx"]), take.get("timesync_end_idx")
+        first = start if end is not None and count == int(end) - start else start + 1
+        rows = first + np.arange(count)
+        inside = (rows >= 0) & (rows < len(column))
         stamps = np.full(count, np.nan)
-        inside = rows < len(columns[column])
-        stamps[inside] = columns[column][rows[inside]]
+        stamps[inside] = column[rows[inside]]
         return stamps
 
-    def _gaze(self, folder: Path, side: int) -> Track | None:
-        paths = [folder / f"eye_gaze/{kind}_eye_gaze_2d.csv" for kind in ("personalized", "general")]
-        path = next((p for p in paths if p.exists()), None)
-        if path is None:
-            return None
-        columns = read_csv(path)
-        if not {"x", "y"} <= columns.keys():
-            raise BadSequence(f"{path} lacks the columns x and y")
-        number = next((columns[n] for n in ("frame_num", "frame_number") if n in columns), None)
-        times = number / RATE if number is not None else np.arange(len(columns["x"])) / GAZE_RATE
-        return Track(times, np.stack([columns["x"], columns["y"]], -1) * side / GAZE_SIDE)
+    def _camera(self, root: Path, take: dict, folder: Path, stamps: np.ndarray, times: np.ndarray) -> Track:
+        capture = root / "captures" / take["capture"]["capture_name"] / "trajectory"
+        places = (folder / "trajectory", capture)
+        trajectory = read_trajectory(find(*(p / "closed_loop_trajectory.csv" for p in places)))
+        device_from_camera, _ = read_online_calibration(find(*(p / "online_calibration.jsonl" for p in places)))
+        return poses_at(trajectory, stamps, times, device_from_camera)
 
-    def _split(self, root: Path, uid: str) -> str:
-        path = root / "annotations/splits.json"
-        return _split_by_uid(path).get(uid, "train") if path.exists() else "train"
+    def _gaze(self, path: Path, side: int, stamps: np.ndarray | None, seconds: float) -> Track:
+        table = read_table(path)
+        points = np.stack([table.column("x"), table.column("y")], -1) * side / GAZE_SIDE
+        number = table.get("frame_num", "frame_number")
+        times = (np.arange(len(table)) if number is None else number) / GAZE_RATE
+        device_us = table.get("tracking_timestamp_us")
+        seen = np.flatnonzero(np.isfinite(stamps)) if stamps is not None else []
+        if device_us is not None and len(seen):
+            start_ns = stamps[seen[0]] - seen[0] / RATE * 1e9
+            placed = (device_us * 1000 - start_ns) / 1e9
+            if len(placed) and -2 < placed[0] < 2 and placed[-1] < seconds + 2:
+                times = placed
+        order = np.argsort(times, kind="stable")
+        return Track(times[order], points[order])
 
 
 @lru_cache(maxsize=2)  # these hold every take of the release and are asked for at each
@@ -103,4 +143,19 @@ def _takes_by_name(path: Path) -> dict[str, dict]:
 
 @lru_cache(maxsize=2)
 def _split_by_uid(path: Path) -> dict[str, str]:
-    return json.loads(path.read_text())["take_uid_to_split"]
+    content = json.loads(path.read_text())
+    if "take_uid_to_split" in content:
+        return {uid: str(split).lower() for uid, split in content["take_uid_to_split"].items()}
+    return {uid: str(split).lower() for split, uids in content["split_to_take_uids"].items() for uid in uids}
+
+
+@lru_cache(maxsize=8)  # takes of one capture share it
+def _timesync(path: Path, column: str) -> np.ndarray:
+    """One column of timesync.csv as float64 ns, NaN where a field is empty."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        header = [name.strip() for name in next(reader, [])]
+        if column not in header:
+            raise BadSequence(f"{path} lacks the column {column}")
+        place = header.index(column)
+        return np.array([float(row[place]) if len(row) > place and row[place].strip() else np.nan for row in reader])

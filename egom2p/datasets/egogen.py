@@ -20,14 +20,14 @@ from egom2p.datasets.recording import (
     Adapter,
     ArrayPictures,
     BadSequence,
-    Pictures,
     Recording,
     Track,
     VideoPictures,
     find,
+    fit_intrinsics,
     need,
-    numbers,
 )
+from egom2p.datasets.tables import read_matrix
 
 OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 RATE = 30.0
@@ -40,16 +40,25 @@ class EgoGen(Adapter):
     def sequences(self, root: Path) -> list[str]:
         return need(root, sorted(p.stem for p in (root / "cam").glob("*.npz")), self)
 
-    def open(self, root: Path, sequence: str) -> Recording:
-        poses = load_array(find(root / f"cam/{sequence}.npz").read_bytes()).astype(np.float64) @ OPENGL_FROM_OPENCV
-        if poses.ndim != 3 or poses.shape[1:] != (4, 4):
-            raise BadSequence(f"cam/{sequence}.npz is {poses.shape}, expected (T, 4, 4)")
-        video = VideoPictures(find(root / f"rgb/{sequence}.mp4", root / f"rgb_256_8fps/{sequence}.mp4"))
-        path = root / f"intrinsics/{sequence}.txt"
-        return Recording(sequence, "train", rgb=video, depth=self._depth(root, sequence, video.times),
-                         cam=Track(np.arange(len(poses)) / RATE, poses),
-                         intrinsics=numbers(path, 3)[:3] if path.exists() else None)
+    def files(self, root: Path, sequence: str) -> list[Path]:
+        return sorted(root.glob(f"*/{sequence}.*"))
 
-    def _depth(self, root: Path, sequence: str, times: np.ndarray) -> Pictures | None:
-        path = next((p for suffix in ("npy", "npz") if (p := root / f"depth/{sequence}.{suffix}").exists()), None)
-        return ArrayPictures(path, times) if path else None
+    def open(self, root: Path, sequence: str) -> Recording:
+        video = VideoPictures(find(root / f"rgb/{sequence}.mp4", root / f"rgb_256_8fps/{sequence}.mp4"))
+        height, width = video.read(0).shape[:2]
+        recording = Recording(sequence, "train", rgb=video)
+        recording.cam = recording.attempt("cam", self._camera, root / f"cam/{sequence}.npz")
+        depth = next((p for end in ("npy", "npz") if (p := root / f"depth/{sequence}.{end}").exists()), None)
+        if depth:
+            recording.depth = recording.attempt("depth", ArrayPictures, depth, video.times)
+        path = root / f"intrinsics/{sequence}.txt"
+        if path.exists():
+            recording.intrinsics = recording.attempt("intrinsics", lambda: fit_intrinsics(
+                read_matrix(path), width, height, None, recording.notes))
+        return recording
+
+    def _camera(self, path: Path) -> Track:
+        poses = load_array(path.read_bytes()).astype(np.float64)
+        if poses.ndim != 3 or poses.shape[1:] != (4, 4):
+            raise BadSequence(f"{path} is {poses.shape}, expected (T, 4, 4)")
+        return Track(np.arange(len(poses)) / RATE, poses @ OPENGL_FROM_OPENCV)

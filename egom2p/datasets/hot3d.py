@@ -4,22 +4,29 @@ and Quest 3.
 Get it: https://www.projectaria.com/datasets/hot3D (sequences CC BY-SA); or HOT3D-Clips on the Hugging Face Hub
 (bop-benchmark/hot3d), which needs no VRS reader. Layouts by facebookresearch/hot3d (README, data_loaders,
 clips/README.md):
-  RECORDING/recording.vrs               Aria: stream 214-1, 1408 x 1408, 30 fps, turned. (Quest recordings are another
-  VRS, which
-                                        projectaria-tools cannot read: take HOT3D-Clips for them)
-  RECORDING/metadata.json               headset, participant_id
-  RECORDING/headset_trajectory.csv      timestamp[ns] (time code), t_wo_x[m].., q_wo_w.. : world from device, metres
+  RECORDING/recording.vrs            Aria: stream 214-1, 1408 x 1408, 30 fps, turned. (Quest recordings are another VRS,
+                                     which projectaria-tools cannot read: take HOT3D-Clips for them)
+  RECORDING/metadata.json            headset, participant_id
+  RECORDING/headset_trajectory.csv   timestamp[ns] (time code), t_wo_x[m].., q_wo_w.. : world from device, metres; the
+  test
+                                     participants have none
+  RECORDING/mps/slam/closed_loop_trajectory.csv     the same poses in device time (equal to 0.01 mm on the authors'
+  sample)
   RECORDING/mps/eye_gaze/{personalized,general}_eye_gaze.csv      device time, 10 Hz
-  clip-NNNNNN.tar                       150 frames at 30 fps: FRAME.image_214-1.jpg (Aria) or FRAME.image_1201-1.jpg
-  (Quest, grey),
-                                        FRAME.cameras.json {stream: {T_world_from_camera {translation_xyz,
-                                        quaternion_wxyz}, calibration { projection_params, ...}}}, FRAME.info.json
-                                        {participant_id}
-Frames are undistorted to a pinhole of the same focal length and turned upright; the Quest's images too (worked out from
-one sample pose; look at the contact sheet). No captured depth. Splits (facts.md): val P0001, P0014; test P0004 P0005
-P0006 P0008 P0016 P0020.
+  clip-NNNNNN.tar                    150 frames at 30 fps: FRAME.image_214-1.jpg (Aria) or FRAME.image_1201-1.jpg
+  (Quest,
+                                     grey; Aria clips hold this stream too), FRAME.cameras.json {stream:
+                                     {T_world_from_camera {translation_xyz, quaternion_wxyz}, calibration
+                                     {projection_params, ...}}}, FRAME.info.json {participant_id, image_timestamps_ns}
+Where headset_trajectory.csv is missing, or the recording has no usable time code, the MPS trajectory is used; where
+that is missing too, the camera is left out. Frames are undistorted to a pinhole of the same focal length and turned
+upright; the
+Quest's images too (worked out from one sample pose; look at the contact sheet). No captured depth. Splits (facts.md):
+val
+P0001, P0014; test P0004 P0005 P0006 P0008 P0016 P0020.
 """
 
+import csv
 import io
 import json
 import tarfile
@@ -28,10 +35,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from egom2p.datasets.aria import RAW_FROM_UPRIGHT, AriaRecording, pinhole, read_csv, transform, turn, turn_intrinsics
+from egom2p.datasets.aria import (
+    RAW_FROM_UPRIGHT,
+    AriaRecording,
+    Trajectory,
+    gaze_file,
+    pinhole,
+    read_trajectory,
+    transform,
+    turn,
+    turn_intrinsics,
+)
 from egom2p.datasets.lens import Undistortion, distort_fisheye624
-from egom2p.datasets.recording import Adapter, BadSequence, Pictures, Recording, Track, need
-from egom2p.datasets.video import rotations
+from egom2p.datasets.recording import Adapter, BadSequence, Pictures, Recording, Track, find, need, walk
+from egom2p.datasets.tables import read_table
 
 RATE = 30.0
 VAL, TEST = {"P0001", "P0014"}, {"P0004", "P0005", "P0006", "P0008", "P0016", "P0020"}
@@ -43,40 +60,51 @@ class HOT3DAria(Adapter):
     layout = "RECORDING/{recording.vrs, metadata.json, headset_trajectory.csv, mps} or clip-*.tar of HOT3D-Clips"
 
     def sequences(self, root: Path) -> list[str]:
-        found = [p.relative_to(root).as_posix() for p in root.rglob("clip-*.tar") if self._has_stream(p)]
-        if self.name == "hot3d_aria":
-            found += [p.parent.name for p in root.glob("*/recording.vrs") if self._headset(p.parent) == "Aria"]
-        return need(root, sorted(found), self)
+        found = [p.relative_to(root).as_posix() for p in walk(root) if self._is_clip(p) or self._is_recording(p)]
+        return need(root, sorted(n.removesuffix("/recording.vrs") for n in found), self)
+
+    def skipped(self, root: Path) -> list[str]:
+        return [f"{p.parent.relative_to(root)}: a Quest recording, whose VRS projectaria-tools cannot read; take "
+                f"HOT3D-Clips"
+                for p in walk(root) if p.name == "recording.vrs" and _headset(p.parent) != "Aria"]
 
     def open(self, root: Path, sequence: str) -> Recording:
-        return self._open_clip(root / sequence,
-                               sequence) if sequence.endswith(".tar") else self._open_vrs(root / sequence, sequence)
+        path = root / sequence
+        return self._open_clip(path, sequence) if sequence.endswith(".tar") else self._open_vrs(path, sequence)
 
-    def _has_stream(self, path: Path) -> bool:
+    def _is_clip(self, path: Path) -> bool:
+        """Whether a tar is a clip of this headset: Aria clips hold the Quest's stream too."""
+        if not (path.name.startswith("clip-") and path.suffix == ".tar"):
+            return False
         with tarfile.open(path) as tar:
-            return any(f"image_{STREAMS[self.name]}." in m.name for _, m in zip(range(12), tar, strict=False))
+            names = [m.name for _, m in zip(range(16), tar, strict=False)]
+        aria = any(f"image_{STREAMS['hot3d_aria']}." in n for n in names)
+        return aria if self.name == "hot3d_aria" else not aria and any(f"image_{STREAMS[self.name]}." in n
+                                                                       for n in names)
 
-    def _headset(self, folder: Path) -> str:
-        path = folder / "metadata.json"
-        return json.loads(path.read_text()).get("headset", "Aria") if path.exists() else "Aria"
+    def _is_recording(self, path: Path) -> bool:
+        return self.name == "hot3d_aria" and path.name == "recording.vrs" and _headset(path.parent) == "Aria"
 
     def _open_clip(self, path: Path, sequence: str) -> Recording:
         stream = STREAMS[self.name]
-        pictures, cameras, participant = _ClipPictures(path, stream), [], ""
+        pictures, cameras, participant = _ClipPictures(path, stream), {}, ""
         with tarfile.open(path) as tar:
-            for member in sorted(tar.getmembers(), key=lambda m: m.name):
+            for member in tar.getmembers():
+                frame = member.name.partition(".")[0]
                 if member.name.endswith(".cameras.json"):
-                    cameras.append(json.load(tar.extractfile(member)).get(stream))
+                    cameras[frame] = json.load(tar.extractfile(member)).get(stream)
                 elif member.name.endswith(".info.json") and not participant:
                     participant = str(json.load(tar.extractfile(member)).get("participant_id", ""))
-        if len(cameras) != len(pictures.times) or not cameras[0]:
-            raise BadSequence(f"{path}: {len(pictures.times)} images for {len(cameras)} cameras")
-        poses = np.full((len(cameras), 4, 4), np.nan)
-        for i, camera in enumerate(cameras):
-            if camera and camera.get("T_world_from_camera"):
-                w, *xyz = camera["T_world_from_camera"]["quaternion_wxyz"]
-                poses[i] = transform([*xyz, w], camera["T_world_from_camera"]["translation_xyz"])
-        raw, lens, height, width = _camera(cameras[0]["calibration"]["projection_params"], pictures)
+        calibrated = next((c for c in cameras.values() if c and c.get("calibration")), None)
+        if not pictures.members or calibrated is None:
+            raise BadSequence(f"{path}: {len(pictures.members)} images and no calibrated camera of stream {stream}")
+        poses = np.full((len(pictures.members), 4, 4), np.nan)
+        for i, frame in enumerate(pictures.frames):
+            pose = (cameras.get(frame) or {}).get("T_world_from_camera")
+            if pose:
+                w, *xyz = pose["quaternion_wxyz"]
+                poses[i] = transform([*xyz, w], pose["translation_xyz"])
+        raw, lens, height, width = _camera(calibrated["calibration"]["projection_params"], pictures)
         undistort = Undistortion(raw, width, height, lambda rays: distort_fisheye624(rays, lens))
         pictures.function = lambda frame: turn(undistort(frame))
         return Recording(sequence, _split(participant), rgb=pictures,
@@ -84,18 +112,51 @@ class HOT3DAria(Adapter):
 
     def _open_vrs(self, folder: Path, sequence: str) -> Recording:
         aria = AriaRecording(folder / "recording.vrs")
-        columns = read_csv(folder / "headset_trajectory.csv")
-        device = np.array([aria.provider.convert_from_timecode_to_device_time_ns(int(t))
-                           for t in columns["timestamp[ns]"]], np.int64)
-        poses = np.tile(np.eye(4), (len(device), 1, 1))
-        poses[:, :3, :3] = rotations(np.stack([columns[f"q_wo_{a}"] for a in "xyzw"], -1))
-        poses[:, :3, 3] = np.stack([columns[f"t_wo_{a}[m]"] for a in "xyz"], -1)
-        meta = json.loads((folder / "metadata.json").read_text()) if (folder / "metadata.json").exists() else {}
-        gaze = next((p for kind in ("personalized", "general")
-                     if (p := folder / f"mps/eye_gaze/{kind}_eye_gaze.csv").exists()), None)
-        return Recording(sequence, _split(str(meta.get("participant_id", sequence[:5]))), rgb=aria.rgb(),
-                         cam=aria.camera_track(device, poses),
-                         gaze=aria.gaze(gaze) if gaze else None, intrinsics=aria.intrinsics)
+        recording = Recording(sequence, _split(_participant(folder)), rgb=aria.rgb(), intrinsics=aria.intrinsics)
+        headset = folder / "headset_trajectory.csv"
+        if headset.exists():
+            recording.cam = recording.attempt("poses of headset_trajectory.csv", headset_track, aria, headset)
+        if recording.cam is None:
+            recording.cam = recording.attempt("cam", lambda: aria.camera_track(read_trajectory(
+                find(folder / "mps/slam/closed_loop_trajectory.csv"))))
+            if recording.cam is not None:
+                recording.notes.append("poses are those of mps/slam/closed_loop_trajectory.csv")
+        gaze = gaze_file(folder / "mps/eye_gaze")
+        if gaze:
+            recording.gaze = recording.attempt("gaze", aria.gaze, gaze)
+        return recording
+
+
+def headset_track(aria: AriaRecording, path: Path) -> Track:
+    """The headset's poses, whose stamps are time code."""
+    table = read_table(path)
+    quaternions = np.stack([table.column(f"q_wo_{a}") for a in "xyzw"], -1)
+    translations = np.stack([table.column(f"t_wo_{a}[m]") for a in "xyz"], -1)
+    good = np.isfinite(quaternions).all(1) & np.isfinite(translations).all(1)
+    stamps = _integers(path, "timestamp[ns]")
+    if len(stamps) != len(good):
+        raise BadSequence(f"{path}: rows are cut off")
+    device = aria.from_timecode(stamps[good])
+    order = np.argsort(device, kind="stable")
+    return aria.camera_track(Trajectory(device[order].astype(np.float64), quaternions[good][order],
+                                        translations[good][order]))
+
+
+def _integers(path: Path, column: str) -> np.ndarray:
+    """A column of ns since an epoch, as integers: they exceed a float's precision."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return np.array([int(row[column]) for row in csv.DictReader(file)], np.int64)
+
+
+def _headset(folder: Path) -> str:
+    path = folder / "metadata.json"
+    return json.loads(path.read_text()).get("headset", "Aria") if path.exists() else "Aria"
+
+
+def _participant(folder: Path) -> str:
+    path = folder / "metadata.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return str(known.get("participant_id") or folder.name[:5])
 
 
 class HOT3DQuest(HOT3DAria):
@@ -111,6 +172,7 @@ class _ClipPictures(Pictures):
         self.path, self.function = path, None
         with tarfile.open(path) as tar:
             self.members = sorted((m for m in tar.getmembers() if f".image_{stream}." in m.name), key=lambda m: m.name)
+        self.frames = [m.name.partition(".")[0] for m in self.members]
         self.times = np.arange(len(self.members)) / RATE
 
     def read(self, index: int) -> np.ndarray:

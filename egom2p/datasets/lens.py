@@ -44,7 +44,7 @@ class Undistortion:
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> the same shape."""
-        picture = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+        picture = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float()
         out = F.grid_sample(picture, self.grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         return out[0].round().byte().permute(1, 2, 0).contiguous().numpy()
 

@@ -1,19 +1,22 @@
 """`egom2p prepare`: raw sequences -> clips, a card and a contact sheet.
 
 Each sequence becomes `OUT/SPLIT/SEQUENCE.tar` (absent when nothing of it is kept) and `OUT/records/SEQUENCE.json` with
-what was kept, what was dropped and why. Sequences are independent: any number of processes writes the same files, a
-second run does only what is missing, and one that fails is written down and harms no other.
+what was kept, what was left out and why. Sequences are independent: any number of processes writes the same files, a
+second run does what is missing, what failed and what changed since (records hold a stamp of the files they were made
+from), and one that fails is written down and harms no other.
 """
 
+import hashlib
 import importlib
+import inspect
 import json
 import logging
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,26 +28,43 @@ from egom2p.data.clips import write_clips
 from egom2p.datasets import ADAPTERS
 from egom2p.datasets.card import write_card
 from egom2p.datasets.checks import Statistics
-from egom2p.datasets.cutting import cut, safe
-from egom2p.datasets.recording import BadSequence
+from egom2p.datasets.cutting import SECONDS, cut, safe
+from egom2p.datasets.recording import Adapter, BadSequence, NotARecording, Recording, stamp_of
 from egom2p.errors import UserError
 
 log = logging.getLogger(__name__)
 
+VERSION = 2  # of records and clips: older ones are prepared anew
+
 
 @dataclass(frozen=True)
 class PrepareArgs:
-    """size: side of the stored frames in pixels; limit: clips a sequence (0 = all); workers: processes (0 = all
-    cores)."""
+    """size: side of the stored frames in pixels; limit: clips a sequence (0 = all); workers: processes (0 = all cores);
+    split: what every sequence is for, instead of what the data set's lists say; gaze_units: of gaze files that do not
+    say themselves, pixels or normalized; with_wearer: depth that shows the wearer's own body, where a set has both."""
 
     size: int = 256
     limit: int = 0
     workers: int = 0
+    split: str = ""
+    gaze_units: str = ""
+    with_wearer: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sequence to prepare: its split by the lists ("" = the adapter's word), its file name, the stamp of its
+    files."""
+
+    sequence: str
+    split: str
+    file: str
+    stamp: str
 
 
 def prepare(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str, ...] = ()) -> dict[str, Any]:
     """Prepare every sequence (or those in `only`) of data set `name`. Returns the card."""
-    adapter = make_adapter(name)
+    adapter = make_adapter(name, args)
     if not root.is_dir():
         raise UserError(f"no folder {root}; expected {adapter.layout}")
     sequences = adapter.sequences(root)
@@ -52,33 +72,61 @@ def prepare(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str
     if missing:
         raise UserError(f"{root} has no sequence '{sorted(missing)[0]}'; there are {len(sequences)}, the first "
                         f"{', '.join(sequences[:3])}")
-    sequences = [s for s in sequences if not only or s in only]
+    names = file_names(sequences)
+    chosen = [s for s in sequences if not only or s in only]
+    splits = None if args.split else adapter.splits(root, chosen)
+    unlisted = [s for s in chosen if splits is not None and s not in splits]
+    skipped = [*adapter.skipped(root), *(f"{s}: in no split list" for s in unlisted)]
+    for line in skipped:
+        log.warning("skipped: %s", line)
     _check_same_settings(out, name, args)
-    waiting = [s for s in sequences if not record_path(out, s).exists()]
-    workers = min(args.workers or os.cpu_count() or 1, max(1, len(waiting)))
-    bar = tqdm(total=len(sequences), initial=len(sequences) - len(waiting), desc=f"prepare {name}", unit="sequence")
-    for record in _run(name, root, out, args, waiting, workers):
-        bar.update(1)
-        if record["error"]:
-            log.warning("%s: left out: %s", record["sequence"], record["error"])
-    bar.close()
-    return write_card(out, set_name(name))
+    _forget_renamed(out, names)
+    jobs = [Job(s, args.split or (splits or {}).get(s, ""), names[s], stamp_of(adapter.files(root, s)))
+            for s in chosen if s not in unlisted]
+    waiting = [job for job in jobs if not _is_done(out, job)]
+    for record in _run(name, root, out, args, waiting, len(jobs)):
+        for line in said_of(record):
+            log.warning("%s", line)
+    return write_card(out, set_name(name), skipped)
 
 
-def record_path(out: Path, sequence: str) -> Path:
-    return out / "records" / f"{safe(sequence)}.json"
+def said_of(record: dict[str, Any]) -> list[str]:
+    """What a user must know of a prepared sequence: why it failed or gave nothing, and what of it was left out."""
+    name = record["sequence"]
+    if record["error"]:
+        return [f"{name}: left out: {record['error']}"]
+    lines = [f"{name}: {note}" for note in record["notes"]]
+    if not record["counts"].get("clips kept"):
+        reasons = [f"{n} {why}" for why, n in record["counts"].items()]
+        short = f"{record['seconds']:.2f} s of video, a clip needs {SECONDS:g}"
+        lines.append(f"{name}: no clip: {'; '.join(reasons) or short}")
+    return lines
 
 
-def make_adapter(name: str):
-    """The adapter of a data set, by its name or as `package.module:Class`; UserError lists those there are."""
+def record_path(out: Path, file: str) -> Path:
+    return out / "records" / f"{file}.json"
+
+
+def file_names(sequences: Sequence[str]) -> dict[str, str]:
+    """{sequence: its name as a file name and clip key}; those that come out equal get a hash of their own name."""
+    taken = Counter(safe(s) for s in sequences)
+    return {s: safe(s) if taken[safe(s)] == 1 else f"{safe(s)}-{hashlib.sha256(s.encode()).hexdigest()[:6]}"
+            for s in sequences}
+
+
+def make_adapter(name: str, args: PrepareArgs | None = None) -> Adapter:
+    """The adapter of a data set, by its name or as `package.module:Class`, with those of the arguments that its
+    constructor takes; UserError lists those there are."""
     if name not in ADAPTERS and ":" not in name:
         raise UserError(f"no data set '{name}'; there are {', '.join(sorted(ADAPTERS))}, or name your own as "
                         f"package.module:Class")
     module, _, attribute = ADAPTERS.get(name, name).partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)()
+        cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"data set '{name}': {error}; write package.module:Class of an importable module") from error
+    wanted = inspect.signature(cls).parameters
+    return cls(**{k: v for k, v in (asdict(args) if args else {}).items() if k in wanted})
 
 
 def set_name(name: str) -> str:
@@ -88,48 +136,92 @@ def set_name(name: str) -> str:
 
 def _check_same_settings(out: Path, name: str, args: PrepareArgs) -> None:
     note = out / "prepare.json"
-    settings = {"dataset": name, "size": args.size, "limit": args.limit}
-    if note.exists() and json.loads(note.read_text()) != settings:
-        raise UserError(f"{out} was prepared with {json.loads(note.read_text())}, now {settings}; choose another --out "
-                        f"or remove it")
+    settings = {"dataset": name, "size": args.size, "limit": args.limit, "split": args.split,
+                "gaze_units": args.gaze_units, "with_wearer": args.with_wearer}
+    if note.exists():
+        known = {**dict.fromkeys(("split", "gaze_units"), ""), "with_wearer": False, **json.loads(note.read_text())}
+        if known != settings:
+            raise UserError(f"{out} was prepared with {known}, now {settings}; choose another --out or remove it")
     out.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(settings))
 
 
-def _run(name: str, root: Path, out: Path, args: PrepareArgs, sequences: list[str], workers: int) -> Iterator[dict]:
-    if workers <= 1:
-        for sequence in sequences:
-            yield prepare_sequence(name, root, out, args, sequence)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(prepare_sequence, name, root, out, args, s) for s in sequences]):
-            yield done.result()
+def _forget_renamed(out: Path, names: dict[str, str]) -> None:
+    """Drop what was prepared of a sequence whose file name is another now (because one that would have the same
+    came)."""
+    for path in (out / "records").glob("*.json"):
+        sequence = json.loads(path.read_text()).get("sequence")
+        if sequence in names and names[sequence] != path.stem:
+            _remove(out, path.stem)
 
 
-def prepare_sequence(name: str, root: Path, out: Path, args: PrepareArgs, sequence: str) -> dict[str, Any]:
+def _remove(out: Path, file: str) -> None:
+    record_path(out, file).unlink(missing_ok=True)
+    for tar in out.glob(f"*/{file}.tar"):
+        tar.unlink()
+
+
+def _is_done(out: Path, job: Job) -> bool:
+    """Whether there is a record of this sequence, of these files, that did not fail."""
+    path = record_path(out, job.file)
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text())
+    return not record["error"] and record.get("version") == VERSION and record.get("stamp") == job.stamp
+
+
+def _run(name: str, root: Path, out: Path, args: PrepareArgs, jobs: list[Job], total: int) -> Iterator[dict]:
+    workers = min(args.workers or os.cpu_count() or 1, max(1, len(jobs)))
+    with tqdm(total=total, initial=total - len(jobs), desc=f"prepare {name}", unit="sequence") as bar:
+        if workers <= 1:
+            for job in jobs:
+                yield prepare_sequence(name, root, out, args, job)
+                bar.update(1)
+            return
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for done in as_completed([pool.submit(prepare_sequence, name, root, out, args, job) for job in jobs]):
+                yield done.result()
+                bar.update(1)
+
+
+def prepare_sequence(name: str, root: Path, out: Path, args: PrepareArgs, job: Job) -> dict[str, Any]:
     """One sequence -> its tar and its record, which is returned. Never raises for what the sequence holds."""
-    counts, stats, error, split, seconds = Counter(), Statistics(), "", "", 0.0
+    counts, stats, error, skipped = Counter(), Statistics(), "", False
+    recording = Recording(job.sequence, "")
+    _remove(out, job.file)
     try:
-        recording = make_adapter(name).open(root, sequence)
-        split = recording.split
-        if recording.rgb is not None and len(recording.rgb.times):
-            seconds = float(np.ptp(recording.rgb.times))
-        clips = cut(recording, set_name(name), args.size, args.limit, counts, stats)
+        recording = make_adapter(name, args).open(root, job.sequence)
+        recording.split = job.split or recording.split
+        clips = cut(recording, set_name(name), args.size, args.limit, counts, stats, job.file)
         first = next(clips, None)
         if first is not None:
-            write_clips(out / recording.split / f"{safe(sequence)}.tar", chain([first], clips))
-    except UserError:
+            write_clips(out / recording.split / f"{job.file}.tar", chain([first], clips))
+        _note_losses(recording)
+    except (UserError, MemoryError):
         raise
     except Exception as problem:  # whatever is wrong with this sequence must not cost the others
-        error = f"{type(problem).__name__}: {problem}" if not isinstance(problem, BadSequence) else str(problem)
-        for tar in out.glob(f"*/{safe(sequence)}.tar"):
+        known = isinstance(problem, BadSequence)
+        error = str(problem) if known else f"{type(problem).__name__}: {problem}"
+        skipped = isinstance(problem, NotARecording)
+        for tar in out.glob(f"*/{job.file}.tar"):
             tar.unlink()
-        counts, stats = Counter({"sequences that failed": 1}), Statistics()
-    record = {"sequence": sequence, "split": split, "error": error, "seconds": seconds, "counts": dict(counts),
-              "stats": stats.plain()}
-    path = record_path(out, sequence)
+        counts, stats = Counter({"files that are no recording"
+                                 if skipped else "sequences that failed": 1}), Statistics()
+    times = recording.rgb.times if recording.rgb is not None else ()
+    record = {"version": VERSION, "sequence": job.sequence, "stamp": job.stamp, "split": recording.split,
+              "error": error,
+              "skipped": skipped, "notes": recording.notes, "seconds": float(np.ptp(times)) if len(times) else 0.0,
+              "counts": dict(counts), "stats": stats.plain()}
+    path = record_path(out, job.file)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(json.dumps(record))
     aside.replace(path)
     return record
+
+
+def _note_losses(recording: Recording) -> None:
+    for what, pictures in (("video", recording.rgb), ("depth", recording.depth)):
+        losses = pictures.losses if pictures is not None else None
+        if losses is not None and (losses.packets or losses.frames):
+            recording.notes.append(f"{what}: {losses}")

@@ -1,25 +1,27 @@
 """A folder of one's own videos: any mp4, mov, mkv, avi or webm, with optional files beside it, named after the video.
 
-  NAME.mp4
-  NAME.cam.tum                 trajectory, `time tx ty tz qx qy qz qw` a line: seconds from the video's start, camera to
-  world, metres
-  NAME.colmap/images.txt       or a COLMAP text model (world to camera, one line an image; image names end in the
-  frame's number)
-  NAME.gaze.csv                header `time,x,y[,valid]`: seconds, pixels of the video's frames
-  NAME.depth.npy               (T, H, W) metres, 0 = no reading, one a video frame; or NAME.depth/%06d.png, 16 bit
-  millimetres
+  NAME.mp4                     shown upright with square pixels, whatever the phone wrote; side files mean that picture
+  NAME.cam.tum                 trajectory, `time tx ty tz qx qy qz qw` a line: camera to world, metres (`trajectories`)
+  NAME.colmap/                 or a COLMAP model, text or binary (world to camera, one image a frame)
+  NAME.cam.json                optional: {"unit": "ns", "start": STAMP, "quaternion": "wxyz", "first_image": 1}
+  NAME.gaze.csv                `time,x,y[,valid]`, or as an eye tracker exports it (`gaze_files`); NAME.gaze.tsv,
+                               NAME.gazedata.gz; NAME.gaze.json: {"unit": ..., "start": ...}
+  NAME.depth.npy               (T, H, W) metres, 0 = no reading, one a video frame; or NAME.depth/NUMBER.png, 16-bit
+                               millimetres, counted from 0 or from 1
   NAME.intrinsics.txt          3 x 3 pixels of the video's frames
 Camera axes are OpenCV's (x right, y down, z forward). A COLMAP model has no scale of its own: its units are taken as
-metres. The split is
-`train`, or what the top folder is called when that is train, val or test.
+metres. The split is `train`, or what the top folder is called when that is train, val or test.
 """
 
-import csv
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from egom2p import geometry
+from egom2p.config import read_json
+from egom2p.datasets.clocks import VideoClock
+from egom2p.datasets.gaze_files import read_gaze
 from egom2p.datasets.recording import (
     Adapter,
     ArrayPictures,
@@ -29,99 +31,155 @@ from egom2p.datasets.recording import (
     Recording,
     Track,
     VideoPictures,
+    fit_intrinsics,
     need,
-    numbers,
+    walk,
 )
+from egom2p.datasets.tables import read_matrix
+from egom2p.datasets.trajectories import read_colmap, read_tum
 
-SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
+SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mts", ".ts")
+SIDES = (".cam.tum", ".cam.json", ".colmap", ".gaze.csv", ".gaze.tsv", ".gazedata.gz", ".gaze.json", ".depth.npy",
+         ".depth", ".intrinsics.txt")
+SHOWN = 20
 
 
 class VideoFolder(Adapter):
     name = "video"
-    layout = ("videos (.mp4, .mov, .mkv, .avi, .webm), each with optional NAME.cam.tum, NAME.gaze.csv, "
+    layout = ("videos (.mp4, .mov, .mkv, .avi, .webm), each with optional NAME.cam.tum, NAME.colmap/, NAME.gaze.csv, "
               "NAME.depth.npy, NAME.intrinsics.txt")
 
+    def __init__(self, gaze_units: str = "") -> None:
+        self.gaze_units = gaze_units
+
     def sequences(self, root: Path) -> list[str]:
-        return need(root, sorted(p.relative_to(root).as_posix() for p in root.rglob("*")
-                                 if p.suffix.lower() in SUFFIXES), self)
+        return need(root, sorted(p.relative_to(root).as_posix() for p in walk(root) if p.suffix.lower() in SUFFIXES),
+                    self)
+
+    def files(self, root: Path, sequence: str) -> list[Path]:
+        path = root / sequence
+        sides = [Path(f"{path.with_suffix('')}{suffix}") for suffix in SIDES]
+        return [path, *(f for s in sides for f in ([s] if s.is_file() else walk(s) if s.is_dir() else []))]
+
+    def skipped(self, root: Path) -> list[str]:
+        """Side files without a video, and files of endings that mean nothing here."""
+        files = list(walk(root))
+        videos = {str(p.with_suffix("")) for p in files if p.suffix.lower() in SUFFIXES}
+        rows: dict[str, str] = {}
+        for path in files:
+            if path.suffix.lower() in SUFFIXES:
+                continue
+            base, suffix = _side_of(path, root)
+            name = path.relative_to(root).as_posix()
+            if not suffix:
+                rows[name] = f"{name}: neither a video nor a side file"
+            elif base not in videos:
+                top = Path(base).relative_to(root).as_posix() + suffix
+                rows[top] = f"{top}: no video is called {Path(base).name}"
+        said = list(rows.values())
+        return said[:SHOWN] + ([f"{len(said) - SHOWN} more"] if len(said) > SHOWN else [])
 
     def open(self, root: Path, sequence: str) -> Recording:
         path = root / sequence
         video = VideoPictures(path)
-        beside = path.with_suffix("")
+        height, width = video.read(0).shape[:2]
         top = sequence.split("/")[0]
-        matrix = Path(f"{beside}.intrinsics.txt")
-        return Recording(sequence, top if top in ("train", "val", "test") else "train", rgb=video,
-                         depth=self._depth(beside, video.times),
-                         cam=self._camera(beside, video.times), gaze=self._gaze(beside),
-                         intrinsics=numbers(matrix, 3)[:3] if matrix.exists() else None)
+        recording = Recording(sequence, top if top in ("train", "val", "test") else "train", rgb=video)
+        twins = [p.name for p in path.parent.iterdir() if p.stem == path.stem and p.suffix.lower() in SUFFIXES]
+        if len(twins) > 1 and len(self.files(root, sequence)) > 1:
+            recording.notes.append(f"side files left out: {' and '.join(sorted(twins))} share them; rename one")
+            return recording
+        beside = _Beside(path.with_suffix(""), video.times, (width, height), self.gaze_units, recording.notes)
+        recording.depth = recording.attempt("depth", beside.depth)
+        recording.gaze = recording.attempt("gaze", beside.gaze)
+        recording.cam = recording.attempt("cam", beside.camera)
+        recording.intrinsics = recording.attempt("intrinsics", beside.intrinsics)
+        return recording
 
-    def _camera(self, beside: Path, times: np.ndarray) -> Track | None:
-        tum = Path(f"{beside}.cam.tum")
-        if tum.exists():
-            rows = numbers(tum, 8)
-            rows = rows[np.argsort(rows[:, 0], kind="stable")]
-            poses = np.tile(np.eye(4), (len(rows), 1, 1))
-            poses[:, :3, :3], poses[:, :3, 3] = rotations(rows[:, 4:8]), rows[:, 1:4]
-            return Track(rows[:, 0], poses)
-        colmap = Path(f"{beside}.colmap") / "images.txt"
-        return read_colmap(colmap, times) if colmap.exists() else None
 
-    def _gaze(self, beside: Path) -> Track | None:
-        path = Path(f"{beside}.gaze.csv")
-        if not path.exists():
+class _Beside:
+    """The side files of one video; each method raises BadSequence for what is wrong, and gives None for what is
+    absent."""
+
+    def __init__(self, base: Path, times: np.ndarray, size: tuple[int, int], gaze_units: str, notes: list[str]) -> None:
+        self.base, self.times, self.size, self.gaze_units, self.notes = base, times, size, gaze_units, notes
+        self.clock = VideoClock.of(times)
+        self.colmap: tuple[np.ndarray, tuple[int, int]] | None = None
+
+    def path(self, suffix: str) -> Path:
+        return Path(f"{self.base}{suffix}")
+
+    def said(self, suffix: str) -> dict[str, Any]:
+        path = self.path(suffix)
+        said = read_json(path) if path.exists() else {}
+        if not isinstance(said, dict):
+            raise BadSequence(f"{path} must hold an object such as {{\"start\": 0}}")
+        return said
+
+    def camera(self) -> Track | None:
+        said = self.said(".cam.json")
+        if self.path(".cam.tum").exists():
+            return read_tum(self.path(".cam.tum"), self.clock, said, self.notes)
+        if not self.path(".colmap").is_dir():
             return None
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if not {"time", "x", "y"} <= set(reader.fieldnames or ()):
-                raise BadSequence(f"{path} needs the columns time, x, y and may have valid; it has "
-                                  f"{', '.join(reader.fieldnames or ['none'])}")
-            rows = [(_number(r["time"]), _number(r["x"]), _number(r["y"]), _number(r.get("valid") or "1"))
-                    for r in reader]
-        table = np.array(sorted(r for r in rows if np.isfinite(r[0])), np.float64).reshape(-1, 4)
-        if not len(table):
-            raise BadSequence(f"{path} holds no row with a time")
-        return Track(table[:, 0], np.where(table[:, 3:] > 0, table[:, 1:3], np.nan))
+        track, matrix, size = read_colmap(self.path(".colmap"), self.times, said, self.notes)
+        self.colmap = None if matrix is None else (matrix, size)
+        return track
 
-    def _depth(self, beside: Path, times: np.ndarray) -> Pictures | None:
-        array, folder = Path(f"{beside}.depth.npy"), Path(f"{beside}.depth")
-        if array.exists():
-            return ArrayPictures(array, times)
-        if folder.is_dir():
-            return ImagePictures(sorted(folder.glob("*.png")), times, depth=True, scale=0.001)
-        return None
+    def gaze(self) -> Track | None:
+        path = next((p for s in (".gaze.csv", ".gaze.tsv", ".gazedata.gz") if (p := self.path(s)).exists()), None)
+        if path is None:
+            return None
+        return read_gaze(path, self.clock, self.size, self.gaze_units, self.said(".gaze.json"), self.notes)
 
+    def depth(self) -> Pictures | None:
+        if self.path(".depth.npy").exists():
+            return ArrayPictures(self.path(".depth.npy"), self.times)
+        if not self.path(".depth").is_dir():
+            return None
+        return numbered_depth(self.path(".depth"), self.times, self.notes)
 
-def rotations(quaternions: np.ndarray) -> np.ndarray:
-    """(N, 4) x y z w -> (N, 3, 3); NaN where the quaternion is not one."""
-    norm = np.linalg.norm(quaternions, axis=1, keepdims=True)
-    x, y, z, w = np.where(np.abs(norm - 1) < 0.1, quaternions / np.maximum(norm, 1e-9), np.nan).T
-    return np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w), 2 * (x * y + z * w),
-                     1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
-                     2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], -1).reshape(-1, 3, 3)
-
-
-def read_colmap(path: Path, times: np.ndarray) -> Track:
-    """Poses of a COLMAP `images.txt` (IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, world to camera); NaN for frames
-    without."""
-    poses = np.full((len(times), 4, 4), np.nan)
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    for line in lines[::2]:
-        words = line.split()
-        if len(words) < 10:
-            continue
-        number = int("".join(c for c in Path(words[9]).stem.split("_")[-1] if c.isdigit()) or -1)
-        if not 0 <= number < len(times):
-            raise BadSequence(f"{path}: image '{words[9]}' names no frame of the video (0 .. {len(times) - 1})")
-        w, x, y, z, *translation = map(float, words[1:8])
-        camera_from_world = np.eye(4)
-        camera_from_world[:3, :3], camera_from_world[:3, 3] = rotations(np.array([[x, y, z, w]]))[0], translation
-        poses[number] = geometry.invert(camera_from_world)
-    return Track(times, poses)
+    def intrinsics(self) -> np.ndarray | None:
+        """The file's, or the COLMAP model's; call `camera` before."""
+        width, height = self.size
+        if self.path(".intrinsics.txt").exists():
+            return fit_intrinsics(read_matrix(self.path(".intrinsics.txt")), width, height, None, self.notes)
+        if self.colmap is None:
+            return None
+        matrix, full = self.colmap
+        return fit_intrinsics(np.diag([width / full[0], height / full[1], 1.0]) @ matrix, width, height, None,
+                              self.notes)
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
+def numbered_depth(folder: Path, times: np.ndarray, notes: list[str]) -> ImagePictures:
+    """16-bit PNG, one a video frame, put in the order of the numbers in their names, which count from 0 or from 1."""
+    numbers = {}
+    for path in folder.glob("*.png"):
+        digits = re.search(r"(\d+)\D*$", path.stem)
+        if digits is None:
+            raise BadSequence(f"{path}: a depth picture's name must end in the number of its frame")
+        if int(digits[1]) in numbers:
+            raise BadSequence(f"{folder}: two pictures have the number {int(digits[1])}")
+        numbers[int(digits[1])] = path
+    if not numbers:
+        raise BadSequence(f"{folder} holds no .png")
+    first = 0 if 0 in numbers else 1
+    if first not in numbers or max(numbers) - first >= len(times):
+        raise BadSequence(f"{folder}: pictures {min(numbers)} .. {max(numbers)} for {len(times)} video frames; they "
+                          f"must "
+                          f"count from 0 or 1 and one belong to each frame")
+    if len(numbers) < len(times):
+        notes.append(f"depth covers {len(numbers)} of {len(times)} video frames")
+    order = sorted(numbers)
+    return ImagePictures([numbers[n] for n in order], times[np.array(order) - first], depth=True, scale=0.001)
+
+
+def _side_of(path: Path, root: Path) -> tuple[str, str]:
+    """(path of the video it belongs to without ending, its own ending), ("", "") when it is no side file."""
+    for place in (path, *path.parents):
+        if place == root:
+            break
+        for suffix in SIDES:
+            if place.name.endswith(suffix):
+                return str(place)[: -len(suffix)], suffix
+    return "", ""

@@ -13,7 +13,7 @@ import numpy as np
 
 from egom2p import tokenizers
 from egom2p.data.tokens import decode_tokens
-from egom2p.data.video import probe_video, stream_frames
+from egom2p.data.video import FrameStream, probe_video
 from egom2p.errors import UserError
 from egom2p.generation.sampler import generate_samples
 from egom2p.generation.schedule import Recipes, TargetArgs, recipes_of
@@ -28,11 +28,14 @@ SPREAD = "_spread"
 
 @dataclass
 class Window:
-    """One clip of the recording: start (seconds), the condition it was predicted from and the predicted signals, each
-    in its own frame and scale; tokens, confidence and, with several samples, the spread (standard deviation) by target.
+    """One clip of the recording: start (seconds), how much of it the recording fills (less than a whole clip only in
+    the last window, whose missing frames repeat its last one), the condition it was predicted from and the predicted
+    signals, each in its own frame and scale; tokens, confidence and, with several samples, the spread (standard
+    deviation) by target.
     """
 
     start: float
+    seconds: float
     condition: dict[str, np.ndarray]
     signals: dict[str, np.ndarray]
     tokens: dict[str, np.ndarray]
@@ -111,10 +114,11 @@ class Pipeline:
         recipes = {name: self.recipes(recipes)[name] for name in targets}
         for name in targets:
             self.tokenizer(name)
-        for start, ids, shown in self._read(path, modality, targets, overlap):
-            yield self._predict(start, modality, ids, shown, recipes, seed, samples, f"{path.name}|{start}")
+        for start, seconds, ids, shown in self._read(path, modality, targets, overlap):
+            key = f"{path.name}|{start}"
+            yield self._predict(start, seconds, modality, ids, shown, recipes, seed, samples, key)
 
-    def _predict(self, start: float, modality: str, ids: np.ndarray, shown: np.ndarray | None,
+    def _predict(self, start: float, seconds: float, modality: str, ids: np.ndarray, shown: np.ndarray | None,
                  recipes: dict[str, TargetArgs],
                  seed: int, samples: int, key: str) -> Window:
         codes = {n: self.tokenizer(n).codes().detach() for n, r in recipes.items() if r.expected}
@@ -129,24 +133,28 @@ class Pipeline:
                 spread[name] = self.kind(name).spread(np.stack(made).astype(np.float64))
         condition = {} if shown is None else {modality: shown}
         first = draws[0]
-        return Window(start, condition, signals, {n: t[0] for n, t in first.tokens.items()},
+        return Window(start, seconds, condition, signals, {n: t[0] for n, t in first.tokens.items()},
                       {n: c[0] for n, c in first.confidence.items()}, spread)
 
     def _read(self, path: Path, modality: str, targets: list[str],
-              overlap: float) -> Iterator[tuple[float, np.ndarray, np.ndarray | None]]:
-        """(start, ids, raw frames or None) of each window."""
+              overlap: float) -> Iterator[tuple[float, float, np.ndarray, np.ndarray | None]]:
+        """(start, seconds that are filled, ids, raw frames or None) of each window."""
         if not path.is_file():
             raise UserError(f"no input file {path}")
         if path.suffix in (".npz", ".npy"):
-            yield 0.0, self._read_tokens(path, modality), None
+            yield 0.0, CLIP_SECONDS, self._read_tokens(path, modality), None
             return
         tokenizer = self.tokenizer(modality)
         if not tokenizer.modality.kind.is_picture:
             raise UserError(f"{path}: '{modality}' is not a picture modality; give its tokens as .npz or .npy instead")
         count = tokenizer.args.num_frames
         hop, unit = self._hop(count, targets, overlap)
-        for first, clip in cut(stream_frames(path, count / CLIP_SECONDS, tokenizer.frame_size), count, hop, unit):
-            yield first * CLIP_SECONDS / count, tokenizer.encode_frames(clip), clip
+        stream = FrameStream(path, count / CLIP_SECONDS, tokenizer.frame_size)
+        for first, clip in cut(iter(stream), count, hop, unit):
+            start = first * CLIP_SECONDS / count
+            # Until the stream has ended, and `seconds` is known, every window is full.
+            filled = min(CLIP_SECONDS, stream.seconds - start) if stream.seconds else CLIP_SECONDS
+            yield start, filled, tokenizer.encode_frames(clip), clip
 
     def _hop(self, count: int, targets: list[str], overlap: float) -> tuple[int, int]:
         """(video frames from one window's start to the next, unit): windows of `count` frames share at least `overlap`
@@ -219,6 +227,8 @@ class Joined:
         self.rates = {n: pipeline.rate(n) for n in targets}
         self.joiners: dict[str, Joiner] = {n: pipeline.kind(n).joiner() for n in targets}
         self.types: dict[str, np.dtype] = {}
+        self.seconds = 0.0
+        self.rows: dict[str, int] = {}
 
     def add(self, window: Window) -> dict[str, np.ndarray]:
         """Rows that are final now."""
@@ -228,10 +238,15 @@ class Joined:
             self.types[name] = signal.dtype
             start = round(window.start * self.rates[name.removesuffix(SPREAD)])
             done[name] = joiner.add(start, signal).astype(signal.dtype)
+            self.rows[name] = self.rows.get(name, 0) + len(done[name])
+        self.seconds = window.start + window.seconds
         return done
 
     def end(self) -> dict[str, np.ndarray]:
-        return {name: joiner.end().astype(self.types[name]) for name, joiner in self.joiners.items()}
+        """The remaining rows, as far as the recording goes."""
+        rest = {name: joiner.end().astype(self.types[name]) for name, joiner in self.joiners.items()}
+        ends = {name: max(1, round(self.seconds * self.rates[name.removesuffix(SPREAD)])) for name in rest}
+        return {name: rows[: ends[name] - self.rows[name]] for name, rows in rest.items()}
 
     def drift(self) -> dict[str, list[tuple[float, float]]]:
         return {n: j.drift for n, j in self.joiners.items() if j.drift is not None}

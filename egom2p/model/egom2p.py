@@ -5,6 +5,7 @@ Encoder input = token embedding + (position + modality); decoder query = mask to
 context = linear(encoder output) + the same sum of the inputs. Modality embeddings are shared by both sides.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,6 +129,14 @@ class EgoM2P(Exportable):
         if (folder / GENERATION).is_file():
             model.generation = read_json(folder / GENERATION)
         return model
+
+    def fingerprint(self) -> str:
+        """A digest of the weights that is quick to take: a few entries of each."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            flat = tensor.detach().flatten()
+            digest.update(name.encode() + flat[:: max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def device(self) -> torch.device:

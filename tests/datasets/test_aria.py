@@ -6,6 +6,7 @@ what is tested is everything around it.
 """
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -113,8 +114,21 @@ def check_pinhole(clips: list, mini: Miniature, signals: tuple[str, ...], metres
             assert np.abs(pixels[both] - clip.signals["gaze"][both, :2]).max() < 0.03
 
 
-def test_egoexo4d(tmp_path):
-    """Upright mp4 with a device clock from timesync, a stamp missing, gaze at 10 Hz, a take without its files."""
+def write_gaze_2d(path: Path, times: np.ndarray, pixels: np.ndarray, start_ns: int, kind: str) -> None:
+    """The authors' columns: frame_num counts these rows. stamped: in device time, from 0.15 s before the video on."""
+    late = 0.15 if kind == "stamped" else 0.0
+    rows = ["frame_num,tracking_timestamp_us,x,y"]
+    for i, (t, (x, y)) in enumerate(zip(times, pixels, strict=True)):
+        stamp = round(start_ns / 1000 + t * 1e6) if kind == "stamped" else ""
+        if not (kind == "stamped" and t < late):
+            rows.append(f"{i},{stamp},{x},{y}")
+    path.write_text("\n".join(rows))
+
+
+@pytest.mark.parametrize("gaze", ["stamped", "numbered"])
+def test_egoexo4d(tmp_path, gaze):
+    """Upright mp4 with a device clock from timesync, a stamp missing, gaze at 10 Hz placed by its stamps or its row
+    numbers, a take without its files, one in no split list, one without trajectory."""
     mini = Miniature(11, 96, 96, 30)
     root, start_ns = tmp_path / "raw", 7_000_000_000
     take = {"take_name": "cmu_bike14_4", "take_uid": "u1", "timesync_start_idx": 5,
@@ -123,7 +137,12 @@ def test_egoexo4d(tmp_path):
     folder = root / "takes/cmu_bike14_4"
     (folder / "frame_aligned_videos/downscaled/448").mkdir(parents=True)
     (root / "takes/empty_take").mkdir(parents=True)
-    (root / "takes.json").write_text(json.dumps([take, {**take, "take_name": "empty_take", "take_uid": "u2"}]))
+    takes = [take, *({**take, "take_name": n, "take_uid": u} for n, u in (("empty_take", "u2"), ("unlisted", "u3"),
+                                                                          ("still", "u4")))]
+    (root / "takes.json").write_text(json.dumps(takes))
+    for name in ("unlisted", "still"):
+        (root / f"takes/{name}/frame_aligned_videos").mkdir(parents=True)
+        write_video(root / f"takes/{name}/frame_aligned_videos/aria02_214-1.mp4", mini.frames[0][:75], 30)
     write_video(folder / "frame_aligned_videos/downscaled/448/aria02_214-1.mp4", mini.frames[0], 30)
     (root / "captures/cmu_bike14").mkdir(parents=True)
     stamps = ["" if i == 40 else str(start_ns + round((i - 6) / 30 * 1e9)) for i in range(5 + 2 + len(mini.times))]
@@ -141,15 +160,15 @@ def test_egoexo4d(tmp_path):
     (folder / "trajectory/online_calibration.jsonl").write_text(json.dumps(calibration) + "\n")
     slow = np.arange(0, 6, 0.1)
     (folder / "eye_gaze").mkdir()
-    (folder / "eye_gaze/general_eye_gaze_2d.csv").write_text("x,y\n"
-                                                             + "\n".join(f"{x},{y}"
-                                                                         for x, y in mini.gaze_pixels(slow) * 1408
-                                                                         / 96))
+    write_gaze_2d(folder / "eye_gaze/general_eye_gaze_2d.csv", slow, mini.gaze_pixels(slow) * 1408 / 96, start_ns, gaze)
     (root / "annotations").mkdir()
-    (root / "annotations/splits.json").write_text(json.dumps({"take_uid_to_split": {"u1": "val"}}))
+    listed = {"u1": "val", "u2": "val", "u4": "TEST"}
+    (root / "annotations/splits.json").write_text(json.dumps({"take_uid_to_split": listed}))
     card = prepare("egoexo4d", root, tmp_path / "out")
-    assert card["clips_by_split"] == {"val": 3}
+    assert card["clips_by_split"] == {"val": 3, "test": 1}
     assert list(card["failed"]) == ["empty_take"]
+    assert card["skipped"] == ["unlisted: in no split list"]
+    assert any(n.startswith("cam left out") for n in card["notes"]["still"])
     clips = clips_of(tmp_path / "out", "cmu_bike14_4")
     check(clips, mini, signals=("rgb", "cam", "gaze"))
     assert "intrinsics" not in clips[0].meta
@@ -223,13 +242,22 @@ class _Provider:
         assert label == "camera-rgb"
         return "214-1"
 
+    def get_all_streams(self) -> list[str]:
+        return [str(self.data["stream"])]
+
+    def get_image_configuration(self, stream: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(description=str(self.data["description"]))
+
     def get_timestamps_ns(self, stream: str, domain: str) -> list[int]:
+        """Of a stream that is not there: none, without an error, as the real one does."""
         assert domain == "device"
-        return self.data["stamps"].tolist()
+        return self.data["stamps"].tolist() if stream == str(self.data["stream"]) else []
 
     def get_image_data_by_index(self, stream: str, index: int) -> tuple:
-        frame = self.data["frames"][index]
-        return types.SimpleNamespace(to_numpy_array=lambda: frame), None
+        assert stream == str(self.data["stream"])
+        frames = self.data["frames"]
+        frame = frames[index] if index < len(frames) else None
+        return types.SimpleNamespace(to_numpy_array=lambda: frame, is_valid=lambda: frame is not None), None
 
     def get_device_calibration(self) -> "_Provider":
         return self
@@ -250,7 +278,8 @@ class _Provider:
         return _Matrix(self.data["device_from_cpf"])
 
     def convert_from_timecode_to_device_time_ns(self, stamp: int) -> int:
-        return stamp - self.OFFSET
+        """-1 when the recording has no time code, as the real one answers."""
+        return stamp - self.OFFSET if self.data["timecode"] else -1
 
 
 @pytest.fixture
@@ -269,14 +298,16 @@ def vrs(monkeypatch):
 CPF_AXES = np.diag([-1.0, -1.0, 1.0, 1.0])  # x left, y up, z forward against OpenCV's right, down, forward
 
 
-def write_vrs(path: Path, mini: Miniature, lens: Lens, frames: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+def write_vrs(path: Path, mini: Miniature, lens: Lens, frames: np.ndarray, stamps: np.ndarray, stream: str = "214-1",
+              description: str = "", timecode: bool = True) -> np.ndarray:
     """Returns device_from_cpf: the pupils half a decimetre beside the camera, looking the way the wearer does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     upright_from_cpf = CPF_AXES.copy()
     upright_from_cpf[:3, 3] = [0.05, 0.02, -0.01]
     device_from_cpf = DEVICE_FROM_CAMERA @ RAW_FROM_UPRIGHT @ upright_from_cpf
     with path.open("wb") as file:
-        np.savez(file, frames=frames, stamps=stamps, params=lens.params, device_from_cpf=device_from_cpf)
+        np.savez(file, frames=frames, stamps=stamps, params=lens.params, device_from_cpf=device_from_cpf, stream=stream,
+                 description=description, timecode=timecode)
     return upright_from_cpf
 
 
@@ -296,38 +327,68 @@ def write_gaze(path: Path, mini: Miniature, upright_from_cpf: np.ndarray, start_
                                               np.linalg.norm(points[i, :3])])) + "\n")
 
 
-def test_hot3d_recording(vrs, tmp_path):
-    """The trajectory in time code, gaze from both eyes."""
+@pytest.mark.parametrize("poses_by", ["headset", "no time code", "test participant"])
+def test_hot3d_recording(vrs, tmp_path, poses_by):
+    """The trajectory in time code, or from MPS where there is no time code or no headset trajectory; gaze from both
+    eyes."""
     mini, lens, start = Miniature(14, WIDE, WIDE, 30), Lens(160), 43_000_000_000
-    folder = tmp_path / "raw/P0014_abc"
+    folder = tmp_path / "raw/nested/P0014_abc"
     upright_from_cpf = write_vrs(folder / "recording.vrs", mini, lens, lens.see(mini.frames[0]),
-                                 start + np.round(mini.times * 1e9).astype(np.int64))
+                                 start + np.round(mini.times * 1e9).astype(np.int64), timecode=poses_by == "headset")
     poses = world_from_device(mini, mini.times)
-    with (folder / "headset_trajectory.csv").open("w") as file:
-        file.write("object_uid,timestamp[ns],t_wo_x[m],t_wo_y[m],t_wo_z[m],q_wo_w,q_wo_x,q_wo_y,q_wo_z\n")
-        for t, pose, (x, y, z, w) in zip(mini.times, poses, quaternions(poses[:, :3, :3]), strict=True):
-            file.write(",".join(map(str, ["h", start + round(t * 1e9) + _Provider.OFFSET, *pose[:3, 3], w, x, y,
-                                          z])) + "\n")
+    if poses_by != "test participant":
+        with (folder / "headset_trajectory.csv").open("w") as file:
+            file.write("object_uid,timestamp[ns],t_wo_x[m],t_wo_y[m],t_wo_z[m],q_wo_w,q_wo_x,q_wo_y,q_wo_z\n")
+            for t, pose, (x, y, z, w) in zip(mini.times, poses, quaternions(poses[:, :3, :3]), strict=True):
+                row = ["h", start + round(t * 1e9) + _Provider.OFFSET, *pose[:3, 3], w, x, y, z]
+                file.write(",".join(map(str, row)) + "\n")
+    if poses_by != "headset":
+        dense = np.arange(0, 6, 0.001)
+        write_trajectory(folder / "mps/slam/closed_loop_trajectory.csv", dense, world_from_device(mini, dense),
+                         start / 1000)
     (folder / "metadata.json").write_text(json.dumps({"headset": "Aria", "participant_id": "P0014"}))
-    write_gaze(folder / "mps/eye_gaze/general_eye_gaze.csv", mini, upright_from_cpf, start / 1000, per_eye=True)
+    write_gaze(folder / "mps/eye_gaze/generalized_eye_gaze.csv", mini, upright_from_cpf, start / 1000, per_eye=True)
     card = prepare("hot3d_aria", tmp_path / "raw", tmp_path / "out")
     assert card["clips_by_split"] == {"val": 3}
-    check_pinhole(clips_of(tmp_path / "out", "P0014_abc"), mini, ("rgb", "cam", "gaze"))
+    assert any("no usable time code" in n for n in card["notes"].get("nested/P0014_abc",
+                                                                     [])) == (poses_by == "no time code")
+    check_pinhole(clips_of(tmp_path / "out", "nested_P0014_abc"), mini, ("rgb", "cam", "gaze"))
 
 
-def test_adt(vrs, tmp_path):
+@pytest.mark.parametrize("wearer", [False, True])
+def test_adt(vrs, tmp_path, wearer):
+    """The depth stream is found by its description; the file with the wearer's body is used when asked for, and
+    said."""
     mini, lens, start = Miniature(15, WIDE, WIDE, 30), Lens(160), 1_000_000_000
-    folder = tmp_path / "raw/Apartment_release_1"
+    folder = tmp_path / "raw/Apartment_release_1/subtour"
     stamps = start + np.round(mini.times * 1e9).astype(np.int64)
     upright_from_cpf = write_vrs(folder / "video.vrs", mini, lens, lens.see(mini.frames[0]), stamps)
-    write_vrs(folder / "depth_images.vrs", mini, lens, np.round(lens.see(mini.frames[1]) * 1000).astype(np.uint16),
-              stamps)
+    millimetres = np.round(lens.see(mini.frames[1]) * 1000).astype(np.uint16)
+    for name, factor in (("depth_images.vrs", 1), ("depth_images_with_skeleton.vrs", 2)):
+        write_vrs(folder / name, mini, lens, millimetres * factor, stamps, stream="345-1", description="214-1")
     dense = np.arange(0, 6, 0.01)
     write_trajectory(folder / "aria_trajectory.csv", dense, world_from_device(mini, dense), start / 1000)
     write_gaze(folder / "eyegaze.csv", mini, upright_from_cpf, start / 1000, per_eye=False)
-    card = prepare("adt", tmp_path / "raw", tmp_path / "out")
+    card = prepare("adt", tmp_path / "raw", tmp_path / "out", *(["--depth-with-wearer"] if wearer else []))
     assert card["clips_by_split"] == {"test": 3}
-    check_pinhole(clips_of(tmp_path / "out", "Apartment_release_1"), mini, ("rgb", "cam", "depth", "gaze"))
+    clips = clips_of(tmp_path / "out", "Apartment_release_1_subtour")
+    assert clips[0].meta["depth_file"] == ("depth_images_with_skeleton.vrs" if wearer else "depth_images.vrs")
+    if wearer:
+        clips = [dataclasses.replace(c, signals={**c.signals, "depth": c.signals["depth"] / 2}) for c in clips]
+    check_pinhole(clips, mini, ("rgb", "cam", "depth", "gaze"))
+
+
+def test_adt_without_the_rgb_cameras_depth_keeps_the_rest(vrs, tmp_path):
+    mini, lens, start = Miniature(15, WIDE, WIDE, 30, seconds=3), Lens(160), 1_000_000_000
+    folder = tmp_path / "raw/seq"
+    stamps = start + np.round(mini.times * 1e9).astype(np.int64)
+    write_vrs(folder / "video.vrs", mini, lens, lens.see(mini.frames[0]), stamps)
+    write_vrs(folder / "depth_images.vrs", mini, lens, np.zeros((2, 160, 160), np.uint16), stamps[:2], stream="345-2",
+              description="1201-1")
+    card = prepare("adt", tmp_path / "raw", tmp_path / "out")
+    assert card["clips"] == 1
+    assert any("no depth of the rgb camera" in n for n in card["notes"]["seq"])
+    assert any(n.startswith("cam left out") for n in card["notes"]["seq"])
 
 
 def test_without_projectaria_tools_one_line_says_so(tmp_path, monkeypatch):

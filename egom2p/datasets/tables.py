@@ -1,0 +1,131 @@
+"""Tables of numbers as people's tools write them: with or without a header, comments, a byte-order mark, Windows line
+ends, commas, semicolons, tabs or blanks, decimal commas."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from egom2p.datasets.recording import BadSequence, find
+
+TRUE, FALSE = {"true", "yes", "valid"}, {"false", "no", "invalid"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """columns by name (lower case, stripped; those of a file without header are called 0, 1, ...): (N,) float64, NaN
+    where a field is no number; True and False words are 1 and 0. lost: rows that are cut off or not of the table."""
+
+    path: Path
+    columns: dict[str, np.ndarray]
+    has_header: bool
+    lost: int
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def column(self, *names: str) -> np.ndarray:
+        """The first of `names` that is there; BadSequence lists what there is."""
+        found = self.get(*names)
+        if found is None:
+            raise BadSequence(f"{self.path} needs a column {' or '.join(names)}; it has {', '.join(self.columns)}")
+        return found
+
+    def get(self, *names: str) -> np.ndarray | None:
+        return next((self.columns[n] for n in names if n in self.columns), None)
+
+    def matrix(self) -> np.ndarray:
+        """(N, C) of all columns."""
+        return np.stack(list(self.columns.values()), 1)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8 or, by its byte-order mark, UTF-16."""
+    data = find(path).read_bytes()
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise BadSequence(f"{path} is no text file ({error.reason} at byte {error.start})") from error
+
+
+def read_table(path: Path) -> Table:
+    """See the module. The header is the last comment line or the first line, when it holds words, as many as a row."""
+    comments, lines = [], []
+    for line in read_text(path).splitlines():
+        if line.strip():
+            (comments if line.lstrip().startswith("#") else lines).append(line.strip().lstrip("#").strip())
+    if not lines:
+        raise BadSequence(f"{path} holds no row")
+    delimiter, decimal = _delimiter(lines)
+    rows = [_split(line, delimiter) for line in lines]
+    header: list[str] | None = None
+    if not any(_is_number(word, decimal) for word in rows[0]):
+        header = rows.pop(0)
+    elif comments:
+        words = _split(comments[-1], _delimiter([comments[-1]])[0])
+        header = words if len(words) == len(rows[0]) and not any(_is_number(w, ".") for w in words) else None
+    if not rows:
+        raise BadSequence(f"{path} holds no row")
+    width = len(header) if header else max(map(len, rows))
+    whole = [[_number(word, decimal) for word in row] for row in rows if len(row) == width]
+    if not whole:
+        raise BadSequence(f"{path} holds no row of {width} columns")
+    names = [name.strip().strip('"').lower() for name in header] if header else [str(i) for i in range(width)]
+    table = np.array(whole, np.float64).T
+    return Table(path, dict(zip(names, table, strict=False)), header is not None, len(rows) - len(whole))
+
+
+def numbers(path: Path, columns: int | None = None) -> np.ndarray:
+    """(N, C) numbers of a text file; `columns` of them a row (further ones are left away). Rows that are cut off or
+    hold something else are dropped."""
+    table = read_table(path).matrix()
+    if columns and table.shape[1] < columns:
+        raise BadSequence(f"{path} holds rows of {table.shape[1]} numbers, expected {columns}")
+    table = table[:, :columns]
+    table = table[np.isfinite(table).any(1)]
+    if not len(table):
+        raise BadSequence(f"{path} holds no row of numbers")
+    return table
+
+
+def read_matrix(path: Path) -> np.ndarray:
+    """A 3 x 3 matrix of a text file: three rows of three numbers, or nine in one row."""
+    table = numbers(path)
+    if table.size == 9:
+        return table.reshape(3, 3)
+    if table.shape[0] >= 3 and table.shape[1] >= 3:
+        return table[:3, :3]
+    raise BadSequence(f"{path} holds {table.shape[0]} x {table.shape[1]} numbers, expected a 3 x 3 matrix")
+
+
+def _delimiter(lines: list[str]) -> tuple[str, str]:
+    """(delimiter, "" for blanks; decimal sign) of the lines."""
+    line = lines[len(lines) // 2]
+    for delimiter in (";", "\t"):
+        if delimiter in line:
+            return delimiter, "," if "," in line and "." not in line else "."
+    return ("," if "," in line else ""), "."
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    if not delimiter:
+        return line.split()
+    row = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
+    return [word.strip() for word in row]
+
+
+def _is_number(word: str, decimal: str) -> bool:
+    try:
+        float(word.replace(",", ".") if decimal == "," else word)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(word: str, decimal: str) -> float:
+    if _is_number(word, decimal):
+        return float(word.replace(",", ".") if decimal == "," else word)
+    lower = word.lower()
+    return 1.0 if lower in TRUE else 0.0 if lower in FALSE else float("nan")
