@@ -17,6 +17,7 @@ from egom2p.datasets.recording import BadSequence
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 STEPS_S = (2e-4, 1.1)  # from 5 kHz to key frames a second apart
 SLACK_S = 1.0
+LEAST_SHARE = 0.2  # of the video that a file in another unit than seconds must cover to be taken for one
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def _unit(stamps: np.ndarray, clock: VideoClock, what: str, said: str) -> float:
     counted = bool(np.all(stamps == np.round(stamps))) and abs(step - 1) < 1e-9
     if counted and span > 1 and span <= clock.frames and not span <= clock.seconds + SLACK_S:
         return clock.step
-    fitting = [u for u in UNITS.values()
-               if STEPS_S[0] <= step * u <= STEPS_S[1] and span * u <= clock.seconds * 1.05 + SLACK_S]
+    fitting = [u for u in UNITS.values() if STEPS_S[0] <= step * u <= STEPS_S[1]
+               and span * u <= clock.seconds * 1.05 + SLACK_S and (u == 1 or span * u >= LEAST_SHARE * clock.seconds)]
     if not fitting:
         raise BadSequence(f"{what}: time stamps {stamps.min():.6g} to {stamps.max():.6g} span {span:.6g}, the video "
                           f"lasts "

@@ -64,7 +64,7 @@ def _tum_columns(table: Table, said: dict[str, Any]) -> tuple[np.ndarray, np.nda
                           "time tx ty tz qx qy qz qw")
     quaternions = matrix[:, 4:8]
     norms = np.linalg.norm(quaternions, axis=1)
-    if not np.median(np.abs(norms - 1)) < 0.05:
+    if not np.nanmedian(np.abs(norms - 1)) < 0.05:
         raise BadSequence(f"{table.path}: columns 5 to 8 are no unit quaternions (median norm "
                           f"{np.nanmedian(norms):.3g}); "
                           "expected time tx ty tz qx qy qz qw")
@@ -212,6 +212,8 @@ def _images_bin(path: Path) -> dict[str, np.ndarray]:
             end = data.index(b"\0", at + 64)
             poses[data[at + 64 : end].decode()] = _camera_from_world(values[1:8])
             at = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
+            if at > len(data):
+                raise ValueError("it ends early")
     except (struct.error, ValueError, UnicodeDecodeError) as error:
         raise BadSequence(f"{path} is no whole images.bin ({error})") from error
     return poses

@@ -1,0 +1,315 @@
+"""Trajectories, gaze, depth and intrinsics as people's tools write them beside a video. Each file is written here from
+what its tool's source or documentation says, and must come back as the values that went in."""
+
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from egom2p import geometry
+from egom2p.datasets.clocks import VideoClock
+from egom2p.datasets.gaze_files import read_gaze
+from egom2p.datasets.recording import BadSequence, fit_intrinsics
+from egom2p.datasets.tables import read_matrix, read_table
+from egom2p.datasets.trajectories import read_colmap, read_tum
+from egom2p.datasets.video import numbered_depth
+from egom2p.geometry import quaternions
+from tests.datasets.miniature import save_png
+from tests.test_geometry import random_poses
+
+FRAMES = 75
+CLOCK = VideoClock(2.5, FRAMES)
+TIMES = np.arange(FRAMES) / 30
+HEADER = "timestamp tx ty tz qx qy qz qw"
+
+
+@pytest.fixture
+def poses(rng) -> np.ndarray:
+    return random_poses(rng, FRAMES)
+
+
+def tum_rows(poses: np.ndarray, stamps=TIMES, order: str = "xyzw", fmt: str = "%.9f") -> list[list[str]]:
+    xyzw = quaternions(poses[:, :3, :3])
+    rotation = xyzw if order == "xyzw" else xyzw[:, [3, 0, 1, 2]]
+    return [[repr(float(t)) if not isinstance(t, (int, np.integer)) else str(t), *(fmt % v for v in (*p, *q))]
+            for t, p, q in zip(stamps, poses[:, :3, 3], rotation, strict=True)]
+
+
+def written(path: Path, lines: list[str], newline: str = "\n", bom: bytes = b"", encoding: str = "utf-8") -> Path:
+    path.write_bytes(bom + newline.join([*lines, ""]).encode(encoding))
+    return path
+
+
+FORMS = {
+    "plain": ([], " ", "\n", b""), "comment": (["# " + HEADER], " ", "\n", b""),
+    "windows": (["# " + HEADER], " ", "\r\n", b""),
+    "header": ([HEADER], " ", "\n", b""), "byte order mark": ([HEADER], " ", "\n", b"\xef\xbb\xbf"),
+    "commas": (["#" + HEADER.replace(" ", ",")], ",", "\n", b""),
+    "tabs": ([HEADER.replace(" ", "\t")], "\t", "\r\n", b""),
+    "semicolons": ([HEADER.replace(" ", ";")], ";", "\n", b""), "scientific": ([], " ", "\n", b""),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_trajectory_in_any_dress(tmp_path, poses, form):
+    head, delimiter, newline, bom = FORMS[form]
+    rows = tum_rows(poses, fmt="%.18e" if form == "scientific" else "%.9f")
+    path = written(tmp_path / "a.cam.tum", [*head, *(delimiter.join(r) for r in rows)], newline, bom)
+    notes: list[str] = []
+    track = read_tum(path, CLOCK, {}, notes)
+    assert not notes
+    assert np.allclose(track.times, TIMES)
+    assert np.abs(track.values - poses).max() < 1e-6
+
+
+@pytest.mark.parametrize(("stamps", "said", "noted"), [
+    (np.round(TIMES * 1e9).astype(np.int64), {}, False), (TIMES * 1e3, {}, False), (TIMES * 1e6, {}, False),
+    (np.arange(FRAMES), {}, False), (1_700_000_000 + TIMES, {}, True),
+    ((1_700_000_000_000_000_000 + np.round(TIMES * 1e9)).astype(np.int64), {}, True),
+    (1_700_000_000 + TIMES - 0.5, {"start": 1_700_000_000}, False),
+    (TIMES * 1e9 + 5e9, {"unit": "ns", "start": 5e9}, False)])
+def test_clocks(tmp_path, poses, stamps, said, noted):
+    """Seconds, milli-, micro- and nanoseconds, frame numbers, Unix time; the video's start told, or equal lengths."""
+    path = written(tmp_path / "a.cam.tum", [" ".join(r) for r in tum_rows(poses, stamps)])
+    notes: list[str] = []
+    track = read_tum(path, CLOCK, said, notes)
+    offset = -0.5 if said == {"start": 1_700_000_000} else 0
+    assert np.abs(track.times - (TIMES + offset)).max() < 1e-5
+    assert bool(notes) == noted
+
+
+@pytest.mark.parametrize("stamps", [1_700_000_000 + np.arange(40) / 30, 100 + TIMES * 40, TIMES * 0 + 3])
+def test_a_clock_that_fits_nowhere_is_refused_with_both_ranges(tmp_path, poses, stamps):
+    path = written(tmp_path / "a.cam.tum", [" ".join(r) for r in tum_rows(poses[: len(stamps)], stamps)])
+    with pytest.raises(BadSequence, match=r"2\.50|stand still"):
+        read_tum(path, CLOCK, {}, [])
+
+
+def test_quaternion_order(tmp_path, poses):
+    first = geometry.relative_to_first(poses)  # starts with the identity, which shows the order
+    for order, said, values in (("wxyz", {}, first), ("wxyz", {"quaternion": "wxyz"}, poses), ("xyzw", {}, first)):
+        path = written(tmp_path / "a.cam.tum", [" ".join(r) for r in tum_rows(values, order=order)])
+        assert np.abs(read_tum(path, CLOCK, said, []).values - values).max() < 1e-6
+    head = "#timestamp [ns],p_RS_R_x [m],p_RS_R_y [m],p_RS_R_z [m],q_RS_w [],q_RS_x [],q_RS_y [],q_RS_z []"
+    rows = tum_rows(poses, np.round(TIMES * 1e9).astype(np.int64), order="wxyz")  # EuRoC's data.csv
+    path = written(tmp_path / "euroc.cam.tum", [head, *(",".join(r) for r in rows)])
+    assert np.abs(read_tum(path, CLOCK, {}, []).values - poses).max() < 1e-6
+
+
+def test_rows_that_are_no_pose_are_counted(tmp_path, poses):
+    rows = [" ".join(r) for r in tum_rows(poses)]
+    rows[10], rows[20], rows[30] = "nan " * 7 + "nan", rows[20].rsplit(" ", 4)[0] + " 0 0 0 0", "0.9 1 2"
+    notes: list[str] = []
+    track = read_tum(written(tmp_path / "a.cam.tum", rows), CLOCK, {}, notes)
+    assert len(track.times) == FRAMES - 3
+    assert "3 of 75 rows" in notes[0]
+
+
+def colmap_text(folder: Path, poses: np.ndarray, first: int = 0, points: bool = True, extra: tuple[str, ...] = (),
+                name: str = "frame_%04d.png") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = list(extra)
+    order = np.random.default_rng(0).permutation(len(poses))  # ids and order mean nothing
+    for image in order:
+        camera_from_world = geometry.invert(poses[image])
+        x, y, z, w = quaternions(camera_from_world[None, :3, :3])[0]
+        values = " ".join(repr(float(v)) for v in (w, x, y, z, *camera_from_world[:3, 3]))
+        lines.append(f"{image + 7} {values} 1 {name % (image + first)}")
+        if points:
+            lines.append("" if image % 2 else "10.5 20.5 -1 30.5 40.5 17")
+    (folder / "images.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def colmap_binary(folder: Path, poses: np.ndarray, first: int = 0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = struct.pack("<Q", len(poses))
+    for image, pose in enumerate(poses):
+        camera_from_world = geometry.invert(pose)
+        x, y, z, w = quaternions(camera_from_world[None, :3, :3])[0]
+        data += struct.pack("<I7dI", image + 1, w, x, y, z, *camera_from_world[:3, 3], 1)
+        data += f"images/frame_{image + first:04d}.png".encode() + b"\0"
+        data += struct.pack("<Q", 2) + struct.pack("<ddQddQ", 1, 2, 3, 4, 5, 6)
+    (folder / "images.bin").write_bytes(data)
+    (folder / "cameras.bin").write_bytes(struct.pack("<QIiQQ4d", 1, 1, 1, 640, 480, 500, 510, 320, 240))
+    return folder
+
+
+@pytest.mark.parametrize("points", [True, False])
+@pytest.mark.parametrize("first", [0, 1])
+def test_colmap_text_models_are_joined_by_name(tmp_path, poses, points, first):
+    extra = ("", "# Image list", f"# Number of images: {FRAMES}, mean observations: 3")
+    folder = colmap_text(tmp_path / "a.colmap", poses, first, points, extra)
+    (folder / "cameras.txt").write_text("# Camera list\n1 PINHOLE 640 480 500 510 320 240\n")
+    track, matrix, size = read_colmap(folder, TIMES, {}, [])
+    assert np.abs(track.values - poses).max() < 1e-9
+    assert matrix.tolist() == [[500, 0, 320], [0, 510, 240], [0, 0, 1]]
+    assert size == (640, 480)
+
+
+def test_colmap_binary_models_and_gaps(tmp_path, poses):
+    folder = colmap_binary(tmp_path / "a.colmap/sparse/0", poses)
+    track, matrix, _ = read_colmap(tmp_path / "a.colmap", TIMES, {}, [])
+    assert np.abs(track.values - poses).max() < 1e-9
+    assert matrix[0, 0] == 500
+    (folder / "images.bin").write_bytes((folder / "images.bin").read_bytes()[:-30])
+    with pytest.raises(BadSequence, match="no whole"):
+        read_colmap(tmp_path / "a.colmap", TIMES, {}, [])
+
+
+def test_colmap_names_that_do_not_tell_are_refused(tmp_path, poses):
+    """Images 1 .. 74 of 75 frames: the first may be called 0 or 1. Told, or seen from the pictures, it is known."""
+    folder = colmap_text(tmp_path / "a.colmap", poses[:-1], first=1)
+    with pytest.raises(BadSequence, match="count from 0 or from 1"):
+        read_colmap(folder, TIMES, {}, [])
+    for first, shift in ((1, 0), (0, 1)):
+        track, _, _ = read_colmap(folder, TIMES, {"first_image": first}, [])
+        assert np.abs(track.values[shift : shift + 74] - poses[:-1]).max() < 1e-9
+        assert np.isnan(track.values[-1 if first else 0]).all()
+    save_png(folder / "images/frame_0001.png", np.zeros((4, 4), np.uint8))
+    save_png(folder / f"images/frame_{FRAMES:04d}.png", np.zeros((4, 4), np.uint8))
+    assert np.abs(read_colmap(folder, TIMES, {}, [])[0].values[:74] - poses[:-1]).max() < 1e-9
+
+
+@pytest.mark.parametrize(("count", "first", "words"), [(20, 0, "another rate"), (75, 5, "are not frames")])
+def test_colmap_models_of_other_frames_are_refused(tmp_path, poses, count, first, words):
+    folder = colmap_text(tmp_path / "a.colmap", poses[:count], first)
+    said = {"first_image": 0} if first else {}
+    with pytest.raises(BadSequence, match=words):
+        read_colmap(folder, TIMES, said, [])
+
+
+def test_a_colmap_header_that_says_another_number_is_refused(tmp_path, poses):
+    folder = colmap_text(tmp_path / "a.colmap", poses, extra=("# Number of images: 76",))
+    with pytest.raises(BadSequence, match="says 76 images and holds 75"):
+        read_colmap(folder, TIMES, {}, [])
+
+
+WIDTH, HEIGHT = 640, 480
+GAZE_TIMES = np.arange(150) / 60
+PIXELS = np.stack([100 + 2 * np.arange(150.0), 300 - np.arange(150.0)], 1)
+LOST = np.arange(150) % 10 == 3
+
+
+def gaze_of(path: Path, units: str = "", said: dict | None = None):
+    track = read_gaze(path, CLOCK, (WIDTH, HEIGHT), units, said or {}, [])
+    assert np.abs(track.times - GAZE_TIMES).max() < 1e-4
+    assert np.isnan(track.values[LOST]).all()
+    assert np.abs(track.values[~LOST] - PIXELS[~LOST]).max() < 1e-6
+
+
+@pytest.mark.parametrize(("yes", "no"), [("1", "0"), ("True", "False"), ("true", "false"), ("Valid", "Invalid"),
+                                         ("1.0", "0.0")])
+def test_validity_words(tmp_path, yes, no):
+    rows = [f"{t},{x},{y},{no if lost else yes}" for t, (x, y), lost in zip(GAZE_TIMES, PIXELS, LOST, strict=True)]
+    gaze_of(written(tmp_path / "a.gaze.csv", ["time, x, y, valid", *rows], bom=b"\xef\xbb\xbf"))
+
+
+def test_pupil_core(tmp_path):
+    """y upwards, 0 .. 1; what is not sure is not seen; the clock starts anywhere."""
+    rows = [f"{t},{i},{0.1 if lost else 0.95},{x / WIDTH},{1 - y / HEIGHT}" for i, (t, (x, y), lost)
+            in enumerate(zip(GAZE_TIMES, PIXELS, LOST, strict=True))]
+    head = "gaze_timestamp,world_index,confidence,norm_pos_x,norm_pos_y"
+    gaze_of(written(tmp_path / "a.gaze.csv", [head, *rows]))
+    with pytest.raises(BadSequence, match="eye's own picture"):
+        read_gaze(written(tmp_path / "b.gaze.csv", ["pupil_timestamp,confidence,norm_pos_x,norm_pos_y", "0,1,0.5,0.5"]),
+                  CLOCK, (WIDTH, HEIGHT), "", {}, [])
+
+
+def test_pupil_cloud_and_neon(tmp_path):
+    start = 1_700_000_000_000_000_000
+    rows = []
+    for i, (t, (x, y), lost) in enumerate(zip(GAZE_TIMES, PIXELS, LOST, strict=True)):
+        taken_off, blink = lost and i % 20 == 3, lost and i % 20 != 3
+        rows.append(f"s,r,{start + round(t * 1e9)},{x},{y},{float(not taken_off)},,{i if blink else ''}")
+    head = "section id,recording id,timestamp [ns],gaze x [px],gaze y [px],worn,fixation id,blink id"
+    gaze_of(written(tmp_path / "a.gaze.csv", [head, *rows]), said={"start": start, "unit": "ns"})
+
+
+@pytest.mark.parametrize("decimal", [".", ","])
+def test_tobii_pro_lab(tmp_path, decimal):
+    """Tab separated, rows of other sensors between, words for validity, decimal commas, UTF-16."""
+    rows = ["Recording timestamp [ms]\tSensor\tGaze point X [MCS px]\tGaze point Y [MCS px]\tValidity left\tValidity "
+            "right"]
+    for t, (x, y), lost in zip(GAZE_TIMES, PIXELS, LOST, strict=True):
+        word = "Invalid" if lost else "Valid"
+        rows.append(f"{t * 1000:.6f}\tEye Tracker\t{x}\t{y}\t{word}\t{word}".replace(".", decimal))
+        rows.append(f"{t * 1000 + 1:.6f}\tGyroscope\t\t\t\t".replace(".", decimal))
+    path = tmp_path / "a.gaze.tsv"
+    path.write_bytes("\r\n".join(rows).encode("utf-16"))
+    gaze_of(path)
+    with pytest.raises(BadSequence, match="screen"):
+        read_gaze(written(tmp_path / "s.gaze.tsv", [rows[0] + "\tPresented Stimulus name", rows[1] + "\tx"]), CLOCK,
+                  (WIDTH, HEIGHT), "", {}, [])
+
+
+def test_tobii_glasses_3(tmp_path):
+    with gzip.open(tmp_path / "a.gazedata.gz", "wt") as file:
+        for t, (x, y), lost in zip(GAZE_TIMES, PIXELS, LOST, strict=True):
+            data = {} if lost else {"gaze2d": [x / WIDTH, y / HEIGHT]}
+            file.write(json.dumps({"type": "gaze", "timestamp": t, "data": data}) + "\n")
+            file.write(json.dumps({"type": "imu", "timestamp": t}) + "\n")
+    gaze_of(tmp_path / "a.gazedata.gz")
+
+
+def test_gaze_that_is_not_in_pixels_of_these_frames(tmp_path):
+    def path(scale, name="a.gaze.csv", head="time,x,y"):
+        return written(tmp_path / name, [head, *(f"{t},{x * scale[0]},{y * scale[1]}" for t, (x, y)
+                                                  in zip(GAZE_TIMES, PIXELS, strict=True))])
+
+    with pytest.raises(BadSequence, match="--gaze-units normalized"):
+        read_gaze(path((1 / WIDTH, 1 / HEIGHT)), CLOCK, (WIDTH, HEIGHT), "", {}, [])
+    track = read_gaze(path((1 / WIDTH, 1 / HEIGHT)), CLOCK, (WIDTH, HEIGHT), "normalized", {}, [])
+    assert np.abs(track.values - PIXELS).max() < 1e-6
+    with pytest.raises(BadSequence, match="another size"):
+        read_gaze(path((4, 4)), CLOCK, (WIDTH, HEIGHT), "", {}, [])
+    with pytest.raises(BadSequence, match="MPS gaze as angles"):
+        read_gaze(path((1, 1), head="tracking_timestamp_us,yaw_rads_cpf,pitch_rads_cpf"), CLOCK, (WIDTH, HEIGHT), "",
+                  {}, [])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_depth_pictures_go_by_their_numbers(tmp_path, first):
+    for i in range(12):
+        save_png(tmp_path / f"d/{i + first}.png", np.full((4, 4), 1000 + i, np.uint16))
+    notes: list[str] = []
+    pictures = numbered_depth(tmp_path / "d", TIMES[:13], notes)
+    assert [round(float(pictures.read(i)[0, 0]) * 1000) for i in range(12)] == list(range(1000, 1012))
+    assert np.allclose(pictures.times, TIMES[:12])
+    assert notes == ["depth covers 12 of 13 video frames"]
+    save_png(tmp_path / "d/40.png", np.zeros((4, 4), np.uint16))
+    with pytest.raises(BadSequence, match="must count from 0 or 1"):
+        numbered_depth(tmp_path / "d", TIMES[:13], [])
+
+
+def test_an_eight_bit_depth_picture_is_refused(tmp_path):
+    save_png(tmp_path / "d/0.png", np.zeros((4, 4), np.uint8))
+    with pytest.raises(BadSequence, match="16-bit"):
+        numbered_depth(tmp_path / "d", TIMES[:1], []).read(0)
+
+
+def test_intrinsics(tmp_path):
+    matrix = np.array([[1000.0, 0, 960], [0, 1000, 540], [0, 0, 1]])
+    for text in ("1000 0 960\n0 1000 540\n0 0 1\n", "1000,0,960,0,1000,540,0,0,1\n"):
+        (tmp_path / "k.txt").write_text(text)
+        assert np.array_equal(read_matrix(tmp_path / "k.txt"), matrix)
+    notes: list[str] = []
+    scaled = fit_intrinsics(matrix, 640, 360, (1920, 1080), notes)
+    assert np.allclose(scaled, [[1000 / 3, 0, 320], [0, 1000 / 3, 180], [0, 0, 1]])
+    assert "scaled" in notes[0]
+    with pytest.raises(BadSequence, match="another size"):
+        fit_intrinsics(matrix, 512, 376, (1920, 1080), [])
+    (tmp_path / "k.txt").write_text("1 2\n3 4\n")
+    with pytest.raises(BadSequence, match="3 x 3"):
+        read_matrix(tmp_path / "k.txt")
+
+
+def test_table_counts_rows_that_are_cut_off(tmp_path):
+    path = written(tmp_path / "t.csv", ["a, b ,c", "1,2,3", "4,5", "7,,9"])
+    table = read_table(path)
+    assert list(table.columns) == ["a", "b", "c"]
+    assert table.lost == 1
+    assert np.array_equal(table.matrix(), [[1, 2, 3], [7, np.nan, 9]], equal_nan=True)
