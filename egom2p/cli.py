@@ -322,6 +322,7 @@ def _add_generate(commands) -> None:
                         help="seconds that neighbouring windows of a long recording share")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the blocks: slower to start, faster for many windows")
+    _add_trust(parser)
     parser.set_defaults(run=_generate)
 
 
@@ -333,7 +334,7 @@ def _generate(args) -> int:
     targets = [t for t in args.targets.split(",") if t] or list(recipe.targets)
     if not targets:
         raise UserError("say what to predict: --targets cam,depth or a --recipe")
-    pipeline = Pipeline.from_pretrained(args.model, _device())
+    pipeline = Pipeline.from_pretrained(args.model, _device(), args.trust_torchscript)
     if args.compile:
         from egom2p.model.blocks import compile_blocks
 
@@ -344,6 +345,8 @@ def _generate(args) -> int:
     folders, failed = generate_files(pipeline, args.inputs, args.out, asked)
     for folder in folders:
         print(folder)
+    for reason in failed.values():
+        print(f"egom2p: {reason}", file=sys.stderr)
     if failed and not folders:
         return 2
     if failed:
@@ -366,6 +369,7 @@ def _add_eval(commands) -> None:
                         help="folder for results.json, plots and the rows a stopped evaluation goes on from (default: "
                              "MODEL/eval)")
     parser.add_argument("--seed", type=int)
+    _add_trust(parser)
     parser.set_defaults(run=_eval)
 
 
@@ -378,7 +382,8 @@ def _eval(args) -> None:
     protocol = _protocol(args)
     out = args.out or Path(args.model) / "eval"
     with process_group(3600) as world:
-        evaluation = evaluate_to(out, EgoM2P.from_pretrained(args.model, str(world.device)), protocol, world)
+        evaluation = evaluate_to(out, EgoM2P.from_pretrained(args.model, str(world.device)), protocol, world,
+                                 args.trust_torchscript)
         if world.is_main:
             print(f"{table(evaluation.summary)}\nresults: {out / 'results.json'}")
 
@@ -470,6 +475,7 @@ def _add_import(commands) -> None:
     parser = commands.add_parser("import-released", help="official checkpoints -> our export folders")
     parser.add_argument("file", type=Path, help="the main checkpoint, or the camera or gaze tokenizer's .pth")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights, where the file has them")
     parser.add_argument("--num-heads", type=int, help="attention heads, when the file's model name does not tell")
     parser.add_argument("--tokenizers", default="", metavar="NAME=FOLDER,...",
                         help="tokenizer folders to write into the model's config")
@@ -482,7 +488,13 @@ def _import(args) -> None:
     pairs = [item.partition("=") for item in args.tokenizers.split(",") if item]
     if not all(name and folder for name, _, folder in pairs):
         raise UserError(f"--tokenizers {args.tokenizers}: write NAME=FOLDER,NAME=FOLDER")
-    print(import_released(args.file, args.out, args.num_heads, {name: folder for name, _, folder in pairs}))
+    folders = {name: folder for name, _, folder in pairs}
+    print(import_released(args.file, args.out, args.num_heads, folders, args.ema))
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust-torchscript", action="store_true",
+                        help="run TorchScript networks (Cosmos) that came along with the model; they are programs")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

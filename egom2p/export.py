@@ -118,7 +118,8 @@ def resolve_folder(source: str | Path) -> Path:
     if found:
         return found
     if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise UserError(f"{source}: no export or checkpoint there (expected {CONFIG} and {WEIGHTS})")
+        hint = "; a released .pth is converted by `egom2p import-released`" if path.suffix in (".pth", ".pt") else ""
+        raise UserError(f"{source}: no export or checkpoint there (expected {CONFIG} and {WEIGHTS}){hint}")
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jit"]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
@@ -127,9 +128,17 @@ def resolve_folder(source: str | Path) -> Path:
                         "check the name, the network, and for gated repositories `hf auth login`") from error
 
 
+def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) put before all of
+    them."""
+    while state and (prefix := next((p for p in ("module.", "_orig_mod.") if all(k.startswith(p) for k in state)), "")):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return strip_prefixes(load_file(path))
     except FileNotFoundError as error:
         raise UserError(f"no weights {path}") from error
     except (SafetensorError, OSError) as error:

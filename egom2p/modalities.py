@@ -19,6 +19,7 @@ class Modality:
     source: name of that signal in a clip (`KEY.<source>.npy`); the modality's own name when empty.
     tokenizer: folder or Hub name of the tokenizer export; empty when only tokens are at hand.
     target: False keeps the modality out of the loss: it is only ever an input.
+    positions: position table, `axes` (of the grid's axes) or `reviv` (of ReViV's hands and body).
     """
 
     name: str
@@ -28,12 +29,15 @@ class Modality:
     source: str = ""
     tokenizer: str = ""
     target: bool = True
+    positions: str = "axes"
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.grid) <= 3 or min(self.grid) < 1:
             raise ValueError(f"modality '{self.name}': grid must be 1 to 3 positive numbers, not {list(self.grid)}")
         if self.vocab_size < 1:
             raise ValueError(f"modality '{self.name}': vocab_size must be positive, not {self.vocab_size}")
+        if self.positions not in ("axes", "reviv"):
+            raise ValueError(f"modality '{self.name}': positions must be axes or reviv, not '{self.positions}'")
         if self.signal not in KINDS:
             raise ValueError(f"modality '{self.name}': signal must be one of {', '.join(KINDS)}, not '{self.signal}'")
 
@@ -66,6 +70,7 @@ class ModalityArgs:
     source: str = ""
     tokenizer: str = ""
     target: bool = True
+    positions: str = "axes"
 
 
 class ModalitySet(tuple[Modality, ...]):

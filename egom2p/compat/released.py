@@ -1,21 +1,25 @@
 """Official EgoM2P checkpoints -> our exports, without ever running a pickle's code.
 
 A released file is a pickled dict: `model` (state dict), `args` (an argparse.Namespace) and training state.
-It is read by torch's restricted unpickler, which admits tensors, plain containers and that Namespace and
-nothing else. Sizes come from tensor shapes, the number of heads from the model's name in `args`.
+It is read by torch's restricted unpickler, which admits tensors, plain containers, that Namespace, and the numpy
+scalars of the released schedules (by stand-ins), and nothing else. Sizes come from tensor shapes, the number of heads
+from the model's name in `args`.
 """
 
 import argparse
 import math
 import re
+import struct
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 
 from egom2p.errors import UserError
+from egom2p.export import strip_prefixes
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.positions import position_table
@@ -27,7 +31,8 @@ HEADS = {("tiny", 384): 6, ("small", 512): 8, ("base", 768): 12, ("large", 1024)
 
 # Released modality -> our name and kind of signal.
 MODALITIES = {"tok_rgb": ("rgb", "rgb"), "tok_depth": ("depth", "depth"), "tok_cam": ("cam", "pose"),
-              "tok_gaze": ("gaze", "gaze")}
+              "tok_gaze": ("gaze", "gaze"), "tok_rgb_512": ("rgb_512", "rgb"), "tok_depth_512": ("depth_512", "depth"),
+              "tok_lhand": ("lhand", "motion"), "tok_rhand": ("rhand", "motion"), "tok_body": ("body", "motion")}
 
 # The released inference recipe (facts of EgoM2P's README and configs).
 RECIPES = {name: {"steps": steps, "temperature": 0.01, "top_p": 0.8, "guidance": 2.0}
@@ -48,16 +53,19 @@ _MOTION_NAMES = (("encoder.conv.", "conv."), (".norm_mlp.", ".norm."), (".post_m
 _MOTION_DERIVED = ("encoder.position_embeddings", "decoder.position_embeddings", "quantize._codebook.initted")
 
 
-def import_released(path: Path, out: Path, num_heads: int | None = None,
-                    tokenizers: dict[str, str] | None = None) -> str:
+def import_released(path: Path, out: Path, num_heads: int | None = None, tokenizers: dict[str, str] | None = None,
+                    ema: bool = False) -> str:
     """Convert the main checkpoint or a camera or gaze tokenizer into an export folder; returns one line about it.
 
-    num_heads overrides what the file's model name says; tokenizers {modality: folder} are written into the
-    model's config. Raises UserError for files that are not what they should be.
+    num_heads overrides what the file's model name says; tokenizers {modality: folder} are written into the model's
+    config; ema: take the averaged weights (`model_ema`) instead. Raises UserError for files that are not what they
+    should be.
     """
-    state, args = read_checkpoint(path)
+    state, args = read_checkpoint(path, ema)
+    left_out: list[str] = []
     if "mask_token" in state:
-        module = convert_model(state, _size_name(args), num_heads, tokenizers or {}, path)
+        module = convert_model(state, _size_name(args), num_heads, tokenizers or {}, path, left_out)
+        module.generation = {m.name: RECIPES[m.name] for m in module.modalities if m.name in RECIPES}
         found = ", ".join(f"{m.name} {list(m.grid)} of {m.vocab_size}" for m in module.modalities)
         line = f"EgoM2P: {found}; {module.args}"
     elif "quantize._codebook.embed" in state:
@@ -67,39 +75,81 @@ def import_released(path: Path, out: Path, num_heads: int | None = None,
     else:
         raise UserError(f"{path}: neither an EgoM2P checkpoint (no 'mask_token') nor a motion tokenizer (no "
                         f"'quantize._codebook.embed')")
-    if isinstance(module, EgoM2P):
-        module.generation = {m.name: RECIPES[m.name] for m in module.modalities if m.name in RECIPES}
     module.save_pretrained(out)
-    return line
+    return line + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
-    """State dict and arguments of a released file, by the restricted unpickler."""
+def read_checkpoint(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], argparse.Namespace]:
+    """State dict and arguments of a released file, by the restricted unpickler; DDP's and the compiler's prefixes are
+    stripped."""
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except UnpicklingError as error:
-        raise UserError(f"{path}: refused, it holds more than tensors and an argparse.Namespace "
-                        f"({_first_line(error)})") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: refused, it holds more than tensors, numbers and an argparse.Namespace "
+                        f"({_culprit(error)})") from error
+    except Exception as error:  # a malformed pickle fails in any way, and runs nothing
         raise UserError(f"{path}: not a whole torch checkpoint ({_first_line(error)}); expected a pickled dict with "
                         f"'model' and 'args'") from error
-    state = content.get("model") if isinstance(content, dict) else None
+    name = "model_ema" if ema else "model"
+    state = content.get(name) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path}: expected a dict with 'model' (a state dict of tensors) and 'args'; found "
-                        f"{sorted(content) if isinstance(content, dict) else type(content).__name__}")
+        raise UserError(f"{path}: expected a dict with '{name}' (a state dict of tensors) and 'args'; found "
+                        f"{sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__}")
     args = content.get("args", argparse.Namespace())
-    return state, args if isinstance(args, argparse.Namespace) else argparse.Namespace()
+    return strip_prefixes(state), args if isinstance(args, argparse.Namespace) else argparse.Namespace()
+
+
+class _Dtype:
+    """Stands for numpy.dtype in a pickle: a code and a byte order, and no numpy object that a file could reach."""
+
+    def __init__(self, code: str = "", *_: object) -> None:
+        self.code, self.order = str(code), "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = str(state[1])
+
+
+def _scalar(dtype: _Dtype, raw: bytes = b"") -> float | int | bool | None:
+    """Stands for numpy's scalars, which the released schedules leave in the optimizer's groups: a number, or None for
+    what is none."""
+    letter = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I",
+              "u2": "H",
+              "u1": "B", "b1": "?"}.get(getattr(dtype, "code", ""))
+    if letter is None or not isinstance(raw, bytes) or len(raw) != struct.calcsize(f"<{letter}"):
+        return None
+    return struct.unpack((">" if dtype.order == ">" else "<") + letter, raw)[0]
+
+
+# All that a released file asks for beside tensors and plain containers, by numpy 1's names and numpy 2's.
+# (`_codecs.encode`, which turns the scalars' bytes from text, is on torch's own list.)
+SAFE = [argparse.Namespace, (_Dtype, "numpy.dtype"), (_scalar, "numpy.core.multiarray.scalar"),
+        (_scalar, "numpy._core.multiarray.scalar")]
+
+
+def _culprit(error: UnpicklingError) -> str:
+    """What the restricted unpickler stumbled on, without the advice and the terminal escapes of its message."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    found = re.search(r"GLOBAL (\S+)", text) or re.search(r"(Can only \w+ [^\n]{0,120})", text)
+    if found:
+        return f"it asks for {found[1]}" if found[0].startswith("GLOBAL") else found[1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:160] if lines else "unreadable"
 
 
 def convert_model(state: dict[str, Tensor], size_name: str, num_heads: int | None, tokenizers: dict[str, str],
-                  path: Path | str) -> EgoM2P:
-    """A released state dict -> EgoM2P. Sizes come from tensor shapes."""
-    names = sorted({m[1] for k in state if (m := re.match(r"encoder_embeddings\.(\w+)\.", k))},
+                  path: Path | str, left_out: list[str] | None = None) -> EgoM2P:
+    """A released state dict -> EgoM2P. Sizes come from tensor shapes. Modalities without tokens of their own (ReViV's
+    raw pictures, which have a projection instead) have no place in it: their names are added to `left_out`."""
+    found = dict.fromkeys(m[1] for k in state if (m := re.match(r"(?:encoder|decoder)_embeddings\.([^.]+)\.", k)))
+    names = sorted((n for n in found if f"encoder_embeddings.{n}.token_emb.weight" in state),
                    key=lambda n: [*MODALITIES, n].index(n))
+    raw = [n for n in found if n not in names]
+    if left_out is not None:
+        left_out += [f"{n} (raw input, no tokens)" for n in raw]
     if not names or "encoder.0.mlp.fc1.weight" not in state:
         raise UserError(f"{path}: no 'encoder_embeddings' or no encoder block in it; the file is cut off or of another "
                         f"model")
@@ -119,12 +169,18 @@ def convert_model(state: dict[str, Tensor], size_name: str, num_heads: int | Non
               for side in ("encoder", "decoder")]
     modalities = ModalitySet(_modality(name, state, dim, tokenizers, path) for name in names)
     model = EgoM2P(modalities, ModelArgs(dim, heads, *depths, mlp_ratio=ratio, variant=variant))
-    _load(model, {new: v for k, v in state.items() if (new := _model_name(k))}, path)
+    dropped = tuple(f"{side}_embeddings.{n}." for side in ("encoder", "decoder") for n in raw)
+    kept = {k: v for k, v in state.items() if not k.startswith(dropped)}
+    _load(model, {new: v for k, v in kept.items() if (new := _model_name(k))}, path)
     return model
 
 
 def convert_motion(state: dict[str, Tensor], num_heads: int | None, path: Path | str) -> MotionTokenizer:
     """A released camera or gaze VQ-VAE -> MotionTokenizer. Codes keep their norms."""
+    if state.get("encoder.conv.weight", torch.empty(0)).ndim == 4:
+        raise UserError(f"{path}: a ReViV hand or body tokenizer, whose patches span joints and frames; only camera "
+                        f"and gaze "
+                        "tokenizers are imported (tokens of hands and body are read as they are)")
     try:
         dim, channels, stride = state["encoder.conv.weight"].shape
         codes = state["quantize._codebook.embed"].reshape(-1, state["quant_proj.weight"].shape[0])
@@ -157,21 +213,25 @@ def _modality(name: str, state: dict[str, Tensor], dim: int, tokenizers: dict[st
     table = state.get(f"encoder_embeddings.{name}.pos_emb")
     if table is None:
         raise UserError(f"{path}: no position table 'encoder_embeddings.{name}.pos_emb'")
-    return Modality(ours, vocab_size, _grid(table.reshape(-1, dim)), kind, tokenizer=tokenizers.get(ours, ""))
+    grid, positions = _grid(table.reshape(-1, dim), name, path)
+    return Modality(ours, vocab_size, grid, kind, tokenizer=tokenizers.get(ours, ""), positions=positions)
 
 
-def _grid(table: Tensor) -> tuple[int, ...]:
-    """(n,) for a 1-D table, else 5 x sqrt(n / 5) x sqrt(n / 5)."""
+def _grid(table: Tensor, name: str, path: Path | str) -> tuple[tuple[int, ...], str]:
+    """The grid and the kind of position table whose entries these are; UserError when there is none."""
     count, dim = table.shape
-    if torch.allclose(table, position_table((count,), dim), atol=1e-4):
-        return (count,)
     side = math.isqrt(count // 5)
-    return (5, side, side) if 5 * side * side == count else (count,)
+    grids = [((count,), "axes"), ((5, side, side), "axes"), ((30, count // 30), "reviv")]
+    for grid, kind in grids:
+        fits = math.prod(grid) == count and not (kind == "reviv" and dim % 4)
+        if fits and torch.allclose(table, position_table(grid, dim, kind), atol=1e-4):
+            return grid, kind
+    raise UserError(f"{path}: the position table of '{name}' ({count} x {dim}) is none that is known here")
 
 
 def _model_name(key: str) -> str:
     """Our name of a released parameter; "" for those derived (position tables, tied and zero-bias buffers)."""
-    match = re.match(r"(encoder|decoder)_embeddings\.(\w+)\.(.*)", key)
+    match = re.match(r"(encoder|decoder)_embeddings\.([^.]+)\.(.*)", key)
     if match:
         side, released, rest = match.groups()
         name = MODALITIES.get(released, (released.removeprefix("tok_"), ""))[0]

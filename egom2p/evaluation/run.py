@@ -84,11 +84,12 @@ def evaluate(model: EgoM2P, task_names: Iterable[str], data: str, recipes: dict[
 
 class _Runner:
     def __init__(self, model: EgoM2P, task_names: list[str], data: str, recipes: dict[str, TargetArgs], limit: int,
-                 seed: int, shown: int, out: Path | None, measures: MeasureArgs, world: World | None) -> None:
+                 seed: int, shown: int, out: Path | None, measures: MeasureArgs, world: World | None,
+                 trust_torchscript: bool = False) -> None:
         self.model, self.recipes, self.seed, self.shown = model, recipes_of(model.generation, recipes), seed, shown
         self.tasks = [Task.parse(name, model.modalities.names) for name in task_names]
         used = {n for t in self.tasks for n in (*t.inputs, t.target)}
-        self.loaded = tokenizers.load_for(model.modalities, used, model.device)
+        self.loaded = tokenizers.load_for(model.modalities, used, model.device, model.folder, trust_torchscript)
         self.sources = {t.modality.clip_signal for t in self.loaded.values()}
         self.measures = {name: MEASURES[t.modality.signal](measures) for name, t in self.loaded.items()}
         self.clips = ClipIndex(data)
@@ -226,10 +227,11 @@ class _Runner:
         return rows
 
 
-def evaluate_to(out: Path, model: EgoM2P, protocol: ProtocolConfig, world: World | None = None) -> Evaluation:
+def evaluate_to(out: Path, model: EgoM2P, protocol: ProtocolConfig, world: World | None = None,
+                trust_torchscript: bool = False) -> Evaluation:
     """Evaluate as a protocol says, resuming what `out` holds; results.json, clips.json and plots go there."""
     runner = _Runner(model, list(protocol.tasks), protocol.data, protocol.recipes, protocol.limit, protocol.seed, 0,
-                     out, protocol.measures, world)
+                     out, protocol.measures, world, trust_torchscript)
     evaluation = runner.run()
     if runner.rank == 0:
         write_results(out, evaluation, {"protocol": to_plain(protocol)})

@@ -63,20 +63,23 @@ class Prediction:
 class Pipeline:
     """A model with the tokenizers of the modalities in use."""
 
-    def __init__(self, model: EgoM2P) -> None:
-        self.model = model
+    def __init__(self, model: EgoM2P, trust_torchscript: bool = False) -> None:
+        self.model, self.trust_torchscript = model, trust_torchscript
         self._tokenizers: dict[str, Tokenizer] = {}
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "Pipeline":
-        """An export, a run or a Hub repository of EgoM2P."""
-        return cls(EgoM2P.from_pretrained(source, device))
+    def from_pretrained(cls, source: str | Path, device: str = "cpu", trust_torchscript: bool = False) -> "Pipeline":
+        """An export, a run or a Hub repository of EgoM2P. trust_torchscript: run TorchScript networks that it brings
+        along."""
+        return cls(EgoM2P.from_pretrained(source, device), trust_torchscript)
 
     def tokenizer(self, name: str) -> Tokenizer:
         if name not in self.model.modalities.names:
             raise UserError(f"the model has no modality '{name}'; it has {', '.join(self.model.modalities.names)}")
         if name not in self._tokenizers:
-            self._tokenizers.update(tokenizers.load_for(self.model.modalities, [name], self.model.device))
+            model = self.model
+            self._tokenizers |= tokenizers.load_for(model.modalities, [name], model.device, model.folder,
+                                                    self.trust_torchscript)
         return self._tokenizers[name]
 
     def recipes(self, given: dict[str, TargetArgs] | None = None) -> Recipes:

@@ -54,7 +54,6 @@ def generate_files(pipeline: Pipeline, inputs: Sequence[Path], out: Path,
         try:
             folders.append(_generate_file(pipeline, path, out / name, args))
         except UserError as error:
-            log.error("%s", error)
             failed[path] = str(error)
     return folders, failed
 

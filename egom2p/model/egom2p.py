@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from egom2p.config import read_json
 from egom2p.data.batch import FlatTokens, MaskedSample, PackedBatch, PackedTokens, pack
 from egom2p.export import Exportable, resolve_folder
-from egom2p.modalities import ModalitySet
+from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.attention import Segments, permute_rows
 from egom2p.model.blocks import STYLES, DecoderBlock, EncoderBlock, init_weights, layer_norm
 from egom2p.model.loss import weighted_cross_entropy
@@ -51,11 +51,11 @@ class ModelArgs:
 class ModalityEmbedding(nn.Module):
     """Token table (vocab, dim) of the encoder, modality vector (dim,) and fixed position table (n, dim)."""
 
-    def __init__(self, vocab_size: int, grid: tuple[int, ...], dim: int) -> None:
+    def __init__(self, modality: Modality, dim: int) -> None:
         super().__init__()
-        self.token = nn.Embedding(vocab_size, dim)
+        self.token = nn.Embedding(modality.vocab_size, dim)
         self.modality = nn.Parameter(torch.empty(dim))
-        self.register_buffer("position", position_table(grid, dim), persistent=False)
+        self.register_buffer("position", position_table(modality.grid, dim, modality.positions), persistent=False)
 
     @torch.no_grad()
     def reset(self, token_std: float) -> None:
@@ -79,9 +79,10 @@ class EgoM2P(Exportable):
         super().__init__()
         self.modalities, self.args = modalities, args
         self.generation: dict[str, Any] = {}
+        self.folder: Path | None = None  # where it was loaded from
         style = STYLES[args.variant]
         sizes = (args.dim, args.num_heads, args.mlp_ratio, style)
-        self.embeddings = nn.ModuleDict({m.name: ModalityEmbedding(m.vocab_size, m.grid, args.dim) for m in modalities})
+        self.embeddings = nn.ModuleDict({m.name: ModalityEmbedding(m, args.dim) for m in modalities})
         self.mask_token = nn.Parameter(torch.empty(args.dim))
         self.encoder = nn.ModuleList(EncoderBlock(*sizes) for _ in range(args.encoder_depth))
         self.encoder_norm = layer_norm(args.dim, style)
@@ -126,6 +127,7 @@ class EgoM2P(Exportable):
         """See `Exportable.from_pretrained`; `generation.json` beside the config says how it wants to be asked."""
         folder = resolve_folder(source)
         model = super().from_pretrained(folder, device)
+        model.folder = folder
         if (folder / GENERATION).is_file():
             model.generation = read_json(folder / GENERATION)
         return model

@@ -11,8 +11,11 @@ from torch import Tensor
 BASE = 10000.0
 
 
-def position_table(grid: tuple[int, ...], dim: int) -> Tensor:
-    """(prod(grid), dim) float32. `dim` must be even; channels are dealt to the axes in even shares."""
+def position_table(grid: tuple[int, ...], dim: int, kind: str = "axes") -> Tensor:
+    """(prod(grid), dim) float32. `dim` must be even; channels are dealt to the axes in even shares. kind `reviv`: see
+    `reviv_table`."""
+    if kind == "reviv":
+        return reviv_table(grid, dim)
     if dim % 2:
         raise ValueError(f"a position table needs an even dim, not {dim}")
     if len(grid) == 1:
@@ -21,6 +24,17 @@ def position_table(grid: tuple[int, ...], dim: int) -> Tensor:
     coordinates = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, len(grid))
     columns = [_interleaved(coordinates[:, axis], share) for axis, share in enumerate(_shares(dim, len(grid)))]
     return torch.from_numpy(np.concatenate(columns, 1).astype(np.float32))
+
+
+def reviv_table(grid: tuple[int, ...], dim: int) -> Tensor:
+    """ReViV's table for hands and body, whose tokens lie as (frames, groups) while the table is made for (groups,
+    frames): row n has the angles of n // frames, then those of n % frames, sines before cosines."""
+    if len(grid) != 2 or dim % 4:
+        raise ValueError(f"a reviv position table needs a grid of two axes and a dim that divides by 4, not {grid}, "
+                         f"{dim}")
+    rows = np.arange(grid[0] * grid[1])
+    parts = [f(_angles(n, dim // 4)) for n in (rows // grid[0], rows % grid[0]) for f in (np.sin, np.cos)]
+    return torch.from_numpy(np.concatenate(parts, 1).astype(np.float32))
 
 
 def _shares(dim: int, axes: int) -> list[int]:

@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
+from egom2p import resources
 from egom2p.config import read_json
 from egom2p.errors import UserError
 from egom2p.export import CONFIG, resolve_folder
@@ -25,8 +28,13 @@ def load(source: str | Path, device: str = "cpu") -> Tokenizer:
     return KINDS[kind].from_pretrained(folder, device)
 
 
-def load_for(modalities: ModalitySet, names: Iterable[str], device: str = "cpu") -> dict[str, Tokenizer]:
-    """The tokenizers of the named modalities of a model, checked against its grids."""
+def load_for(modalities: ModalitySet, names: Iterable[str], device: str | torch.device = "cpu",
+             model_folder: Path | None = None, trust_torchscript: bool = False) -> dict[str, Tokenizer]:
+    """The tokenizers of the named modalities of a model, checked against its grids.
+
+    model_folder: where the model's export lies. TorchScript is a program: what a model brings along, inside its folder
+    or from a repository that its config names, is run only with trust_torchscript.
+    """
     loaded = {}
     for name in sorted(names):
         modality = modalities.by_name(name)
@@ -34,9 +42,19 @@ def load_for(modalities: ModalitySet, names: Iterable[str], device: str = "cpu")
             raise UserError(f"modality '{name}' names no tokenizer; set modalities.{name}.tokenizer in the model's "
                             f"config.json")
         tokenizer = loaded[name] = load(modality.tokenizer).to(device)
+        tokenizer.trusted = trust_torchscript or _is_own(modality.tokenizer, model_folder)
         own = tokenizer.modality
         if (own.vocab_size, own.grid) != (modality.vocab_size, modality.grid):
             raise UserError(f"tokenizer {modality.tokenizer} makes {list(own.grid)} tokens of {own.vocab_size} ids, "
                             f"but the "
                             f"model's '{name}' is {list(modality.grid)} of {modality.vocab_size}")
     return loaded
+
+
+def _is_own(tokenizer: str, model_folder: Path | None) -> bool:
+    """Whether a tokenizer is a folder of the user's own or a shipped one, not one that came inside a model's folder or
+    that its config fetches from the Hub."""
+    place = resources.locate(tokenizer)
+    if not place.exists():
+        return False
+    return model_folder is None or not place.resolve().is_relative_to(model_folder.resolve())

@@ -40,6 +40,7 @@ class Tokenizer(Exportable):
     kind: str
     modality: Modality
     signal: NetworkUnits
+    trusted = True  # whether programs (TorchScript) that came with it may be run; see `tokenizers.load_for`
 
     def __init__(self, modality: Modality, args: Any) -> None:
         super().__init__()

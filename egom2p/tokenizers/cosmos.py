@@ -137,12 +137,20 @@ class CosmosTokenizer(Tokenizer):
     def _network(self, name: str) -> Any:
         if name not in self._networks:
             path = self._folder() / name
+            if not self.trusted and not self._is_nvidias():
+                raise UserError(f"{path}: TorchScript is a program, and this one came along with a model; run again "
+                                f"with "
+                                "--trust-torchscript if you trust its author, or name your own copy as the tokenizer")
             try:
                 self._networks[name] = torch.jit.load(path, map_location=self._device).eval().to(self.dtype)
             except (RuntimeError, ValueError, OSError) as error:
                 reason = str(error).splitlines()[0][:120]
                 raise UserError(f"{path}: not a readable TorchScript file ({reason})") from error
         return self._networks[name]
+
+    def _is_nvidias(self) -> bool:
+        """Whether the files are fetched from NVIDIA's own repositories."""
+        return self._local_folder() is None and self.args.source.startswith("nvidia/")
 
     def _local_folder(self) -> Path | None:
         for folder in (self.beside, Path(self.args.source)):

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from egom2p.data.masking import MaskArgs, Masker
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.egom2p import ModelArgs
 from egom2p.model.positions import position_table
-from tests.conftest import run_cli
+from tests.conftest import SHARED, run_cli
 from tests.model.test_parity import reference, write_released
 
 
@@ -143,3 +144,139 @@ def run_once(model, dtype, rng):
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_numpy_scalars_of_the_schedules_by_both_names(tmp_path, core):
+    """What the released training loop leaves in the optimizer's groups, as numpy 1 and numpy 2 pickle it."""
+    state = dict(reference("vqvae_cam")["state_dict"])
+    groups = [{"lr": np.float64(1e-4), "weight_decay": np.float32(0.05), "step": np.int64(7)}]
+    write_released(tmp_path / "a.pth", state, optimizer={"state": {}, "param_groups": groups}, domain="cam")
+    rename_pickle(tmp_path / "a.pth", b"numpy._core.multiarray", f"{core}.multiarray".encode())
+    done = run_cli("import-released", tmp_path / "a.pth", "--out", tmp_path / "out", "--num-heads", 4)
+    assert "tokenizer 'cam'" in done.stdout
+
+
+def rename_pickle(path, old: bytes, new: bytes) -> None:
+    """Change a module's name in the pickle inside a torch file."""
+    import zipfile
+
+    members = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            members[info.filename] = archive.read(info)
+    for name, data in members.items():
+        if name.endswith("data.pkl"):
+            assert b"multiarray" in data
+            members[name] = data.replace(b"c" + old + b"\n", b"c" + new + b"\n")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize(("name", "heads"), [("main_swiglu_numpy1", "model_swiglu"), ("camera", "vqvae_cam")])
+def test_checkpoints_as_the_released_code_writes_them(tmp_path, name, heads):
+    path = SHARED / f"data/released/{name}.pth"
+    if not path.exists():
+        pytest.skip(f"the released-style checkpoints are not at {path.parent}")
+    run_cli("import-released", path, "--out", tmp_path, "--num-heads", 4)
+    given = reference(heads)
+    if name == "camera":
+        assert torch.equal(tokenizers.load(tmp_path).encode_normalized(given["input"]), given["ids"])
+        return
+    logits = EgoM2P.from_pretrained(tmp_path).masked_logits(given["tokens"], given["is_input"], given["is_target"])
+    assert all((logits[n] - e).abs().max() < 1e-4 for n, e in given["logits"].items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_prefixes_are_stripped(tmp_path, prefix):
+    state = {prefix + k: v for k, v in reference("vqvae_cam")["state_dict"].items()}
+    write_released(tmp_path / "a.pth", state, domain="cam")
+    run_cli("import-released", tmp_path / "a.pth", "--out", tmp_path / "out", "--num-heads", 4)
+    given = reference("vqvae_cam")
+    assert torch.equal(tokenizers.load(tmp_path / "out").encode_normalized(given["input"]), given["ids"])
+
+
+def test_averaged_weights(tmp_path):
+    state = reference("vqvae_cam")["state_dict"]
+    worse = {k: torch.zeros_like(v) for k, v in state.items()}
+    torch.save({"model": worse, "model_ema": dict(state), "args": argparse.Namespace()}, tmp_path / "a.pth")
+    run_cli("import-released", tmp_path / "a.pth", "--out", tmp_path / "out", "--num-heads", 4, "--ema")
+    given = reference("vqvae_cam")
+    assert torch.equal(tokenizers.load(tmp_path / "out").encode_normalized(given["input"]), given["ids"])
+    torch.save({"model": dict(state), "args": argparse.Namespace()}, tmp_path / "b.pth")
+    done = run_cli("import-released", tmp_path / "b.pth", "--out", tmp_path / "c", "--ema", check=False)
+    assert done.returncode == 2
+    assert "model_ema" in done.stderr
+
+
+@pytest.mark.parametrize("thing", [Malicious(), Path("x"), np.zeros(3), np.str_("text")],
+                         ids=lambda t: type(t).__name__)
+def test_a_refusal_names_what_it_stumbled_on(tmp_path, thing):
+    torch.save({"model": {}, "args": argparse.Namespace(x=thing)}, tmp_path / "a.pth")
+    done = run_cli("import-released", tmp_path / "a.pth", "--out", tmp_path / "out", check=False)
+    assert done.returncode == 2
+    assert "\x1b" not in done.stderr
+    assert "Please file an issue" not in done.stderr
+    if not isinstance(thing, np.str_):  # its dtype is a stand-in here, and the value becomes nothing
+        assert any(word in done.stderr for word in ("system", "Path", "_reconstruct"))
+
+
+def test_a_scalar_that_would_be_a_pointer_is_nothing(tmp_path):
+    """Numpy's own scalar of an object dtype takes the file's bytes as an address."""
+    from egom2p.compat.released import _Dtype, _scalar
+
+    for code, raw in (("O8", bytes(8)), ("V8", bytes(8)), ("f8", bytes(4)), ("U3", bytes(12))):
+        assert _scalar(_Dtype(code, False, True), raw) is None
+    dtype = _Dtype("f8", False, True)
+    dtype.__setstate__((3, ">", None, None, None, -1, -1, 0))
+    assert _scalar(dtype, np.array(2.5, ">f8").tobytes()) == 2.5
+
+
+def test_reviv_checkpoints(tmp_path):
+    """Hands and body have tokens and a table of their own; raw pictures have a projection and no tokens."""
+    state = dict(reference("model_swiglu")["state_dict"])
+    dim = state["mask_token"].shape[-1]
+    torch.manual_seed(0)
+    for name, vocab in (("tok_lhand", 1024), ("tok_body", 2048)):
+        table = torch.randn(vocab, dim)
+        for side, key in (("encoder", "token_emb.weight"), ("decoder", "token_emb.weight")):
+            state[f"{side}_embeddings.{name}.{key}"] = table
+        state[f"decoder_embeddings.{name}.to_logits.weight"] = table
+        for side in ("encoder", "decoder"):
+            state[f"{side}_embeddings.{name}.mod_emb"] = torch.randn(1, 1, dim)
+            state[f"{side}_embeddings.{name}.pos_emb"] = reviv_positions(dim)[None]
+    for name in ("rgb512", "rgb@256"):
+        state[f"encoder_embeddings.{name}.proj.weight"] = torch.randn(dim, 768)
+        state[f"encoder_embeddings.{name}.pos_emb"] = torch.randn(1, 4096, dim)
+    write_released(tmp_path / "a.pth", state, model="reviv_mini_swiglu")
+    done = run_cli("import-released", tmp_path / "a.pth", "--out", tmp_path / "out", "--num-heads", 4)
+    assert "left out: rgb512 (raw input, no tokens), rgb@256 (raw input, no tokens)" in done.stdout
+    model = EgoM2P.from_pretrained(tmp_path / "out")
+    hand = model.modalities.by_name("lhand")
+    assert (hand.grid, hand.vocab_size, hand.signal, hand.positions) == ((30, 7), 1024, "motion", "reviv")
+    assert torch.allclose(model.embeddings["lhand"].position, reviv_positions(dim), atol=1e-6)
+    state["encoder_embeddings.tok_body.pos_emb"] = torch.randn(1, 210, dim)
+    write_released(tmp_path / "b.pth", state, model="reviv_mini_swiglu")
+    done = run_cli("import-released", tmp_path / "b.pth", "--out", tmp_path / "x", "--num-heads", 4, check=False)
+    assert done.returncode == 2
+    assert "position table of 'tok_body'" in done.stderr
+
+
+def reviv_positions(dim: int) -> torch.Tensor:
+    """As a meshgrid of (7 groups, 30 frames) flattened, which is what the authors' code makes of it."""
+    quarter = dim // 4
+    rates = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    w, h = torch.meshgrid(torch.arange(7.0, dtype=torch.float64), torch.arange(30.0, dtype=torch.float64),
+                          indexing="ij")
+    angles = [w.reshape(-1, 1) * rates, h.reshape(-1, 1) * rates]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
+
+
+def test_a_hand_tokenizer_is_named(tmp_path):
+    state = dict(reference("vqvae_cam")["state_dict"])
+    state["encoder.conv.weight"] = torch.zeros(24, 3, 2, 3)
+    write_released(tmp_path / "a.pth", state, domain="lhand")
+    done = run_cli("import-released", tmp_path / "a.pth", "--out", tmp_path / "out", check=False)
+    assert done.returncode == 2
+    assert "hand or body tokenizer" in done.stderr

@@ -2,6 +2,7 @@
 grid."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -66,3 +67,25 @@ def test_real_token_grids(released_like, examples, tmp_path):
                    "--out", tmp_path, check=False)
     assert done.returncode == 2
     assert "rgb2cam_egoexo.npz" in done.stderr
+
+
+def test_programs_that_come_with_a_model(released_like, tmp_path):
+    """A .jit file is a program: inside a model's own folder it runs only when the user says so; beside it, as a folder
+    that the user wrote down, it runs."""
+    bundle = tmp_path / "model"
+    shutil.copytree(released_like / "model", bundle)
+    shutil.copytree(released_like / "rgb", bundle / "rgb")
+    shutil.copytree(released_like / "gaze", bundle / "gaze")
+    config = json.loads((bundle / "config.json").read_text())
+    for name, entry in config["modalities"].items():
+        entry["tokenizer"] = str(bundle / name)
+    (bundle / "config.json").write_text(json.dumps(config))
+    command = ("generate", bundle, "--targets", "gaze", "--inputs", released_like / "walk.mp4",
+               "--out", tmp_path / "out")
+    done = run_cli(*command, check=False)
+    assert done.returncode == 2
+    assert "encoder.jit: TorchScript is a program" in done.stderr
+    assert "--trust-torchscript" in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("egom2p:")]) == 1
+    run_cli(*command, "--trust-torchscript")
+    assert (tmp_path / "out/walk/gaze.npy").exists()
