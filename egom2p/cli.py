@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,24 +12,30 @@ from egom2p.errors import Preempted, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a user's mistake prints one line and returns 2, a run that was asked to stop and saved returns
-    75."""
+    """Run one command and return its exit code: 0; 1 when part of the work failed; 2 after one line about a mistake of
+    the user's; 75 when a run was asked to stop and saved; 130 after Ctrl-C; 141 when the reader of the output left."""
     parser = _parser()
     args = parser.parse_args(argv)
     _set_up_logging()
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"egom2p: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("egom2p: interrupted; start the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe went away (`| head`); nothing may be printed there any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Preempted as stopped:
         print(f"egom2p: {stopped}", file=sys.stderr)
         return Preempted.EXIT_CODE
 
 
 def _set_up_logging() -> None:
-    import os
-
     level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "matplotlib", "PIL", "fsspec"):

@@ -35,7 +35,26 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
+    for item in overrides:
+        key, _, text = item.partition("=")
+        _keep_text(cls, values, key.split("."), text)
     return build(cls, values, "", str(path))
+
+
+def _keep_text(kind: Any, tree: Any, keys: list[str], text: str) -> None:
+    """Where a field is text, `key=4711` means the text 4711, not the number that YAML sees in it."""
+    if not isinstance(tree, dict) or keys[0] not in tree:
+        return
+    if dataclasses.is_dataclass(kind):
+        kind = typing.get_type_hints(kind).get({_key(f): f.name for f in dataclasses.fields(kind)}.get(keys[0], ""))
+    elif typing.get_origin(kind) is dict:
+        kind = typing.get_args(kind)[1]
+    options = [o for o in typing.get_args(kind) or (kind,) if o is not type(None)]
+    if len(keys) > 1:
+        _keep_text(options[0] if typing.get_origin(kind) in (typing.Union, types.UnionType) else kind,
+                   tree[keys[0]], keys[1:], text)
+    elif options == [str] and isinstance(tree[keys[0]], (bool, int, float)):
+        tree[keys[0]] = text
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
@@ -164,8 +183,8 @@ def _build_scalar(cls: Any, value: Any, where: str, file: str) -> Any:
     if cls is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool) != (cls is bool) or not isinstance(value, cls):
-        raise _wrong_type(where, file, {"int": "a whole number", "float": "a number"}.get(cls.__name__, cls.__name__),
-                          value)
+        wanted = {"int": "a whole number", "float": "a number", "str": "text (in quotes)"}
+        raise _wrong_type(where, file, wanted.get(cls.__name__, cls.__name__), value)
     return value
 
 

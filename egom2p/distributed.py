@@ -115,6 +115,8 @@ def _leave_at_once(error: BaseException, heartbeats: "_Heartbeats") -> None:
     """End this process without waiting for the others, its own error shown."""
     if isinstance(error, UserError):
         print(f"egom2p: {error}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print("egom2p: interrupted; start the same command again to go on", file=sys.stderr)
     elif isinstance(error, RuntimeError) and _is_collective(error):
         print(f"egom2p: rank {heartbeats.world.rank}: {heartbeats.missing()} ({' '.join(str(error).split())[:200]}). "
               "The last checkpoint is whole; start the same command again to resume", file=sys.stderr)
@@ -122,7 +124,7 @@ def _leave_at_once(error: BaseException, heartbeats: "_Heartbeats") -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2 if isinstance(error, UserError) else 1)
+    os._exit(2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 # What the backends say when another rank is gone; the wording depends on where in a collective they were.

@@ -6,6 +6,8 @@ is requeued or goes on next week runs what was submitted, whatever happens to th
 
 import filecmp
 import logging
+import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from egom2p.training.pretraining import PretrainConfig
 log = logging.getLogger(__name__)
 
 TEMPLATE = Path("scripts/slurm/train.sbatch")
+FROZEN = "frozen"
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,14 @@ def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path 
     if not template.is_file():
         raise UserError(f"no SLURM script {template}; name one with --template")
     resolved = load(PretrainConfig, config, overrides)
-    frozen = freeze(Path(resolved.run.dir), dump(resolved),
-                    fill(template.read_text(), {"job-name": Path(resolved.run.dir).name, **job.options}))
-    environment = {**job.environment, "FROZEN": str(frozen.resolve())}
-    command = ["sbatch", "--parsable", f"--export={','.join(['ALL', *(f'{k}={v}' for k, v in environment.items())])}"]
+    run_dir = Path(resolved.run.dir)
+    environment = {**job.environment, "FROZEN": str((run_dir / FROZEN).resolve())}
+    frozen = freeze(run_dir, dump(resolved),
+                    fill(template.read_text(), {"job-name": run_dir.name, **job.options}, environment))
+    command = ["sbatch", "--parsable"]
     chained = ["--dependency=singleton"] if job.chain > 1 else []
     command += [*chained, str(frozen / "train.sbatch"), str((frozen / "config.yaml").resolve())]
-    (frozen / "submit.sh").write_text(" ".join(command) + "\n")
+    (frozen / "submit.sh").write_text(shlex.join(command) + "\n")
     if not send:
         return []
     return [_send(command) for _ in range(job.chain)]
@@ -54,7 +58,7 @@ def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path 
 
 def freeze(run_dir: Path, config: str, script: str) -> Path:
     """Copy the package, configuration and script into RUN/frozen. A run frozen before must be the same run."""
-    frozen = run_dir / "frozen"
+    frozen = run_dir / FROZEN
     if (frozen / "config.yaml").exists() and (frozen / "config.yaml").read_text() != config:
         raise UserError(f"{frozen / 'config.yaml'} differs from the configuration given now; choose another run.dir, "
                         f"or remove {frozen} to freeze anew")
@@ -72,17 +76,26 @@ def freeze(run_dir: Path, config: str, script: str) -> Path:
     return frozen
 
 
-def fill(script: str, options: dict[str, str]) -> str:
-    """The script with its #SBATCH lines set: replaced where it has the option, added where it lacks it, dropped for
-    ""."""
+def fill(script: str, options: dict[str, str], environment: dict[str, str]) -> str:
+    """The script with its #SBATCH lines set (replaced where it has the option, added where it lacks it, dropped for
+    "") and, below them, its variables. sbatch's --export could not hand on a value with a comma."""
     lines, left = [], dict(options)
     for line in script.splitlines():
         name = line.removeprefix("#SBATCH --").partition("=")[0] if line.startswith("#SBATCH --") else ""
         if name not in left:
             lines.append(line)
         elif (value := left.pop(name)) != "":
-            lines.append(f"#SBATCH --{name}={value}")
-    return "\n".join([lines[0], *(f"#SBATCH --{k}={v}" for k, v in left.items() if v != ""), *lines[1:]]) + "\n"
+            lines.append(_option(name, value))
+    lines[1:1] = [_option(k, v) for k, v in left.items() if v != ""]
+    header = max(i for i, line in enumerate(lines) if i == 0 or line.startswith("#SBATCH")) + 1
+    lines[header:header] = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _option(name: str, value: str) -> str:
+    """An #SBATCH line; sbatch cuts a value at a blank unless it is in quotes."""
+    quoted = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"#SBATCH --{name}={quoted if re.search(r'[^-!$-~]', value) else value}"
 
 
 def _send(command: list[str]) -> str:

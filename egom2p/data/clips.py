@@ -115,6 +115,11 @@ class ClipIndex:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size and modification time of each tar: what tells clips that were replaced from the old ones."""
+        tars = {tar.path: tar for _, tar, _ in self.rows}
+        return [(tar.path.name, tar.size, tar.mtime_ns) for tar in tars.values()]
+
     def read(self, number: int, only: set[str] | None = None) -> Clip:
         """Clip `number` with its signals, or those named in `only`. Raises DamagedClip."""
         key, tar, members = self.rows[number]

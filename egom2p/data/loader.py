@@ -8,7 +8,14 @@ state but the step is needed to go on.
 import hashlib
 import heapq
 import logging
+import multiprocessing.context
+import multiprocessing.popen_fork
+import multiprocessing.process
+import multiprocessing.queues
+import os
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +28,7 @@ from egom2p.data.batch import MaskedSample, PackedBatch, pack
 from egom2p.data.masking import MaskArgs, Masker
 from egom2p.data.order import MixtureOrder, PassOrder
 from egom2p.data.remote import ShardCache
-from egom2p.data.tokens import DEFAULT_CACHE, TokenDataset
+from egom2p.data.tokens import TokenDataset, default_cache
 from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import ModalitySet
 
@@ -62,7 +69,7 @@ class DataArgs(SourceArgs):
     retry_s: float = 300.0
 
     def shard_cache(self) -> ShardCache:
-        return ShardCache(Path(self.cache) if self.cache else DEFAULT_CACHE, self.cache_gb * 1e9, self.retry_s)
+        return ShardCache(Path(self.cache) if self.cache else default_cache(), self.cache_gb * 1e9, self.retry_s)
 
 
 @dataclass
@@ -221,18 +228,86 @@ class StepDataset(Dataset):
 
 def step_loader(dataset: StepDataset, steps: range, workers: int) -> Iterator[StepBatch]:
     """Steps in order, read ahead by `workers` processes (0 = here)."""
-    options = {"prefetch_factor": 4, "multiprocessing_context": "fork", "persistent_workers": False} if workers else {}
-    loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
+    options = {"prefetch_factor": 4, "multiprocessing_context": _WorkerContext()} if workers else {}
+    loader = DataLoader(_Answers(dataset) if workers else dataset, batch_size=None, sampler=steps, num_workers=workers,
                         pin_memory=torch.cuda.is_available(), worker_init_fn=_start_worker if workers else None,
                         **options)
-    return iter(loader)
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        raise _worker_lost(error) from error
+    finally:
+        # The workers end now, not when the last traceback that holds their iterator is gone.
+        getattr(batches, "_shutdown_workers", lambda: None)()
+
+
+class _Answers(Dataset):
+    """A worker's side of a StepDataset: a user's mistake is an answer, so that it arrives without torch's traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> StepBatch | UserError:
+        try:
+            return self.dataset[step]
+        except UserError as error:
+            return error
+
+
+class _WorkerPopen(multiprocessing.popen_fork.Popen):
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _WorkerProcess(multiprocessing.context.ForkProcess):
+    @staticmethod
+    def _Popen(process: multiprocessing.process.BaseProcess) -> _WorkerPopen:
+        return _WorkerPopen(process)
+
+
+class _WorkerQueue(multiprocessing.queues.Queue):
+    @staticmethod
+    def _on_queue_feeder_error(error: Exception, _: object) -> None:
+        """A batch that cannot be handed over would be printed and dropped, and the training would wait for ever."""
+        print(f"loader worker: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+class _WorkerContext(multiprocessing.context.ForkContext):
+    """Forked processes that are killed where others would be asked to leave with a signal, which loader workers
+    ignore, and that end when they cannot hand over a batch."""
+
+    Process = _WorkerProcess
+
+    def Queue(self, maxsize: int = 0) -> _WorkerQueue:
+        return _WorkerQueue(maxsize, ctx=self)
 
 
 def _start_worker(_: int) -> None:
     """Workers leave signals to the training process, which ends them when it ends."""
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _worker_lost(error: RuntimeError) -> Exception:
+    """What to tell of an error that torch's DataLoader raised because of its workers; any other error as it is."""
+    said = " ".join(str(error).split())
+    if not any(words in said for words in LOST_WORDS):
+        return error
+    shared = f"{shutil.disk_usage('/dev/shm').total / 2**20:.3g} MiB" if Path("/dev/shm").is_dir() else "absent"
+    return UserError(f"a loader worker was lost ({said[:200]}). Memory is full, or /dev/shm, through which workers "
+                     f"hand over their batches ({shared}); give a container more (docker --shm-size=8g), or set fewer "
+                     f"data.workers (0 needs none)")
+
+
+# How torch and the kernel say so (torch/utils/data/dataloader.py, ATen/MapAllocator.cpp).
+LOST_WORDS = ("is killed by signal", "exited unexpectedly", "Bus error", "shared memory", "unable to write to file",
+              "No space left on device")
 
 
 def _with_input_only(modalities: ModalitySet, names: tuple[str, ...]) -> ModalitySet:

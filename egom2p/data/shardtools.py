@@ -44,7 +44,7 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
             problems.append({"file": str(entry.path), "key": "", "problem": entry.damage})
         modality = _modality_of(entry.path, modalities)
         seen: set[str] = set()
-        for key, offset, size in zip(entry.keys, entry.offsets.tolist(), entry.sizes.tolist(), strict=True):
+        for key, _, offset, size in entry.token_files():
             files += 1
             problem = "key occurs twice" if key in seen else _file_problem(entry.path, offset, size, modality, shapes)
             seen.add(key)
@@ -91,12 +91,12 @@ def convert(pattern: str, out: Path) -> int:
     for entry in tqdm(index_tars(_tars(pattern)), desc="convert", unit="shard"):
         if entry.damage:
             raise UserError(f"{entry.path}: {entry.damage}; mend or remove it first, nothing of it was converted")
-        rows = sorted(zip(entry.keys, entry.offsets.tolist(), entry.sizes.tolist(), strict=True))
+        rows = sorted((key, offset, size) for key, _, offset, size in entry.token_files())
         target = out / _modality_name(entry.path) / _place(entry.path)[1] / entry.path.name
         count += _write(target, ((key, read_at(entry.path, offset, size)) for key, offset, size in rows))
     for path in expand_paths(pattern) if not count else []:
         if path.suffix in (".npz", ".npy"):
-            groups.setdefault(path.parent, []).append((path.name.partition(".")[0], path.read_bytes()))
+            groups.setdefault(path.parent, []).append((path.stem, path.read_bytes()))
     for folder, rows in groups.items():
         for number in range(0, len(rows), SHARD_CLIPS):
             target = out / folder.parent.name / folder.name / f"shard-{number // SHARD_CLIPS:06d}.tar"

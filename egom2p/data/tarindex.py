@@ -4,18 +4,24 @@ An entry is rebuilt when its tar's size or modification time changes. A tar that
 to the break and the damage is written down, so that nothing is lost in silence.
 """
 
+import errno
 import io
 import json
 import logging
 import os
+import re
+import resource
+import socket
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import webdataset
+
+from egom2p.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +49,46 @@ class TarEntry:
     sizes: np.ndarray
     damage: str
 
+    def token_files(self) -> Iterator[tuple[str, str, int, int]]:
+        """(key, extension, offset, size) of every file, read as a token file: with one suffix, whatever the key is."""
+        for key, suffix, offset, size in zip(self.keys, self.suffixes, self.offsets.tolist(), self.sizes.tolist(),
+                                             strict=True):
+            name, _, extension = f"{key}.{suffix}".rpartition(".")
+            yield name, extension, offset, size
+
 
 def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> int:
     """Write WebDataset samples (`__key__` and {suffix: bytes}) to one tar, aside and then renamed, so that it is whole
     or absent. Equal samples make equal files. Returns the number of samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.name}.{_writer()}.part")
     count = 0
-    with webdataset.TarWriter(str(aside), mtime=0, encoder=False) as tar:
-        for sample in samples:
-            tar.write(sample)
-            count += 1
-    aside.replace(path)
+    try:
+        with webdataset.TarWriter(str(aside), mtime=0, encoder=False) as tar:
+            for sample in samples:
+                tar.write(sample)
+                count += 1
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
     return count
+
+
+def _writer() -> str:
+    """This process's name among those that may write the same file at once."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, suffix) of a file's name: `P01.5_0003`, `rgb.npy` of `P01.5_0003.rgb.npy`.
+
+    Keys may have dots. WebDataset cuts a name at its first dot; here the suffix is the extension, and for an array or a
+    video the word before it, when that could be a signal's name.
+    """
+    stem, _, suffix = name.rpartition(".")
+    if suffix in ("npy", "npz", "mp4") and (match := re.fullmatch(r"(.+)\.([A-Za-z_]\w*)", stem)):
+        return match[1], f"{match[2]}.{suffix}"
+    return (stem, suffix) if stem else (name, "")
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -91,7 +124,8 @@ def index_tars(paths: list[Path]) -> list[TarEntry]:
 
 _FILES: dict[Path | Fetched, int] = {}
 _FILES_PID = [os.getpid()]
-MAX_OPEN = 256
+# Descriptors kept, a quarter of what the system grants (256 in all on a Mac); the rest is for everybody else.
+MAX_OPEN = max(8, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
 def read_at(path: Path | Fetched, offset: int, size: int, stamp: tuple[int, int] = (-1, 0)) -> bytes:
@@ -118,8 +152,25 @@ def _descriptor(path: Path | Fetched) -> int:
     if path not in _FILES:
         while len(_FILES) >= MAX_OPEN:
             os.close(_FILES.pop(next(iter(_FILES))))
-        _FILES[path] = os.open(path if isinstance(path, Path) else path.local(), os.O_RDONLY)
+        _FILES[path] = _open(path if isinstance(path, Path) else path.local())
     return _FILES[path]
+
+
+def _open(path: Path) -> int:
+    """A descriptor; when the process may open no more files, those kept here are given up first."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+    while _FILES:
+        os.close(_FILES.popitem()[1])
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise UserError("too many open files; raise the limit with `ulimit -n 4096`") from error
 
 
 def _changed(descriptor: int, stamp: tuple[int, int]) -> bool:
@@ -134,8 +185,21 @@ def to_entry(path: Path, record: dict) -> TarEntry:
     suffixes = record["suffixes"]
     if isinstance(suffixes, str):
         suffixes = [suffixes] * len(record["keys"])
-    return TarEntry(path, record["size"], record["mtime_ns"], record["keys"], suffixes,
+    keys, suffixes = _split_again(record["keys"], suffixes)
+    return TarEntry(path, record["size"], record["mtime_ns"], keys, suffixes,
                     np.array(record["offsets"], np.int64), np.array(record["sizes"], np.int64), record["damage"])
+
+
+def _split_again(keys: list[str], suffixes: list[str]) -> tuple[list[str], list[str]]:
+    """Names of an index that was written when they were still cut at the first dot."""
+    if not any("." in suffix for suffix in set(suffixes)):
+        return keys, suffixes
+    pairs = []
+    for key, suffix in zip(keys, suffixes, strict=True):
+        folder, _, name = f"{key}.{suffix}".rpartition("/")
+        stem, rest = split_name(name)
+        pairs.append((f"{folder}/{stem}" if folder else stem, rest))
+    return [k for k, _ in pairs], [s for _, s in pairs]
 
 
 def _scan(path: Path) -> dict:
@@ -151,7 +215,7 @@ def _scan(path: Path) -> dict:
                     damage = f"truncated inside {member.name}"
                     break
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
-                stem, _, suffix = name.partition(".")
+                stem, suffix = split_name(name)
                 keys.append(f"{folder}/{stem}" if folder else stem)
                 suffixes.append(suffix)
                 offsets.append(member.offset_data)
@@ -210,10 +274,16 @@ def _read_index(folder: Path) -> dict[str, dict]:
         return {}
 
 
+_UNWRITABLE: set[Path] = set()  # folders whose index could not be written; said once a process
+
+
 def _write_index(folder: Path, shards: dict[str, dict]) -> None:
-    aside = folder / f".{INDEX_FILE}.{os.getpid()}"
+    aside = folder / f".{INDEX_FILE}.{_writer()}"
     try:
         aside.write_text(json.dumps({"version": VERSION, "shards": shards}, separators=(",", ":")))
         aside.replace(folder / INDEX_FILE)
     except OSError as error:
-        log.warning("%s: the index cannot be written (%s); it will be rebuilt at every start", folder, error)
+        if not _UNWRITABLE:
+            log.warning("%s: the index cannot be written (%s); it is rebuilt at every start, and so are those of other "
+                        "folders that cannot be written", folder, error.strerror)
+        _UNWRITABLE.add(folder)

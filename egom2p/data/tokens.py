@@ -9,7 +9,9 @@ import ast
 import hashlib
 import io
 import logging
+import os
 import re
+import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -26,7 +28,15 @@ from egom2p.modalities import Modality, ModalitySet
 log = logging.getLogger(__name__)
 
 MAX_HEADER = 4096
-DEFAULT_CACHE = Path.home() / ".cache/egom2p/shards"
+
+
+def default_cache() -> Path:
+    """Where remote shards are kept when data.cache names no folder."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and a user id that no one knows, as in some containers
+        home = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return home / "egom2p/shards"
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class TokenDataset:
         entries = [(e.path.name, e) for e in [*index_tars(tars), *index_remote(remote)]]
         for path in loose:
             size = path.stat().st_size
-            entries.append(("", TarEntry(path, size, 0, [path.name.partition(".")[0]], [path.suffix[1:]],
+            entries.append(("", TarEntry(path, size, 0, [path.stem], [path.suffix[1:]],
                                          np.zeros(1, np.int64), np.array([size]), "")))
         return entries
 
@@ -127,8 +137,8 @@ class TokenDataset:
         self.paths.append(entry.path)
         self.stamps.append((entry.size, 0 if isinstance(entry.path, RemoteShard) else entry.mtime_ns))
         file = len(self.paths) - 1
-        rows = zip(entry.keys, entry.suffixes, entry.offsets.tolist(), entry.sizes.tolist(), strict=True)
-        return {key: (file, offset, size) for key, suffix, offset, size in rows if suffix in ("npy", "npz")}
+        return {key: (file, offset, size) for key, extension, offset, size in entry.token_files()
+                if extension in ("npy", "npz")}
 
     def _build(self, shards: dict) -> None:
         self.keys: list[str] = []
@@ -217,7 +227,7 @@ def _modality_files(root: str, name: str, pattern: str, modality: Modality, moda
     for text in expand_pattern(chosen):
         if is_remote(text) or is_remote(root):
             url = text if is_remote(text) else f"{root.rstrip('/')}/{text}"
-            found = list_shards(url, cache or ShardCache(DEFAULT_CACHE, 50e9, 60.0))
+            found = list_shards(url, cache or ShardCache(default_cache(), 50e9, 60.0))
         else:
             found = _local_files(Path(root), text)
         if not found and text.endswith((".tar", ".npz", ".npy")) and not any(c in text for c in "*?"):

@@ -102,7 +102,8 @@ class _Runner:
         self.folder = out / "rows" if out else None
         chosen = [self.clips.keys[i] for i in self.chosen]
         asked = {t.target: to_plain(self.recipes[t.target]) for t in self.tasks}
-        described = [task_names, asked, seed, to_plain(measures), chosen, model.fingerprint(), BATCH]
+        described = [task_names, asked, seed, to_plain(measures), chosen, self.clips.stamps(), model.fingerprint(),
+                     {name: t.fingerprint() for name, t in self.loaded.items()}, BATCH]
         self.identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
         self.done: dict[tuple[str, str], dict] = {}
         self.pictures: dict[str, list] = {t.name: [] for t in self.tasks}
@@ -201,6 +202,9 @@ class _Runner:
         """{key: ids, -1 where not observed} of the clips that have the modality."""
         tokenizer = self.loaded[name]
         source = tokenizer.modality.clip_signal
+        for clip in clips:
+            if source in clip.signals:
+                tokenizer.check(clip.signals[source], clip.key)
         have = [c for c in clips if source in c.signals and np.any(tokenizer.observed(c.signals[source]))]
         made = tokenizer.encode_many([c.signals[source] for c in have]) if have else []
         return {c.key: np.where(tokenizer.observed(c.signals[source]), ids, -1)

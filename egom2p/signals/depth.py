@@ -4,7 +4,6 @@ Tokens hold relative inverse depth only, so what decoding gives is (T, H, W) in 
 not in the tokens.
 """
 
-from functools import partial
 
 import numpy as np
 
@@ -14,7 +13,10 @@ from egom2p.signals.writers import depth_video_file, npy_file
 MIN_SPREAD = 1e-6
 SCALES = (0.2, 5.0)
 
-check = partial(check_numbers, shape="(T, H, W) metres", axes=3)
+def check(signal: np.ndarray) -> None:
+    check_numbers(signal, "(T, H, W) metres", 3)
+    if signal.dtype.kind != "f":
+        raise ValueError(f"is {signal.dtype}, expected metres as float16 (millimetres divided by 1000)")
 
 
 def relative_inverse_depth(depth: np.ndarray) -> np.ndarray:

@@ -52,7 +52,9 @@ class Tokenizer(Exportable):
         return self.encode_many([signal])[0]
 
     def encode_many(self, signals: list[np.ndarray]) -> np.ndarray:
-        """Raw signals of equal shape -> int64 ids (B, *grid)."""
+        """Raw signals -> int64 ids (B, *grid). Raises UserError for one that the tokenizer is not for."""
+        for signal in signals:
+            self.check(signal)
         x = torch.from_numpy(np.stack([self.signal.normalize(signal) for signal in signals])).to(self.device)
         with torch.no_grad():
             return self.encode_normalized(x).cpu().numpy()
@@ -72,6 +74,19 @@ class Tokenizer(Exportable):
     def observed(self, signal: np.ndarray) -> np.ndarray:
         """Bool array of shape `modality.grid`: positions that carry a measurement."""
         return np.full(self.modality.grid, bool(np.all(self.signal.is_observed(signal))))
+
+    def check(self, signal: np.ndarray, key: str = "") -> None:
+        """Raises UserError, in words a user can act on, unless a raw signal (of clip `key`) is one that this tokenizer
+        is for."""
+        try:
+            self.modality.kind.check(signal)
+            self.check_size(signal)
+        except ValueError as error:
+            where = f"clip {key}: " if key else ""
+            raise UserError(f"{where}'{self.modality.clip_signal}' {error}") from error
+
+    def check_size(self, signal: np.ndarray) -> None:
+        """Raises ValueError unless a signal of the right kind has the size that the grid is for."""
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +143,18 @@ class Tokenizer(Exportable):
         if ids.min() < 0 or ids.max() >= self.modality.vocab_size:
             raise UserError(f"{self.modality.name}: ids must lie in 0 .. {self.modality.vocab_size - 1}, "
                             f"found {ids.min()} .. {ids.max()}")
+
+
+def check_picture(signal: np.ndarray, modality: Modality, num_frames: int, patch: tuple[int, ...]) -> None:
+    """ValueError unless a video has the frames and sides that a grid of such patches is for."""
+    if len(signal) != num_frames:
+        raise ValueError(f"has {len(signal)} frames, but tokenizer '{modality.name}' is for {num_frames}")
+    height, width = signal.shape[1:3]
+    sides = tuple(cells * size for cells, size in zip(modality.grid[1:], patch[1:], strict=True))
+    if any(not side - size < have <= side for have, side, size in zip((height, width), sides, patch[1:], strict=True)):
+        raise ValueError(f"is {width} x {height} pixels, but tokenizer '{modality.name}' is for {sides[1]} x "
+                         f"{sides[0]}; "
+                         f"prepare the clips with --size {sides[0]}, or use a tokenizer of their size")
 
 
 def picture_units(modality: Modality) -> NetworkUnits:

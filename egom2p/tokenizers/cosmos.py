@@ -23,7 +23,7 @@ from egom2p.config import read_json
 from egom2p.errors import UserError
 from egom2p.export import CONFIG, resolve_folder
 from egom2p.modalities import Modality
-from egom2p.tokenizers.base import Tokenizer, picture_units
+from egom2p.tokenizers.base import Tokenizer, check_picture, picture_units
 
 FILES = ("encoder.jit", "decoder.jit")
 
@@ -88,6 +88,9 @@ class CosmosTokenizer(Tokenizer):
     def frame_size(self) -> int:
         """Side in pixels of the square frames its grid is for."""
         return self.modality.grid[1] * self.args.patch[1]
+
+    def check_size(self, signal: np.ndarray) -> None:
+        check_picture(signal, self.modality, self.args.num_frames, self.args.patch)
 
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
         """(T, H, W, 3) uint8 frames of a video file -> (t, h, w) ids."""

@@ -1,7 +1,10 @@
 """Clips -> token shards, `ROOT/MODALITY/DATASET/shard-000000.tar`, 1 000 clips each."""
 
+import hashlib
 import json
 import logging
+import os
+import socket
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,21 +30,22 @@ def encode_clips(tokenizers: list[Tokenizer], pattern: str, root: Path, dataset:
     """Tokenise every clip of `pattern`; returns clips written by modality.
 
     `dataset` overrides the name in the clips. A clip that lacks a signal, or whose signal carries no
-    measurement or is not finite, is left out of that modality and counted. Shards already whole are kept,
-    so an interrupted run goes on where it stopped.
+    measurement or is not finite, is left out of that modality and counted. Shards already whole are kept when
+    they are of just these clips, so an interrupted run goes on where it stopped; when the clips have changed
+    since, their shard is written anew. Several processes may encode into one folder: each shard is written whole.
     """
     expand_paths(pattern)
     sources = {t.modality.clip_signal for t in tokenizers}
     written = dict.fromkeys((t.modality.name for t in tokenizers), 0)
     clips = tqdm(read_clips(pattern, sources), total=count_clips(pattern), desc="encode", unit="clip")
     folders = set()
-    origins = {t.modality.name: {"tokenizer": t.fingerprint(), "clips": pattern} for t in tokenizers}
+    prints = {t.modality.name: t.fingerprint() for t in tokenizers}
     for name, number, chunk in _shards(clips, dataset):
         for tokenizer in tokenizers:
             path = root / tokenizer.modality.name / name / f"shard-{number:06d}.tar"
-            _check_origin(path.parent, origins[tokenizer.modality.name])
-            if not path.exists():
-                _write_shard(path, tokenizer, chunk)
+            origin = Origin(path.parent)
+            origin.check(prints[tokenizer.modality.name], pattern)
+            _encode_shard(path, tokenizer, chunk, origin)
             folders.add(path.parent)
     for folder in sorted(folders):
         entries = index_tars(sorted(folder.glob("*.tar")))
@@ -49,20 +53,65 @@ def encode_clips(tokenizers: list[Tokenizer], pattern: str, root: Path, dataset:
     return written
 
 
-def _check_origin(folder: Path, origin: dict[str, str]) -> None:
-    """Shards of one folder come from one tokenizer and one set of clips; anything else is refused, never mixed."""
-    note = folder / ORIGIN
-    if note.exists():
-        found = read_json(note)
-        for what, value in origin.items():
+def _encode_shard(path: Path, tokenizer: Tokenizer, clips: list[Clip], origin: "Origin") -> None:
+    """Write one shard, unless it is there already and of these clips."""
+    now = _content(clips, tokenizer.modality.clip_signal)
+    before = origin.shard(path.name)
+    if path.exists() and before == now:
+        return
+    if path.exists():
+        log.warning("%s: its clips %s; it is encoded anew", path,
+                    "have changed since it was encoded" if before else "are not on record")
+    write_tar(path, ({"__key__": clip.key, "npy": npy_bytes(ids)} for clip, ids in _tokenise(tokenizer, clips)))
+    origin.record(path.name, now)
+
+
+def _content(clips: list[Clip], signal: str) -> str:
+    """Hash of the keys of clips and of one signal of theirs."""
+    digest = hashlib.blake2b(digest_size=16)
+    for clip in clips:
+        if signal in clip.signals:
+            array = clip.signals[signal]
+            digest.update(f"{clip.key} {array.dtype} {array.shape} ".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+class Origin:
+    """`origin.json` beside the shards of one modality and data set: the tokenizer that made them (fingerprint), the
+    pattern of the clips, and for each shard a hash of what was encoded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / ORIGIN
+
+    def check(self, tokenizer: str, clips: str) -> None:
+        """Shards of one folder come from one tokenizer and one set of clips; anything else is refused, never mixed."""
+        if not self.path.exists():
+            if any(self.folder.glob("*.tar")):
+                raise UserError(f"{self.folder} holds shards of unknown origin; choose another --out or --dataset, or "
+                                f"remove it")
+            self._write({"tokenizer": tokenizer, "clips": clips, "shards": {}})
+        found = read_json(self.path)
+        for what, value in (("tokenizer", tokenizer), ("clips", clips)):
             if found.get(what) != value:
-                raise UserError(f"{folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); choose "
-                                f"another --out or --dataset, or remove it")
-    elif any(folder.glob("*.tar")):
-        raise UserError(f"{folder} holds shards of unknown origin; choose another --out or --dataset, or remove it")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(origin, indent=1))
+                raise UserError(f"{self.folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); "
+                                f"choose another --out or --dataset, or remove it")
+
+    def shard(self, name: str) -> str:
+        """What was encoded into that shard; "" when it is not on record."""
+        return read_json(self.path).get("shards", {}).get(name, "")
+
+    def record(self, name: str, content: str) -> None:
+        """Write down what is in a shard. When two processes do so at once one record may be lost, and its shard is
+        encoded anew the next time."""
+        note = read_json(self.path)
+        self._write({**note, "shards": {**note.get("shards", {}), name: content}})
+
+    def _write(self, note: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / f".{ORIGIN}.{socket.gethostname()}-{os.getpid()}"
+        aside.write_text(json.dumps(note, indent=1))
+        aside.replace(self.path)
 
 
 def _shards(clips: Iterable[Clip], dataset: str) -> Iterator[tuple[str, int, list[Clip]]]:
@@ -79,14 +128,12 @@ def _shards(clips: Iterable[Clip], dataset: str) -> Iterator[tuple[str, int, lis
         yield name, numbers.get(name, 0), rest
 
 
-def _write_shard(path: Path, tokenizer: Tokenizer, clips: list[Clip]) -> None:
-    write_tar(path, ({"__key__": clip.key, "npy": npy_bytes(ids)} for clip, ids in _tokenise(tokenizer, clips)))
-
-
 def _tokenise(tokenizer: Tokenizer, clips: list[Clip]) -> Iterator[tuple[Clip, np.ndarray]]:
     """Clip and stored ids of every clip that has the signal, in order."""
     source = tokenizer.modality.clip_signal
     having = [c for c in clips if source in c.signals]
+    for clip in having:
+        tokenizer.check(clip.signals[source], clip.key)
     measured = [c for c in having if np.any(tokenizer.observed(c.signals[source]))]
     if len(measured) < len(having):
         lost = sorted({c.key for c in having} - {c.key for c in measured})
@@ -96,12 +143,5 @@ def _tokenise(tokenizer: Tokenizer, clips: list[Clip]) -> Iterator[tuple[Clip, n
     usable = iter(measured)
     while batch := list(islice(usable, BATCH)):
         signals = [c.signals[source] for c in batch]
-        if len({s.shape for s in signals}) > 1:
-            raise UserError(f"clips {batch[0].key} to {batch[-1].key} differ in the shape of '{source}'; encode them "
-                            f"from separate patterns")
         for clip, signal, ids in zip(batch, signals, tokenizer.encode_many(signals), strict=True):
-            if ids.shape != tokenizer.modality.grid:
-                raise UserError(f"clip {clip.key}: '{source}' of shape {signal.shape} makes a grid {list(ids.shape)}, "
-                                f"but tokenizer "
-                                f"'{tokenizer.modality.name}' is for {list(tokenizer.modality.grid)}; resize the clips")
             yield clip, encode_tokens(ids, tokenizer.observed(signal), tokenizer.modality)

@@ -119,6 +119,14 @@ class MotionTokenizer(Tokenizer):
             return frames.any(1)
         return np.full(self.modality.grid, bool(frames.all()))
 
+    def check_size(self, signal: np.ndarray) -> None:
+        if len(signal) != self.args.num_frames:
+            raise ValueError(f"has {len(signal)} frames, but tokenizer '{self.modality.name}' is for "
+                             f"{self.args.num_frames}")
+        if self.modality.signal == "motion" and signal.shape[1] != len(self.args.mean):
+            raise ValueError(f"has {signal.shape[1]} channels, but tokenizer '{self.modality.name}' is for "
+                             f"{len(self.args.mean)}")
+
     def after_step(self, seed: int, step: int, skipped: bool = False) -> None:
         self.quantizer.update(seed, step, skipped)
 

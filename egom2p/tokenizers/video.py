@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from egom2p.modalities import Modality
-from egom2p.tokenizers.base import Tokenizer, picture_units
+from egom2p.tokenizers.base import Tokenizer, check_picture, picture_units
 from egom2p.tokenizers.quantize import FiniteScalar
 
 
@@ -58,6 +58,9 @@ class VideoTokenizer(Tokenizer):
     def frame_size(self) -> int:
         """Side in pixels of the square frames its grid is for."""
         return self.modality.grid[1] * self.args.patch[1]
+
+    def check_size(self, signal: np.ndarray) -> None:
+        check_picture(signal, self.modality, self.args.num_frames, self.args.patch)
 
     def encode_frames(self, frames: np.ndarray) -> np.ndarray:
         """(T, H, W, 3) uint8 frames of a video file -> ids; a depth video's grey levels are its relative inverse

@@ -1,5 +1,6 @@
 """Where figures go: `metrics.jsonl` always, Weights & Biases when asked, a progress bar on rank 0."""
 
+import contextlib
 import json
 import logging
 import math
@@ -8,6 +9,7 @@ import platform
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +48,7 @@ class MetricsLog:
         self.bar = tqdm(total=total, initial=step, desc=run_dir.name, unit="step",
                         bar_format="{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} steps | {elapsed}{postfix}")
         if args.wandb:
-            import wandb
-
-            self.wandb = wandb.init(project=args.project, name=run_dir.name, id=run_dir.resolve().name,
-                                    dir=str(run_dir),
-                                    config=config, resume="allow")
+            self.wandb = start_wandb(run_dir, args.project, config)
 
     def write(self, figures: dict[str, float], pictures: Sequence[Path] = ()) -> None:
         """One line of metrics.jsonl; figures and pictures also to Weights & Biases when that is on."""
@@ -62,10 +60,19 @@ class MetricsLog:
         if "loss" in figures:
             self.bar.set_postfix_str(progress_text(figures), refresh=False)
         if self.wandb:
-            import wandb
+            self._write_wandb(figures, pictures)
 
+    def _write_wandb(self, figures: dict[str, float], pictures: Sequence[Path]) -> None:
+        """To Weights & Biases. What goes wrong there is said once and never stops a training."""
+        import wandb
+
+        try:
             images = {f"pictures/{p.stem}": wandb.Image(str(p)) for p in pictures}
             self.wandb.log({k: v for k, v in figures.items() if k != "step"} | images, step=int(figures["step"]))
+        except Exception as error:
+            log.warning("Weights & Biases fails (%s); the run goes on without, %s has every figure",
+                        " ".join(str(error).split())[:200], self.path)
+            self.wandb = None
 
     def _flush(self) -> None:
         """Append the lines not yet on disk. While the disk refuses they wait, and no half line stays behind."""
@@ -92,7 +99,48 @@ class MetricsLog:
                 self._flush()
             self.bar.close()
             if self.wandb:
-                self.wandb.finish()
+                with contextlib.suppress(Exception):
+                    self.wandb.finish()
+
+
+def start_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:
+    """A Weights & Biases run under an id of its own, kept in RUN/wandb_id so that a resumed training goes on in it.
+
+    Without a key, or when the service cannot be reached, it logs offline (`wandb sync` sends it later).
+    """
+    import wandb
+
+    note = run_dir / "wandb_id"
+    if not note.exists():
+        write_whole(note, uuid.uuid4().hex[:12] + "\n")
+    told = {"project": project, "name": run_dir.name, "dir": str(run_dir), "config": config}
+    offline = {"mode": "offline", "settings": wandb.Settings(console="off")}
+    if "WANDB_MODE" in os.environ:
+        online: dict[str, Any] = {"settings": wandb.Settings(console="off"),
+                                  "resume": "allow" if os.environ["WANDB_MODE"] == "online" else None}
+    elif not _has_wandb_key():
+        log.warning("no Weights & Biases key (wandb login, or WANDB_API_KEY); logging offline below %s", run_dir)
+        online = offline
+    else:
+        online = {"settings": wandb.Settings(console="off", init_timeout=60), "resume": "allow"}
+    for how in (online, offline):
+        try:
+            return wandb.init(**told, **how, id=note.read_text().strip())
+        except Exception as error:
+            log.warning("Weights & Biases cannot start (%s)%s", " ".join(str(error).split())[:200],
+                        "; logging offline" if how is online else "; the run goes on without")
+            write_whole(note, uuid.uuid4().hex[:12] + "\n")  # the id stays taken in this process
+    return None
+
+
+def _has_wandb_key() -> bool:
+    """Whether a key is in the environment or in the netrc file that `wandb login` writes."""
+    import wandb
+
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    except Exception:
+        return False
 
 
 def progress_text(figures: dict[str, float]) -> str:
@@ -122,7 +170,7 @@ def cut_after(path: Path, step: int) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write aside and rename, so that a full disk or a kill leaves the old file. Raises UserError when it cannot be
     written."""
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text)

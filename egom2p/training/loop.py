@@ -12,6 +12,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,6 +29,7 @@ from egom2p.model.blocks import compile_blocks
 from egom2p.model.flops import peak_flops
 from egom2p.training.checkpoint import CheckpointArgs, Checkpoints, restore_optimizer, restore_weights
 from egom2p.training.guard import Guard
+from egom2p.training.lock import RunLock
 from egom2p.training.log import LogArgs, MetricsLog, environment, write_whole
 from egom2p.training.optim import OptimArgs, make_optimizer, make_schedule
 from egom2p.training.parallel import full_tensor, gradients_stay_local, spread
@@ -173,14 +175,15 @@ def run_training(config: Any, make_task: Any) -> Path:
     with process_group(config.train.first_timeout_s) as world:
         _set_up_torch(config.train)
         task = make_task(config, world)
-        run_dir = Path(config.run.dir)
+        run_dir, replaying = Path(config.run.dir), bool(config.debug.replay_step)
         _check_same_run(config, run_dir, config.resume.force)
-        if world.is_main and not config.debug.replay_step:
-            write_whole(run_dir / "config.yaml", dump(config))
-            write_whole(run_dir / "environment.json", json.dumps(environment(task.fingerprint()), indent=1))
-        barrier()
-        loop = Loop(config, task, world, run_dir)
-        loop.replay(config.debug.replay_step) if config.debug.replay_step else loop.run()
+        with RunLock(run_dir, world.is_main and not replaying) as lock:
+            if world.is_main and not replaying:
+                write_whole(run_dir / "config.yaml", dump(config))
+                write_whole(run_dir / "environment.json", json.dumps(environment(task.fingerprint()), indent=1))
+            barrier()
+            loop = Loop(config, task, world, run_dir)
+            loop.replay(config.debug.replay_step) if replaying else loop.run(lock)
     return run_dir
 
 
@@ -210,21 +213,20 @@ class Loop:
         self.metrics = MetricsLog(run_dir, config.log, self.step, self.total, to_plain(config),
                                   world.is_main and not replayed)
 
-    def run(self) -> None:
+    def run(self, lock: RunLock) -> None:
         """Train to the end, or until asked to stop."""
         try:
-            with StopRequest(self.world) as stop:
-                self._run(stop)
+            with StopRequest(self.world) as stop, closing(self.task.steps(range(self.step, self.total))) as batches:
+                self._run(stop, batches, lock)
         finally:
             self.checkpoints.close()
             self.metrics.close()
 
-    def _run(self, stop: StopRequest) -> None:
+    def _run(self, stop: StopRequest, batches: Iterator[Any], lock: RunLock) -> None:
         every = self.config
         if self.world.size > 2 and self.step < self.total:
             self._settle_reduction_layout()
         waited, logged_at, logged_step = 0.0, time.perf_counter(), self.step
-        batches = self.task.steps(range(self.step, self.total))
         first = True
         while self.step < self.total:
             before = time.perf_counter()
@@ -250,6 +252,7 @@ class Loop:
             if stopping:
                 self._leave()
             self.checkpoints.check()
+            lock.check()
             if first:
                 shorten_timeout(self.config.train.timeout_s, stop.group)
                 first = False

@@ -18,7 +18,6 @@ from egom2p.data.order import PassOrder
 from egom2p.distributed import World, sum_over_ranks
 from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import Modality, ModalityArgs
-from egom2p.signals.kind import NetworkUnits
 from egom2p.tokenizers.base import Tokenizer
 from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
 from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
@@ -88,9 +87,9 @@ class SignalBatch:
 class SignalSteps(torch.utils.data.Dataset):
     """Step -> this rank's micro-batches of normalised signals, in the data order of one data set."""
 
-    def __init__(self, clips: ClipIndex, source: str, signal: NetworkUnits, plan: BatchPlan,
-                 order: PassOrder | None) -> None:
-        self.clips, self.source, self.signal, self.plan, self.order = clips, source, signal, plan, order
+    def __init__(self, clips: ClipIndex, tokenizer: Tokenizer, plan: BatchPlan, order: PassOrder | None) -> None:
+        self.clips, self.plan, self.order = clips, plan, order
+        self.source, self.signal, self.check = tokenizer.modality.clip_signal, tokenizer.signal, tokenizer.check
 
     def __getitem__(self, step: int) -> StepBatch:
         micro, damaged = [], []
@@ -100,10 +99,11 @@ class SignalSteps(torch.utils.data.Dataset):
                 try:
                     element = self.order.element(number) if self.order else number % len(self.clips)
                     raw = self.clips.read_signal(element, self.source)
+                    self.check(raw, self.clips.keys[element])
                     if np.any(self.signal.is_observed(raw)):
                         rows.append(torch.from_numpy(self.signal.normalize(raw)))
                         read.append(number)
-                except DamagedClip as error:
+                except UserError as error:
                     damaged.append(f"sample {number}: {error}")
             micro.append(SignalBatch(torch.stack(rows or [self._stand_in()]), np.array(read or [-1]), len(rows)))
         return StepBatch(step, micro, damaged)
@@ -139,7 +139,7 @@ class TokenizerTask:
         return f"{len(self.clips)} clips {self.clips.shard_sizes.tolist()}"
 
     def steps(self, steps: range) -> Iterator[StepBatch]:
-        return step_loader(SignalSteps(self.clips, self.source, self.model.signal, self.plan, self.order), steps,
+        return step_loader(SignalSteps(self.clips, self.model, self.plan, self.order), steps,
                            self.config.data.workers)
 
     def begin_step(self, batch: StepBatch) -> None:
@@ -182,7 +182,7 @@ class TokenizerTask:
         """Reconstruction error on held-out clips."""
         held_out = ClipIndex(self.config.eval.clips or self.config.data.clips, self.source)
         samples = min(self.config.eval.samples, len(held_out))
-        batch = SignalSteps(held_out, self.source, self.model.signal, BatchPlan(samples, 32, samples), None)[0]
+        batch = SignalSteps(held_out, self.model, BatchPlan(samples, 32, samples), None)[0]
         self.samples = torch.tensor(float(sum(m.samples for m in batch.micro_batches)), device=self.world.device)
         sums = sum(self.loss(m.to(self.world.device), self.model)[1] for m in batch.micro_batches if m.samples)
         return {f"eval/{k}": v for k, v in self.figures(sums).items() if k in ("error", "codes_used", "perplexity")}
@@ -191,7 +191,10 @@ class TokenizerTask:
         self.model.save_pretrained(folder, weights)
 
     def _spread_over_clips(self) -> Iterator[np.ndarray]:
-        """Raw signals of at most STATISTICS_CLIPS readable clips, evenly spread."""
+        """Raw signals of at most STATISTICS_CLIPS readable clips, evenly spread. Raises UserError before the first step
+        when they are not what the tokenizer is for."""
         for element in np.linspace(0, len(self.clips) - 1, min(len(self.clips), STATISTICS_CLIPS)).astype(int):
             with contextlib.suppress(DamagedClip):
-                yield self.clips.read_signal(int(element), self.source)
+                signal = self.clips.read_signal(int(element), self.source)
+                self.model.check(signal, self.clips.keys[element])
+                yield signal

@@ -1,0 +1,153 @@
+"""How commands behave where they really run: two jobs on one folder, Ctrl-C, values as people type them."""
+
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+
+from egom2p.config import load
+from egom2p.data.tarindex import split_name
+from egom2p.errors import UserError
+from egom2p.submit import fill
+from egom2p.training.lock import LOCK, RunLock, process_start
+from egom2p.training.log import read_metrics
+from egom2p.training.pretraining import PretrainConfig
+from tests.conftest import ROOT, run_cli, start_cli
+
+
+def test_a_run_folder_is_held_by_one_process(tmp_path):
+    with RunLock(tmp_path), pytest.raises(UserError, match=r"is in use by process \d+"), RunLock(tmp_path):
+        pass
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("host", ["this", "another"])
+def test_a_stale_lock_is_taken_over(tmp_path, host, monkeypatch):
+    """A process that is gone here, and a heart that stopped long ago elsewhere."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    import socket
+
+    name = socket.gethostname() if host == "this" else "node-17"
+    (tmp_path / LOCK).write_text(json.dumps({"token": "x", "host": name, "pid": dead.pid, "born": "1"}))
+    if host == "another":
+        os.utime(tmp_path / LOCK, (time.time() - 600,) * 2)
+    with RunLock(tmp_path) as lock:
+        lock.check()
+
+
+def test_a_living_holder_elsewhere_is_waited_for_and_refused(tmp_path, monkeypatch):
+    (tmp_path / LOCK).write_text(json.dumps({"token": "x", "host": "node-17", "pid": 1}))
+    lock = RunLock(tmp_path)
+    monkeypatch.setattr(lock, "_still_beats", lambda seconds: True)
+    with pytest.raises(UserError, match="node-17"):
+        lock.__enter__()
+
+
+def test_a_number_used_again_is_no_living_holder(tmp_path):
+    assert process_start(os.getpid())
+    (tmp_path / LOCK).write_text(json.dumps({"token": "x", "host": os.uname().nodename, "pid": os.getpid(),
+                                             "born": "1"}))
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_saves_and_leaves(debug_tokens, tmp_path, workers):
+    process = start_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}/run",
+                        "train.steps=100000", f"data.workers={workers}", "eval.every=0", "checkpoint.every=0")
+    deadline = time.time() + 60
+    while len(read_metrics(tmp_path / "run")) < 3 and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output[-2000:]
+    assert "Traceback" not in output
+    assert any((tmp_path / "run/checkpoints").glob("step_*"))
+
+
+def test_a_run_that_fails_ends_with_its_workers(tmp_path):
+    """Too many unreadable clips while two workers run."""
+    run_cli("shards", "random", "cfgs/train/debug.yaml", "--out", tmp_path / "tokens", "--count", 16)
+    for tar in (tmp_path / "tokens").rglob("*.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b"\x93NUMPY", b"\x00NUMPX"))
+    process = start_cli("train", "cfgs/train/debug.yaml", f"data.root={tmp_path}/tokens", f"run.dir={tmp_path}/run",
+                        "train.steps=200", "data.workers=2", "eval.every=0")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert "clips were unreadable" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(("text", "want"), [("run.dir=4711", "4711"), ("run.dir=007", "007"), ("run.dir=1e5", "1e5"),
+                                            ("run.dir=on", "on"), ("run.dir=my run x=1", "my run x=1")])
+def test_text_stays_text_in_overrides(text, want):
+    assert load(PretrainConfig, ROOT / "cfgs/train/debug.yaml", [text]).run.dir == want
+
+
+def test_numbers_stay_numbers_in_overrides():
+    config = load(PretrainConfig, ROOT / "cfgs/train/debug.yaml", ["train.steps=1e1", "optim.lr=1e-4"])
+    assert (config.train.steps, config.optim.lr) == (10, 1e-4)
+
+
+@pytest.mark.parametrize(("name", "parts"), [
+    ("a.npy", ("a", "npy")), ("c0.rgb.npy", ("c0", "rgb.npy")), ("P01.5_0003.npy", ("P01.5_0003", "npy")),
+    ("P01.5_0003.rgb.mp4", ("P01.5_0003", "rgb.mp4")), ("2024.05.01-walk.json", ("2024.05.01-walk", "json")),
+    ("README", ("README", ""))])
+def test_keys_with_dots(name, parts):
+    assert split_name(name) == parts
+
+
+def test_token_keys_with_dots_are_all_used(tmp_path):
+    from egom2p.data.tokens import TokenDataset
+    from egom2p.modalities import Modality, ModalitySet
+
+    path = tmp_path / "cam/set/shard-000000.tar"
+    path.parent.mkdir(parents=True)
+    names = ["P01.5_0000", "P01.5_0001", "morning.walk", "evening.walk"]
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            buffer = io.BytesIO()
+            np.save(buffer, np.zeros(4, np.uint16))
+            info = tarfile.TarInfo(f"{name}.npy")
+            info.size = len(buffer.getvalue())
+            tar.addfile(info, io.BytesIO(buffer.getvalue()))
+    found = TokenDataset.open(tmp_path, "set", "", ModalitySet([Modality("cam", 9, (4,), "pose")]))
+    assert found.keys == sorted(names)
+    assert not found.damages
+
+
+def test_values_with_blanks_and_commas_reach_the_job(tmp_path):
+    script = fill("#!/usr/bin/env bash\n#SBATCH --nodes=1\n\necho \"$MOUNTS\"\n", {"job-name": "try 1", "nodes": "2"},
+                  {"MOUNTS": "/data:/data,/my scratch:/scratch"})
+    assert '#SBATCH --job-name="try 1"' in script.splitlines()
+    assert "#SBATCH --nodes=2" in script.splitlines()
+    path = tmp_path / "job.sh"
+    path.write_text(script)
+    done = subprocess.run(["bash", path], capture_output=True, text=True)
+    assert done.stdout.strip() == "/data:/data,/my scratch:/scratch"
+
+
+def test_the_reader_of_a_pipe_may_leave(debug_tokens):
+    command = f"{shlex.quote(sys.executable)} -m egom2p configs | true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_clips_that_the_tokenizer_is_not_for(world_clips, tmp_path):
+    """Frames of another size are named before the first step, with what to give."""
+    done = run_cli("tokenizer", "train", "tokenizers/world_rgb/config.yaml", f"data.clips={world_clips}/*.tar",
+                   f"run.dir={tmp_path}/run", "train.steps=2", check=False)
+    assert done.returncode == 2
+    assert "prepare the clips with --size 48" in done.stderr
