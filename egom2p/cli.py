@@ -226,8 +226,13 @@ def _submit(args) -> None:
                  "MOUNTS": args.mounts}
     job = JobArgs(options, {k: str(v) for k, v in variables.items() if v}, args.chain)
     for number in submit(args.config, args.overrides, job, args.template or TEMPLATE,
-                         not args.dry_run) or ["not sent; see RUN/frozen/submit.sh"]:
+                         not args.dry_run):
         print(number)
+    if args.dry_run:
+        from egom2p.config import load
+        from egom2p.training.pretraining import PretrainConfig
+
+        print(f"not sent; `bash {load(PretrainConfig, args.config, args.overrides).run.dir}/frozen/submit.sh` sends it")
 
 
 def _add_shards(commands) -> None:

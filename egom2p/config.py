@@ -106,7 +106,9 @@ def build(cls: Any, value: Any, where: str, file: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise _wrong_type(where, file, "a mapping", value)
-        return {str(k): build(args[1], v, f"{where}.{k}", file) for k, v in value.items()}
+        # `NAME: null` drops an entry that an included file has.
+        dropped = {k for k, v in value.items() if v is None and dataclasses.is_dataclass(args[1])}
+        return {str(k): build(args[1], v, f"{where}.{k}", file) for k, v in value.items() if k not in dropped}
     if origin is typing.Literal:
         if value not in args:
             hint = _did_you_mean(str(value), [str(a) for a in args])

@@ -6,6 +6,7 @@ is requeued or goes on next week runs what was submitted, whatever happens to th
 
 import filecmp
 import logging
+import platform
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from egom2p import resources
 from egom2p.config import dump, load
+from egom2p.data.remote import is_remote
 from egom2p.errors import UserError
 from egom2p.training.pretraining import PretrainConfig
 
@@ -43,6 +45,7 @@ def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path 
     if not template.is_file():
         raise UserError(f"no SLURM script {template}; name one with --template")
     resolved = load(PretrainConfig, config, overrides)
+    _check_job(resolved, job)
     run_dir = Path(resolved.run.dir)
     environment = {**job.environment, "FROZEN": str((run_dir / FROZEN).resolve())}
     frozen = freeze(run_dir, dump(resolved),
@@ -54,6 +57,22 @@ def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path 
     if not send:
         return []
     return [_send(command) for _ in range(job.chain)]
+
+
+def _check_job(config: PretrainConfig, job: JobArgs) -> None:
+    """Raises UserError for what would end the job when it starts, perhaps days from now."""
+    nodes, processes = job.options.get("nodes", "1"), job.environment.get("PROCESSES", "1")
+    if nodes.isdigit() and processes.isdigit():
+        config.train.micro_batch(int(nodes) * int(processes))
+    limit = job.options.get("time", "")
+    if limit and not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)", limit):
+        raise UserError(f"--time {limit}: write minutes, HH:MM:SS or D-HH:MM:SS")
+    venv = job.environment.get("VENV", "").replace("%m", platform.machine())
+    if venv and not (Path(venv) / "bin/activate").is_file() and "CONTAINER" not in job.environment:
+        log.warning("--venv %s: no environment there on this machine (%s)", venv, platform.machine())
+    root = config.data.root
+    if not is_remote(root) and not Path(root).is_dir():
+        log.warning("data.root=%s is not there on this machine; paths are those that the job will see", root)
 
 
 def freeze(run_dir: Path, config: str, script: str) -> Path:

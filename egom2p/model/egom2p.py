@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from egom2p.config import read_json
 from egom2p.data.batch import FlatTokens, MaskedSample, PackedBatch, PackedTokens, pack
+from egom2p.errors import UserError
 from egom2p.export import Exportable, resolve_folder
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.attention import Segments, permute_rows
@@ -222,9 +223,14 @@ class EgoM2P(Exportable):
     def encode(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         """Encoder features of whole grids, for downstream tasks.
 
-        tokens {modality: (B, *grid) ids}, negative ids are unknown and left out -> {modality: (B, n, dim)},
-        zeros at unknown positions.
+        tokens {modality: (B, *grid) ids}, negative ids (65535 in uint16, as shards store it) are unknown and left out
+        -> {modality: (B, n, dim)}, zeros at unknown positions. Raises UserError for a name the model does not have.
         """
+        strangers = set(tokens) - set(self.modalities.names)
+        if strangers:
+            raise UserError(f"the model has no modality '{sorted(strangers)[0]}'; it has "
+                            f"{', '.join(self.modalities.names)}")
+        tokens = {name: _stored_ids(ids) for name, ids in tokens.items()}
         shown = {n: torch.as_tensor(t).flatten(1).cpu() >= 0 for n, t in tokens.items()}
         batch = pack(samples_from_grids(self.modalities, tokens, shown, {}), len(self.modalities)).to(self.device)
         features = permute_rows(self.encode_packed(batch), batch.inputs.by_modality, batch.inputs.to_pack)
@@ -279,3 +285,10 @@ def _select(modalities: ModalitySet, ids: dict, masks: dict, sample: int) -> Fla
         return FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
     return FlatTokens(np.concatenate([np.full(len(p), index) for index, p, _ in parts]),
                       np.concatenate([p for _, p, _ in parts]), np.concatenate([t[p] for _, p, t in parts]))
+
+
+def _stored_ids(ids: Any) -> Tensor:
+    """int64 ids; 65535 in uint16 arrays, as token shards hold them, becomes -1."""
+    array = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
+    wide = array.astype(np.int64)
+    return torch.from_numpy(np.where(wide == 65535, -1, wide) if array.dtype == np.uint16 else wide)

@@ -204,6 +204,17 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def summary(run_dir: Path) -> str:
+    """A run's last loss and the best of each held-out figure, in words."""
+    rows = read_metrics(run_dir)
+    losses = [r["loss"] for r in rows if r.get("loss") is not None]
+    held_out = sorted({k for r in rows for k in r if k.startswith("eval/") and "loss" in k})
+    best = [f"{k} {min(r[k] for r in rows if r.get(k) is not None):.4f}" for k in held_out
+            if any(r.get(k) is not None for r in rows)]
+    parts = ([f"last loss {losses[-1]:.4f}"] if losses else []) + ([f"best {', '.join(best)}"] if best else [])
+    return "; ".join(parts)
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)

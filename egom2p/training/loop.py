@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from egom2p.config import dump, read_yaml, to_plain
 from egom2p.distributed import World, barrier, process_group, shorten_timeout, sum_over_ranks
@@ -30,7 +31,7 @@ from egom2p.model.flops import peak_flops
 from egom2p.training.checkpoint import CheckpointArgs, Checkpoints, restore_optimizer, restore_weights
 from egom2p.training.guard import Guard
 from egom2p.training.lock import RunLock
-from egom2p.training.log import LogArgs, MetricsLog, environment, write_whole
+from egom2p.training.log import LogArgs, MetricsLog, environment, summary, write_whole
 from egom2p.training.optim import OptimArgs, make_optimizer, make_schedule
 from egom2p.training.parallel import full_tensor, gradients_stay_local, spread
 from egom2p.training.stop import StopRequest
@@ -215,12 +216,17 @@ class Loop:
 
     def run(self, lock: RunLock) -> None:
         """Train to the end, or until asked to stop."""
+        started, first = time.perf_counter(), self.step
         try:
             with StopRequest(self.world) as stop, closing(self.task.steps(range(self.step, self.total))) as batches:
                 self._run(stop, batches, lock)
         finally:
             self.checkpoints.close()
             self.metrics.close()
+        if self.world.is_main:
+            took = tqdm.format_interval(time.perf_counter() - started)
+            print(f"{self.run_dir}: step {self.total} of {self.total}, {self.total - first} steps in {took}; "
+                  f"{summary(self.run_dir)}")
 
     def _run(self, stop: StopRequest, batches: Iterator[Any], lock: RunLock) -> None:
         every = self.config

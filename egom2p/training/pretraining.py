@@ -196,7 +196,9 @@ class PretrainTask:
             raise UserError("eval.every is set but eval.datasets names no held-out data set; name some, or set "
                             "eval.every=0")
         root = args.root or self.config.data.root
-        sets = [TokenDataset.open(root, name, "", self.modalities, (), self.stream.cache) for name in args.datasets]
+        paths = {} if args.root else {n: entry.path for n, entry in self.config.data.datasets.items()}
+        sets = [TokenDataset.open(root, name, paths.get(name, ""), self.modalities, (), self.stream.cache)
+                for name in args.datasets]
         return FixedSet(sets, self.modalities, self.config.masking, args.samples)
 
 

@@ -161,8 +161,8 @@ def test_a_job_is_stopped_requeued_and_resumed_exactly(cluster, debug_tokens, tm
 def test_submit_freezes_what_it_sends(debug_tokens, tmp_path):
     """--dry-run writes everything; code and configuration are those of now, and another configuration is refused."""
     run = tmp_path / "run"
-    arguments = ["submit", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={run}", "--nodes", 4,
-                 "--gpus-per-node", 4, "--time", "1-00:00:00", "--account", "lab",
+    arguments = ["submit", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={run}",
+                 "train.batch_size=16", "--nodes", 4, "--gpus-per-node", 4, "--time", "1-00:00:00", "--account", "lab",
                  "--sbatch", "constraint=gh200", "--chain", 3, "--venv", "/envs/%m", "--dry-run"]
     done = run_cli(*arguments)
     assert "not sent" in done.stdout
@@ -174,8 +174,9 @@ def test_submit_freezes_what_it_sends(debug_tokens, tmp_path):
     assert "--gpus-per-node=8" not in script
     command = (run / "frozen/submit.sh").read_text()
     assert "--dependency=singleton" in command
-    assert "VENV=/envs/%m" in command
-    assert "PROCESSES=4" in command
+    assert "export VENV=/envs/%m\n" in script
+    assert "export PROCESSES=4\n" in script
+    assert f"export FROZEN={run / 'frozen'}\n" in script
     assert subprocess.run(["bash", "-n", run / "frozen/train.sbatch"]).returncode == 0
     # The frozen copy runs by itself.
     env = {**os.environ, "PYTHONPATH": str(run / "frozen"), "PYTHONSAFEPATH": "1"}

@@ -151,3 +151,42 @@ def test_clips_that_the_tokenizer_is_not_for(world_clips, tmp_path):
                    f"run.dir={tmp_path}/run", "train.steps=2", check=False)
     assert done.returncode == 2
     assert "prepare the clips with --size 48" in done.stderr
+
+
+def test_an_inherited_data_set_can_be_dropped():
+    config = load(PretrainConfig, ROOT / "cfgs/train/debug.yaml", ["data.datasets.nodepth=null"])
+    assert "nodepth" not in config.data.datasets
+    assert "full" in config.data.datasets
+
+
+def test_a_training_ends_with_one_line(debug_tokens, tmp_path):
+    done = run_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}/run",
+                   "train.steps=2")
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith(f"{tmp_path}/run: step 2 of 2, 2 steps in ")
+    assert "last loss" in last
+    assert "eval/loss/cam" in last
+
+
+def test_features_of_what_a_shard_stores(debug_tokens, tmp_path):
+    """uint16 ids with 65535 where nothing was observed; names the model has."""
+    from egom2p import EgoM2P
+
+    run_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}/run", "train.steps=1")
+    model = EgoM2P.from_pretrained(tmp_path / "run")
+    stored = np.zeros((1, 30), np.uint16)
+    stored[0, 3] = 65535
+    features = model.encode({"cam": stored})["cam"]
+    assert features[0, 3].abs().max() == 0
+    assert features[0, 2].abs().max() > 0
+    with pytest.raises(UserError, match="no modality 'rbg'"):
+        model.encode({"rbg": stored})
+
+
+@pytest.mark.parametrize(("options", "said"), [(("--time", "tomorrow", "--gpus-per-node", 4), "--time tomorrow"),
+                                               (("--gpus-per-node", 5), "does not divide by")])
+def test_a_job_that_could_not_start_is_not_sent(tmp_path, options, said):
+    done = run_cli("submit", "cfgs/train/debug.yaml", f"run.dir={tmp_path}/run", *options, "--dry-run", check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "run").exists()
