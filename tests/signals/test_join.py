@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from egom2p import geometry
-from egom2p.data.video import probe_video, stream_frames
+from egom2p.data.video import FrameStream, probe_video
 from egom2p.generation.pipeline import Pipeline, cut
 from egom2p.geometry import chordal_mean
 from egom2p.signals.depth import DepthJoiner
@@ -106,7 +106,7 @@ def test_streamed_frames_are_the_nearest_in_time(tmp_path, rate, seconds):
     frames = np.repeat(np.linspace(20, 235, count).astype(np.uint8)[:, None, None, None], 32,
                        1).repeat(32, 2).repeat(3, 3)
     write_video(tmp_path / "v.mp4", frames, rate)
-    got = np.array([f.mean() for f in stream_frames(tmp_path / "v.mp4", 8, 16)])
+    got = np.array([f.mean() for f in FrameStream(tmp_path / "v.mp4", 8, 16)])
     assert len(got) == 8 * seconds
     assert probe_video(tmp_path / "v.mp4") == pytest.approx(seconds, abs=0.1)
     nearest = frames[np.clip(np.round(np.arange(len(got)) / 8 * rate - 1e-6).astype(int), 0, count - 1), 0, 0, 0]
