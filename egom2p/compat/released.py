@@ -179,8 +179,7 @@ def convert_motion(state: dict[str, Tensor], num_heads: int | None, path: Path |
     """A released camera or gaze VQ-VAE -> MotionTokenizer. Codes keep their norms."""
     if state.get("encoder.conv.weight", torch.empty(0)).ndim == 4:
         raise UserError(f"{path}: a ReViV hand or body tokenizer, whose patches span joints and frames; only camera "
-                        f"and gaze "
-                        "tokenizers are imported (tokens of hands and body are read as they are)")
+                        "and gaze tokenizers are imported (tokens of hands and body are read as they are)")
     try:
         dim, channels, stride = state["encoder.conv.weight"].shape
         codes = state["quantize._codebook.embed"].reshape(-1, state["quant_proj.weight"].shape[0])

@@ -82,8 +82,7 @@ class TokenDataset:
         if not files:
             where = pattern or f"{{{','.join(modalities.names)}}}/{name}"
             raise UserError(f"data set '{name}': no token shard at {root}/{where}; write some with `egom2p tokenizer "
-                            f"encode` or "
-                            "`egom2p shards random`, or correct data.root")
+                            "encode` or `egom2p shards random`, or correct data.root")
         return cls(name, files, modalities)
 
     def __len__(self) -> int:

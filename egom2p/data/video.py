@@ -238,8 +238,7 @@ def _film(container: Any, source: Path | bytes) -> Any:
     films = [s for s in there if s.codec_context is not None and s.width and s.height]
     if there and not films:
         raise UserError(f"{_name(source)}: its video cannot be decoded here: the file's index is cut off, or its codec "
-                        f"is "
-                        "unknown")
+                        "is unknown")
     if not films:
         raise NoVideo(f"{_name(source)}: holds no video stream")
     return max(films, key=lambda s: (bool(s.disposition & kinds.default), s.width * s.height, -s.index))

@@ -76,6 +76,5 @@ def _unit(stamps: np.ndarray, clock: VideoClock, what: str, said: str) -> float:
                and span * u <= clock.seconds * 1.05 + SLACK_S and (u == 1 or span * u >= LEAST_SHARE * clock.seconds)]
     if not fitting:
         raise BadSequence(f"{what}: time stamps {stamps.min():.6g} to {stamps.max():.6g} span {span:.6g}, the video "
-                          f"lasts "
-                          f"{clock.seconds:.2f} s; in no unit (s, ms, us, ns, frames) do they fit together")
+                          f"lasts {clock.seconds:.2f} s; in no unit (s, ms, us, ns, frames) do they fit together")
     return max(fitting)  # the longest span that fits: a file in a smaller unit would cover almost nothing

@@ -55,8 +55,7 @@ class EgoExo4D(Adapter):
         path = root / "annotations/splits.json"
         if not path.exists():
             raise UserError(f"{path} is missing, which says what each take is for; fetch it (egoexo --parts "
-                            f"annotations), "
-                            "or insist with --split train")
+                            "annotations), or insist with --split train")
         by_uid = _split_by_uid(path)
         uids = {name: take["take_uid"] for name, take in self._takes(root).items()}
         return {name: by_uid[uids[name]] for name in sequences if uids[name] in by_uid}

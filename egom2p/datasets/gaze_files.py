@@ -38,8 +38,7 @@ def read_gaze(path: Path, clock: VideoClock, size: tuple[int, int], units: str, 
     far = (np.abs(points - np.array(size) / 2) > np.array(size) * (OUTSIDE - 0.5)).any(1)
     if not normalized and seen.any() and (far & seen).sum() > 0.2 * seen.sum():
         raise BadSequence(f"{path}: {far[seen].mean():.0%} of the gaze lies outside the {size[0]} x {size[1]} frames; "
-                          f"it is "
-                          "in pixels of frames of another size (pixels of this video's frames are wanted)")
+                          "it is in pixels of frames of another size (pixels of this video's frames are wanted)")
     order = np.argsort(times, kind="stable")
     order = order[np.isfinite(times[order])]
     return Track(times[order], np.where(seen[:, None], points, np.nan)[order])
@@ -49,8 +48,7 @@ def _is_normalized(path: Path, points: np.ndarray, units: str) -> bool:
     finite = points[np.isfinite(points).all(1)]
     if not units and len(finite) and np.abs(finite).max() <= 1.5:
         raise BadSequence(f"{path}: all gaze lies within {np.abs(finite).max():.2f}, which looks like 0 .. 1 where "
-                          f"pixels are "
-                          "documented; say --gaze-units normalized or --gaze-units pixels")
+                          "pixels are documented; say --gaze-units normalized or --gaze-units pixels")
     return units == "normalized"
 
 

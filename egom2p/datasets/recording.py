@@ -227,8 +227,7 @@ def beside_video(rgb: VideoPictures, path: Path, scale: float, notes: list[str])
     shape, wanted = depth.read(0).shape, rgb.read(0).shape[:2]
     if abs(shape[1] / shape[0] / (wanted[1] / wanted[0]) - 1) > ASPECT_TOLERANCE:
         raise BadSequence(f"{path} is {shape[1]} x {shape[0]}, the video {wanted[1]} x {wanted[0]}: another shape, so "
-                          f"a "
-                          "resized copy; take the original")
+                          "a resized copy; take the original")
     count, frames = len(depth.times), len(rgb.times)
     if count > frames + 1 or count < SHORTEST_SHARE * frames:
         raise BadSequence(f"{path} has {count} frames, the video {frames}; nothing tells which belong together")

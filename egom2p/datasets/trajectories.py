@@ -134,8 +134,7 @@ def _frames_of(model: ColmapModel, folder: Path, frames: int, said: dict[str, An
     if None in numbers.values():
         if len(numbers) != frames:
             raise BadSequence(f"{model.path}: image names such as '{next(iter(numbers))}' hold no number, and there "
-                              f"are "
-                              f"{len(numbers)} for {frames} frames")
+                              f"are {len(numbers)} for {frames} frames")
         notes.append(f"{model.path.name}: image names hold no number; they are taken in their order")
         return {name: i for i, name in enumerate(sorted(numbers))}
     if len(set(numbers.values())) < len(numbers):
@@ -152,8 +151,7 @@ def _frames_of(model: ColmapModel, folder: Path, frames: int, said: dict[str, An
                           f"{frames} frames")
     if high - first < frames // 2 and "first_image" not in said:
         raise BadSequence(f"{model.path}: images {low} .. {high} for {frames} video frames: they were pulled at "
-                          f"another "
-                          "rate, or most did not register; nothing tells which frames they are")
+                          "another rate, or most did not register; nothing tells which frames they are")
     return {name: number - first for name, number in numbers.items()}
 
 

@@ -166,8 +166,7 @@ def numbered_depth(folder: Path, times: np.ndarray, notes: list[str]) -> ImagePi
     first = 0 if 0 in numbers else 1
     if first not in numbers or max(numbers) - first >= len(times):
         raise BadSequence(f"{folder}: pictures {min(numbers)} .. {max(numbers)} for {len(times)} video frames; they "
-                          f"must "
-                          f"count from 0 or 1 and one belong to each frame")
+                          f"must count from 0 or 1 and one belong to each frame")
     if len(numbers) < len(times):
         notes.append(f"depth covers {len(numbers)} of {len(times)} video frames")
     order = sorted(numbers)

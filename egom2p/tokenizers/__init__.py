@@ -46,8 +46,7 @@ def load_for(modalities: ModalitySet, names: Iterable[str], device: str | torch.
         own = tokenizer.modality
         if (own.vocab_size, own.grid) != (modality.vocab_size, modality.grid):
             raise UserError(f"tokenizer {modality.tokenizer} makes {list(own.grid)} tokens of {own.vocab_size} ids, "
-                            f"but the "
-                            f"model's '{name}' is {list(modality.grid)} of {modality.vocab_size}")
+                            f"but the model's '{name}' is {list(modality.grid)} of {modality.vocab_size}")
     return loaded
 
 

@@ -153,8 +153,8 @@ def check_picture(signal: np.ndarray, modality: Modality, num_frames: int, patch
     sides = tuple(cells * size for cells, size in zip(modality.grid[1:], patch[1:], strict=True))
     if any(not side - size < have <= side for have, side, size in zip((height, width), sides, patch[1:], strict=True)):
         raise ValueError(f"is {width} x {height} pixels, but tokenizer '{modality.name}' is for {sides[1]} x "
-                         f"{sides[0]}; "
-                         f"prepare the clips with --size {sides[0]}, or use a tokenizer of their size")
+                         f"{sides[0]}; prepare the clips with --size {sides[0]}, or use a tokenizer of their "
+                         "size")
 
 
 def picture_units(modality: Modality) -> NetworkUnits:

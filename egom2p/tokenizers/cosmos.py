@@ -142,8 +142,8 @@ class CosmosTokenizer(Tokenizer):
             path = self._folder() / name
             if not self.trusted and not self._is_nvidias():
                 raise UserError(f"{path}: TorchScript is a program, and this one came along with a model; run again "
-                                f"with "
-                                "--trust-torchscript if you trust its author, or name your own copy as the tokenizer")
+                                "with --trust-torchscript if you trust its author, or name your own copy as the "
+                                "tokenizer")
             try:
                 self._networks[name] = torch.jit.load(path, map_location=self._device).eval().to(self.dtype)
             except (RuntimeError, ValueError, OSError) as error:
