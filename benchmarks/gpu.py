@@ -32,6 +32,7 @@ from benchmarks.plain import PlainEgoM2P
 from benchmarks.train_step import RELEASED, make_samples, model_sizes
 from egom2p.config import load
 from egom2p.data.batch import FlatTokens, MaskedSample, PackedBatch, pack
+from egom2p.generation.sampler import generate_targets
 from egom2p.generation.schedule import RecipeConfig
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.attention import Segments, segment_attention
@@ -249,8 +250,6 @@ def section_profile(args) -> str:
 
 
 def section_generate(args) -> dict[str, float]:
-    from egom2p.generation.sampler import generate_targets
-
     torch.manual_seed(0)
     model = EgoM2P(RELEASED, args.sizes).to(DEVICE).eval()
     seconds = {}

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -225,14 +226,9 @@ def _submit(args) -> None:
     variables = {"PROCESSES": args.processes or args.gpus_per_node or 1, "VENV": args.venv, "CONTAINER": args.container,
                  "MOUNTS": args.mounts}
     job = JobArgs(options, {k: str(v) for k, v in variables.items() if v}, args.chain)
-    for number in submit(args.config, args.overrides, job, args.template or TEMPLATE,
-                         not args.dry_run):
+    script, numbers = submit(args.config, args.overrides, job, args.template or TEMPLATE, not args.dry_run)
+    for number in numbers or [f"not sent; `bash {shlex.quote(str(script))}` sends it"]:
         print(number)
-    if args.dry_run:
-        from egom2p.config import load
-        from egom2p.training.pretraining import PretrainConfig
-
-        print(f"not sent; `bash {load(PretrainConfig, args.config, args.overrides).run.dir}/frozen/submit.sh` sends it")
 
 
 def _add_shards(commands) -> None:

@@ -39,8 +39,9 @@ class JobArgs:
 
 
 def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path = TEMPLATE,
-           send: bool = True) -> list[str]:
-    """Freeze, fill and send. Returns the job numbers, none when `send` is false."""
+           send: bool = True) -> tuple[Path, list[str]]:
+    """Freeze, fill and send. Returns the script that sends the job and the jobs' numbers, none when `send` is
+    false."""
     template = resources.locate(template)
     if not template.is_file():
         raise UserError(f"no SLURM script {template}; name one with --template")
@@ -53,10 +54,9 @@ def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path 
     command = ["sbatch", "--parsable"]
     chained = ["--dependency=singleton"] if job.chain > 1 else []
     command += [*chained, str(frozen / "train.sbatch"), str((frozen / "config.yaml").resolve())]
-    (frozen / "submit.sh").write_text(shlex.join(command) + "\n")
-    if not send:
-        return []
-    return [_send(command) for _ in range(job.chain)]
+    script = frozen / "submit.sh"
+    script.write_text(shlex.join(command) + "\n")
+    return script, [_send(command) for _ in range(job.chain)] if send else []
 
 
 def _check_job(config: PretrainConfig, job: JobArgs) -> None:

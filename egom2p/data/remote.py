@@ -25,6 +25,7 @@ from fsspec.utils import stringify_path
 
 from egom2p.data.tarindex import INDEX_FILE, TarEntry, index_tars, parse_index, to_entry
 from egom2p.errors import UserError
+from egom2p.files import aside
 
 log = logging.getLogger(__name__)
 
@@ -97,16 +98,16 @@ class ShardCache:
             self.fetch(shard)
 
     def _download(self, shard: RemoteShard, path: Path) -> None:
-        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = aside(path)
         try:
-            with _open(shard.url) as source, aside.open("wb") as target:
+            with _open(shard.url) as source, part.open("wb") as target:
                 while data := source.read(CHUNK):
                     target.write(data)
-            if shard.size >= 0 and aside.stat().st_size != shard.size:
-                raise EOFError(f"{aside.stat().st_size} of {shard.size} bytes came")
-            aside.replace(path)
+            if shard.size >= 0 and part.stat().st_size != shard.size:
+                raise EOFError(f"{part.stat().st_size} of {shard.size} bytes came")
+            part.replace(path)
         finally:
-            aside.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
 
     def _make_room(self, keep: Path) -> None:
         files = []

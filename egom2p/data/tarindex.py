@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import resource
-import socket
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 import webdataset
 
 from egom2p.errors import UserError
+from egom2p.files import aside, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -61,22 +61,16 @@ def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> int:
     """Write WebDataset samples (`__key__` and {suffix: bytes}) to one tar, aside and then renamed, so that it is whole
     or absent. Equal samples make equal files. Returns the number of samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{_writer()}.part")
-    count = 0
+    part, count = aside(path), 0
     try:
-        with webdataset.TarWriter(str(aside), mtime=0, encoder=False) as tar:
+        with webdataset.TarWriter(str(part), mtime=0, encoder=False) as tar:
             for sample in samples:
                 tar.write(sample)
                 count += 1
-        aside.replace(path)
+        part.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return count
-
-
-def _writer() -> str:
-    """This process's name among those that may write the same file at once."""
-    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -192,7 +186,7 @@ def to_entry(path: Path, record: dict) -> TarEntry:
 
 def _split_again(keys: list[str], suffixes: list[str]) -> tuple[list[str], list[str]]:
     """Names of an index that was written when they were still cut at the first dot."""
-    if not any("." in suffix for suffix in set(suffixes)):
+    if all(split_name(f"key.{suffix}") == ("key", suffix) for suffix in set(suffixes)):
         return keys, suffixes
     pairs = []
     for key, suffix in zip(keys, suffixes, strict=True):
@@ -278,10 +272,8 @@ _UNWRITABLE: set[Path] = set()  # folders whose index could not be written; said
 
 
 def _write_index(folder: Path, shards: dict[str, dict]) -> None:
-    aside = folder / f".{INDEX_FILE}.{_writer()}"
     try:
-        aside.write_text(json.dumps({"version": VERSION, "shards": shards}, separators=(",", ":")))
-        aside.replace(folder / INDEX_FILE)
+        write_whole(folder / INDEX_FILE, json.dumps({"version": VERSION, "shards": shards}, separators=(",", ":")))
     except OSError as error:
         if not _UNWRITABLE:
             log.warning("%s: the index cannot be written (%s); it is rebuilt at every start, and so are those of other "

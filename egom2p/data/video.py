@@ -87,7 +87,7 @@ def shown(source: Path | bytes, losses: Losses | None = None, gray16: bool = Fal
                 continue
             for frame in frames:
                 time = clock.of_frame(frame)
-                if time is None or damage.spoils(frame, time):
+                if time is None or damage.spoils(frame):
                     continue
                 look = look or _Look(frame, stream, gray16)
                 yield Shown(time, clock.duration(frame), look.of(frame))
@@ -328,7 +328,7 @@ class _Damage:
         if time is not None:
             self.since = time if self.since is None else min(self.since, time)
 
-    def spoils(self, frame: Any, _time: float) -> bool:
+    def spoils(self, frame: Any) -> bool:
         moment = float(frame.time) if frame.time is not None else None
         if self.since is not None and frame.key_frame and moment is not None and moment >= self.since:
             self.since, self.count = None, 0

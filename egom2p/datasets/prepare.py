@@ -31,6 +31,7 @@ from egom2p.datasets.checks import Statistics
 from egom2p.datasets.cutting import SECONDS, cut, safe
 from egom2p.datasets.recording import Adapter, BadSequence, NotARecording, Recording, stamp_of
 from egom2p.errors import UserError
+from egom2p.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -214,9 +215,7 @@ def prepare_sequence(name: str, root: Path, out: Path, args: PrepareArgs, job: J
               "counts": dict(counts), "stats": stats.plain()}
     path = record_path(out, job.file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(record))
-    aside.replace(path)
+    write_whole(path, json.dumps(record))
     return record
 
 

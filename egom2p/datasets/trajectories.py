@@ -143,9 +143,8 @@ def _frames_of(model: ColmapModel, folder: Path, frames: int, said: dict[str, An
     first = said["first_image"] if "first_image" in said else _first_number(low, high, folder, frames)
     if first is None:
         raise BadSequence(f"{model.path}: images {low} .. {high} of a video of {frames} frames (0 .. {frames - 1}): "
-                          f"names "
-                          "may count from 0 or from 1. Say which number the first frame has: {\"first_image\": 1} in "
-                          "NAME.cam.json")
+                          "names may count from 0 or from 1. Say which number the first frame has: "
+                          "{\"first_image\": 1} in NAME.cam.json")
     if not low - first >= 0 or high - first >= frames:
         raise BadSequence(f"{model.path}: images {low} .. {high}, counted from {first}, are not frames of a video of "
                           f"{frames} frames")

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import os
-import socket
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +15,7 @@ from egom2p.data.clips import Clip, count_clips, expand_paths, read_clips
 from egom2p.data.tarindex import index_tars, npy_bytes, write_tar
 from egom2p.data.tokens import encode_tokens
 from egom2p.errors import UserError
+from egom2p.files import write_whole
 from egom2p.tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -109,9 +108,7 @@ class Origin:
 
     def _write(self, note: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f".{ORIGIN}.{socket.gethostname()}-{os.getpid()}"
-        aside.write_text(json.dumps(note, indent=1))
-        aside.replace(self.path)
+        write_whole(self.path, json.dumps(note, indent=1))
 
 
 def _shards(clips: Iterable[Clip], dataset: str) -> Iterator[tuple[str, int, list[Clip]]]:

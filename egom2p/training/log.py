@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from egom2p.errors import UserError
+from egom2p.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def start_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:
 
     note = run_dir / "wandb_id"
     if not note.exists():
-        write_whole(note, uuid.uuid4().hex[:12] + "\n")
+        write_to_run(note, uuid.uuid4().hex[:12] + "\n")
     told = {"project": project, "name": run_dir.name, "dir": str(run_dir), "config": config}
     offline = {"mode": "offline", "settings": wandb.Settings(console="off")}
     if "WANDB_MODE" in os.environ:
@@ -129,7 +130,7 @@ def start_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:
         except Exception as error:
             log.warning("Weights & Biases cannot start (%s)%s", " ".join(str(error).split())[:200],
                         "; logging offline" if how is online else "; the run goes on without")
-            write_whole(note, uuid.uuid4().hex[:12] + "\n")  # the id stays taken in this process
+            write_to_run(note, uuid.uuid4().hex[:12] + "\n")  # the id stays taken in this process
     return None
 
 
@@ -164,17 +165,14 @@ def cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines() if (record := _parse(line)) and record["step"] <= step]
-    write_whole(path, "".join(f"{line}\n" for line in kept))
+    write_to_run(path, "".join(f"{line}\n" for line in kept))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write aside and rename, so that a full disk or a kill leaves the old file. Raises UserError when it cannot be
-    written."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+def write_to_run(path: Path, text: str) -> None:
+    """Write a file of the run, whole or not at all. Raises UserError when it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text)
-        aside.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); free space or choose another run.dir") from error
 

@@ -31,7 +31,7 @@ from egom2p.model.flops import peak_flops
 from egom2p.training.checkpoint import CheckpointArgs, Checkpoints, restore_optimizer, restore_weights
 from egom2p.training.guard import Guard
 from egom2p.training.lock import RunLock
-from egom2p.training.log import LogArgs, MetricsLog, environment, summary, write_whole
+from egom2p.training.log import LogArgs, MetricsLog, environment, summary, write_to_run
 from egom2p.training.optim import OptimArgs, make_optimizer, make_schedule
 from egom2p.training.parallel import full_tensor, gradients_stay_local, spread
 from egom2p.training.stop import StopRequest
@@ -180,8 +180,8 @@ def run_training(config: Any, make_task: Any) -> Path:
         _check_same_run(config, run_dir, config.resume.force)
         with RunLock(run_dir, world.is_main and not replaying) as lock:
             if world.is_main and not replaying:
-                write_whole(run_dir / "config.yaml", dump(config))
-                write_whole(run_dir / "environment.json", json.dumps(environment(task.fingerprint()), indent=1))
+                write_to_run(run_dir / "config.yaml", dump(config))
+                write_to_run(run_dir / "environment.json", json.dumps(environment(task.fingerprint()), indent=1))
             barrier()
             loop = Loop(config, task, world, run_dir)
             loop.replay(config.debug.replay_step) if replaying else loop.run(lock)

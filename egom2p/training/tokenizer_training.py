@@ -88,8 +88,7 @@ class SignalSteps(torch.utils.data.Dataset):
     """Step -> this rank's micro-batches of normalised signals, in the data order of one data set."""
 
     def __init__(self, clips: ClipIndex, tokenizer: Tokenizer, plan: BatchPlan, order: PassOrder | None) -> None:
-        self.clips, self.plan, self.order = clips, plan, order
-        self.source, self.signal, self.check = tokenizer.modality.clip_signal, tokenizer.signal, tokenizer.check
+        self.clips, self.tokenizer, self.plan, self.order = clips, tokenizer, plan, order
 
     def __getitem__(self, step: int) -> StepBatch:
         micro, damaged = [], []
@@ -98,24 +97,31 @@ class SignalSteps(torch.utils.data.Dataset):
             for number in numbers:
                 try:
                     element = self.order.element(number) if self.order else number % len(self.clips)
-                    raw = self.clips.read_signal(element, self.source)
-                    self.check(raw, self.clips.keys[element])
-                    if np.any(self.signal.is_observed(raw)):
-                        rows.append(torch.from_numpy(self.signal.normalize(raw)))
+                    x = self._read(element)
+                    if x is not None:
+                        rows.append(x)
                         read.append(number)
                 except UserError as error:
                     damaged.append(f"sample {number}: {error}")
             micro.append(SignalBatch(torch.stack(rows or [self._stand_in()]), np.array(read or [-1]), len(rows)))
         return StepBatch(step, micro, damaged)
 
+    def _read(self, element: int) -> Tensor | None:
+        """One clip's signal in the network's units, None when it carries no measurement. Raises UserError when it is
+        damaged or not what the tokenizer is for."""
+        raw = self.clips.read_signal(element, self.tokenizer.modality.clip_signal)
+        self.tokenizer.check(raw, self.clips.keys[element])
+        signal = self.tokenizer.signal
+        return torch.from_numpy(signal.normalize(raw)) if np.any(signal.is_observed(raw)) else None
+
     def _stand_in(self) -> Tensor:
         """Some readable clip, for a micro-batch that lost all of its own: it counts nothing, but every rank must take
         part."""
         for element in range(len(self.clips)):
-            with contextlib.suppress(DamagedClip):
-                raw = self.clips.read_signal(element, self.source)
-                if np.any(self.signal.is_observed(raw)):
-                    return torch.from_numpy(self.signal.normalize(raw))
+            with contextlib.suppress(UserError):
+                x = self._read(element)
+                if x is not None:
+                    return x
         raise UserError("no clip of the data set can be read; `egom2p shards check` lists the damaged files")
 
 
