@@ -20,7 +20,7 @@ from egom2p.data.clips import write_clips
 from egom2p.data.video import decode_video
 from egom2p.datasets.checks import Statistics
 from egom2p.datasets.cutting import cut
-from egom2p.datasets.prepare import PrepareArgs, prepare_sequence
+from egom2p.datasets.prepare import Job, PrepareArgs, prepare_sequence
 from egom2p.datasets.recording import VideoPictures
 from egom2p.datasets.video import VideoFolder
 from egom2p.signals.writers import write_tum, write_video
@@ -56,8 +56,8 @@ def main() -> None:
         root, out = Path(folder) / "raw", Path(folder) / "out"
         root.mkdir()
         write_recording(root, args.width, args.height, args.seconds)
-        settings = PrepareArgs(args.size, workers=1)
-        whole = seconds_of(lambda: prepare_sequence("video", root, out, settings, "walk.mp4"))
+        settings, job = PrepareArgs(args.size, workers=1), Job("walk.mp4", "", "walk_mp4", "")
+        whole = seconds_of(lambda: prepare_sequence("video", root, out, settings, job))
         decode = seconds_of(lambda: decode_video(root / "walk.mp4"))
         made = []
 

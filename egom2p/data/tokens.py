@@ -209,10 +209,14 @@ def _parse_npy(data: bytes) -> np.ndarray:
 
 
 def _parse_npz(data: bytes) -> np.ndarray:
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        if not isinstance(archive, np.lib.npyio.NpzFile) or "arr_0" not in archive:
-            raise ValueError("npz file without 'arr_0'")
-        return archive["arr_0"]
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            found = archive["arr_0"] if isinstance(archive, np.lib.npyio.NpzFile) and "arr_0" in archive else None
+    except RuntimeError as error:  # zipfile's way of refusing encryption, patches and versions it does not know
+        raise ValueError(f"npz file that cannot be read ({error})") from error
+    if not isinstance(found, np.ndarray):  # numpy hands out the bytes of a member that is no array
+        raise ValueError("npz file without an array 'arr_0'")
+    return found
 
 
 def _modality_files(root: str, name: str, pattern: str, modality: Modality, modalities: ModalitySet,

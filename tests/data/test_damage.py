@@ -255,6 +255,24 @@ def test_fuzz_token_decoder(data):
     _decode(data)
 
 
+@pytest.mark.parametrize("fault", ["no array", "patched", "method", "version"])
+def test_npz_files_that_zipfile_or_numpy_do_not_take(fault):
+    """Found by the test above: a member that is no array, and what zipfile refuses with NotImplementedError."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(*(("arr_0", b"text") if fault == "no array" else ("arr_0.npy", npy_bytes(GRID))))
+    data = bytearray(buffer.getvalue())
+    central = data.index(b"PK\x01\x02")
+    if fault == "patched":
+        data[central + 8] |= 0x20
+    elif fault == "method":
+        data[central + 10] = 9
+    elif fault == "version":
+        data[central + 6] = 200
+    with pytest.raises(ValueError, match="npz file"):
+        decode_tokens(bytes(data), MODALITY)
+
+
 INDEX_WORDS = ["version", "shards", "a.tar", "size", "mtime_ns", "keys", "suffixes", "offsets", "sizes", "damage"]
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
                     lambda inner: st.lists(inner, max_size=4)
