@@ -12,6 +12,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from benchmarks.printing import heading, say
 from egom2p.config import load
 from egom2p.evaluation.run import evaluate
 from egom2p.generation.schedule import TargetArgs
@@ -29,7 +30,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
-    print(f"{'start of token tables':24} " + " ".join(f"{t + ' ' + m:>20} {'shuffled':>9}" for t, m in MAIN.items()))
+    heading(__doc__, steps=args.steps)
+    say(f"{'start of token tables':24} " + " ".join(f"{t + ' ' + m:>20} {'shuffled':>9}" for t, m in MAIN.items()))
     for name, overrides in VARIANTS.items():
         run = args.data / "ablate_start" / name.split(",")[0].replace(" ", "_")
         shutil.rmtree(run, ignore_errors=True)
@@ -40,9 +42,9 @@ def main() -> None:
                                                                     *overrides]))
         recipes = {n: TargetArgs(expected=True) for n in ("cam", "gaze", "depth")}
         summary = evaluate(EgoM2P.from_pretrained(run), MAIN, f"{args.data}/clips/test/*.tar", recipes).summary
-        print(f"{name:24} " + " ".join(f"{summary[t][m]['value']:20.4f} {summary[t][m]['shuffled']:9.4f}"
-                                       for t, m in MAIN.items()), flush=True)
-    print(f"{'strongest trivial':24} " + " ".join(f"{summary[t][m]['baseline']:20.4f} {'':9}" for t, m in MAIN.items()))
+        say(f"{name:24} " + " ".join(f"{summary[t][m]['value']:20.4f} {summary[t][m]['shuffled']:9.4f}"
+            for t, m in MAIN.items()))
+    say(f"{'strongest trivial':24} " + " ".join(f"{summary[t][m]['baseline']:20.4f} {'':9}" for t, m in MAIN.items()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.printing import heading, say
 from egom2p.compat.released import CAMERA_MEAN, CAMERA_STD
 from egom2p.config import load, read_yaml
 from egom2p.generation.pipeline import Pipeline
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--recipes", default="rgb2cam,rgb2gaze")
     parser.add_argument("--size", default="base")
     args = parser.parse_args()
+    heading(__doc__, size=args.size)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         MotionTokenizer(Modality("cam", 256, (30,), "pose"),
@@ -53,8 +55,7 @@ def main() -> None:
             generate_files(pipeline, [tokens], root / "out",
                            GenerateArgs(list(recipe.targets), recipe.input, recipe.targets))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            print(f"{args.size} {name}: {time.perf_counter() - started:.1f} s a clip, peak memory {peak:.1f} GB",
-                  flush=True)
+            say(f"{args.size} {name}: {time.perf_counter() - started:.1f} s a clip, peak memory {peak:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.printing import heading, median_ratio, say
 from benchmarks.train_step import RELEASED, Side, make_samples, model_sizes
 from egom2p.model.egom2p import EgoM2P
 from egom2p.training.checkpoint import CheckpointArgs, Checkpoints
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    heading(__doc__, size=args.size)
     torch.manual_seed(0)
     sizes = model_sizes(args.size)
     model = EgoM2P(RELEASED, sizes)
@@ -41,6 +43,8 @@ def main() -> None:
             for kind, checkpoints in kinds.items():
                 started = time.perf_counter()
                 checkpoints.save(step, model.save_pretrained, model, side.optimizer, {"fingerprint": ""})
+                if kind == "at once":
+                    checkpoints.wait()
                 stalls[kind].append(time.perf_counter() - started)
                 started = time.perf_counter()
                 side.step(samples)
@@ -48,11 +52,10 @@ def main() -> None:
                 checkpoints.wait()
         size = sum(p.stat().st_size for p in (Path(folder) / "background/checkpoints/latest/").iterdir())
     medians = {k: statistics.median(v[1:]) for k, v in stalls.items()}
-    ratio = statistics.median(a / b for a, b in zip(stalls["background"][1:], stalls["at once"][1:], strict=True))
-    print(f"{args.size}, {size / 1e9:.2f} GB a checkpoint: stall {medians['background']:.3f} s in the background, "
-          f"{medians['at once']:.3f} s at once, ratio {ratio:.3f}")
-    print(f"step beside a write / step alone: "
-          f"{statistics.median(b / a for a, b in zip(alone[1:], beside[1:], strict=True)):.2f}")
+    ratio = median_ratio(stalls["background"][1:], stalls["at once"][1:])
+    say(f"{args.size}, {size / 1e9:.2f} GB a checkpoint: stall {medians['background']:.3f} s in the background, "
+        f"{medians['at once']:.3f} s at once, ratio {ratio:.3f}")
+    say(f"step beside a write / step alone: {median_ratio(beside[1:], alone[1:]):.2f}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.plain_generate import PlainGenerator
+from benchmarks.printing import heading, median_ratio, say
 from benchmarks.train_step import RELEASED, REUSED_HEAP, model_sizes, run_child
 from egom2p.config import load
 from egom2p.generation.sampler import generate
@@ -80,18 +81,18 @@ def main() -> None:
     if args.sides:
         print(json.dumps(measure(args)))
         return
+    heading(__doc__)
     for setting, allocator in (("default allocator", {}), ("heap reused", REUSED_HEAP)):
         for recipe in args.recipes.split(","):
             seconds = child(args, "plain,ours,reused", allocator, args.rounds, recipe, not allocator)["seconds"][recipe]
             memory = {side: child(args, side, allocator, 1, recipe, False)["peak_gb"] for side in ("plain", "ours")}
             medians = {s: statistics.median(v) for s, v in seconds.items()}
-            ratio = {s: statistics.median(p / o for p, o in zip(seconds["plain"], seconds[s], strict=True))
-                     for s in ("ours", "reused")}
+            ratio = {s: median_ratio(seconds["plain"], seconds[s]) for s in ("ours", "reused")}
             same = ", greedy ids identical" if not allocator and args.precision == "float32" else ""
-            print(f"{args.size} {recipe}, {args.precision}, {setting}: plain {medians['plain']:.2f} s, ours "
-                  f"{medians['ours']:.2f} s ({ratio['ours']:.2f} x), "
-                  f"reused {medians['reused']:.2f} s ({ratio['reused']:.2f} x); peak {memory['plain']:.1f} and "
-                  f"{memory['ours']:.1f} GB{same}", flush=True)
+            say(f"{args.size} {recipe}, {args.precision}, {setting}: plain {medians['plain']:.2f} s, ours "
+                f"{medians['ours']:.2f} s ({ratio['ours']:.2f} x), "
+                f"reused {medians['reused']:.2f} s ({ratio['reused']:.2f} x); peak {memory['plain']:.1f} and "
+                f"{memory['ours']:.1f} GB{same}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from benchmarks.plain import PlainEgoM2P
+from benchmarks.printing import heading, say
 from benchmarks.train_step import RELEASED, make_samples, model_sizes
 from egom2p.config import load
 from egom2p.data.batch import FlatTokens, MaskedSample, PackedBatch, pack
@@ -145,8 +146,7 @@ class Trainer:
 
     def __init__(self, sizes: ModelArgs, micro: int, compiled: bool, batches: int = 4) -> None:
         torch.manual_seed(0)
-        with torch.device(DEVICE):
-            self.model = EgoM2P(RELEASED, sizes)
+        self.model = EgoM2P(RELEASED, sizes).to(DEVICE)  # position tables come from numpy: `with device` leaves them
         if compiled:
             compile_blocks(self.model)
         self.optimizer = make_optimizer(self.model, OptimArgs())
@@ -211,9 +211,9 @@ def section_step(args) -> list[dict]:
         for micro in args.micro:
             try:
                 rows.append(time_steps(args.sizes, micro, compiled, args.steps))
-                print(json.dumps(rows[-1]), flush=True)
+                say(json.dumps(rows[-1]))
             except torch.cuda.OutOfMemoryError:
-                print(f"micro-batch {micro}, compile={compiled}: out of memory", flush=True)
+                say(f"micro-batch {micro}, compile={compiled}: out of memory")
             if DEVICE.type == "cuda":
                 torch.cuda.empty_cache()
     return rows
@@ -313,8 +313,7 @@ def main() -> None:
     args.sizes = model_sizes(args.size)
     if args.smoke:
         args.sizes, args.micro, args.steps, args.recipes = ModelArgs(32, 2, 1, 1), [1], 1, ["rgb2cam"]
-    print(f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, torch {torch.__version__}, size "
-          f"{args.size}")
+    heading(__doc__, size=args.size)
     results, summary = {}, []
     for name in args.sections.split(","):
         started = time.perf_counter()
@@ -324,11 +323,10 @@ def main() -> None:
         except Exception as problem:  # one section's failure must not cost the others their lease
             results[name] = summary_line = f"FAILED: {type(problem).__name__}: {problem}"
             summary.append(f"{name}: {summary_line}")
-        print(f"--- {name}\n{results[name] if isinstance(results[name], str) else json.dumps(results[name], indent=1)}",
-              flush=True)
+        say(f"--- {name}\n{results[name] if isinstance(results[name], str) else json.dumps(results[name], indent=1)}")
         (args.out / "gpu.json").write_text(json.dumps(results, indent=1))
     best = max((r["samples_per_s"] for r in results["step"]), default=0) if isinstance(results.get("step"), list) else 0
-    print("\n".join([*summary, f"best {best:.1f} samples/s; the goal is {GOAL:.0f} on an H100"]))
+    say("\n".join([*summary, f"best {best:.1f} samples/s; the goal is {GOAL:.0f} on an H100"]))
     sys.exit(any("FAILED" in line for line in summary))
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.printing import heading, median_ratio, say
 from egom2p.data.batch import pack
 from egom2p.data.loader import DataArgs, DatasetArgs, TokenStream
 from egom2p.data.masking import MaskArgs
@@ -113,6 +114,7 @@ def main() -> None:
                         help="shards of the start-up and memory measurement, over eight data sets")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    heading(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_random(DataArgs(root="", datasets={"set": DatasetArgs()}), (), RELEASED, root / "ours", 1000)
@@ -125,8 +127,8 @@ def main() -> None:
                                         args.count))
             rates["plain"].append(rate(lambda: plain(root / "released", args.count), args.count))
         for name, values in rates.items():
-            ratio = statistics.median(v / p for v, p in zip(values[1:], rates["plain"][1:], strict=True))
-            print(f"{name:14} {statistics.median(values[1:]):8.0f} samples/s a core, {ratio:.1f} x plain")
+            ratio = median_ratio(values[1:], rates["plain"][1:])
+            say(f"{name:14} {statistics.median(values[1:]):8.0f} samples/s a core, {ratio:.1f} x plain")
         many, sets = root / "many", [f"set{i}" for i in range(8)]
         for number in range(args.shards):
             for modality in RELEASED:
@@ -138,9 +140,9 @@ def main() -> None:
         started = time.perf_counter()
         stream = open_stream(many, sets)
         ours(stream, BATCH, 0)
-        print(f"first batch after {time.perf_counter() - started:.2f} s on {args.shards} shards of 1 000 clips in 4 "
-              f"modalities and {len(sets)} data sets (index fresh)")
-        print(f"a forked worker adds {forked_worker_mb(stream):.0f} MB")
+        say(f"first batch after {time.perf_counter() - started:.2f} s on {args.shards} shards of 1 000 clips in 4 "
+            f"modalities and {len(sets)} data sets (index fresh)")
+        say(f"a forked worker adds {forked_worker_mb(stream):.0f} MB")
 
 
 if __name__ == "__main__":

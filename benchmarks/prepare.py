@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.printing import heading, say
 from egom2p.data.clips import write_clips
 from egom2p.data.video import decode_video
 from egom2p.datasets.checks import Statistics
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--size", type=int, default=256)
     args = parser.parse_args()
+    heading(__doc__)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root, out = Path(folder) / "raw", Path(folder) / "out"
@@ -71,11 +73,11 @@ def main() -> None:
         pictures, everything = seconds_of(lambda: cut_all(False)), seconds_of(lambda: cut_all(True))
         write = seconds_of(lambda: write_clips(out / "again.tar", made))
     clips = len(made)
-    print(f"{args.width} x {args.height} at 30 fps -> {args.size}, {clips} clips, one core: {clips / whole:.2f} "
-          f"clips/s ({2 * clips / whole:.1f} x real time)")
+    say(f"{args.width} x {args.height} at 30 fps -> {args.size}, {clips} clips, one core: {clips / whole:.2f} "
+        f"clips/s ({2 * clips / whole:.1f} x real time)")
     for name, value in (("decode every frame", decode), ("crop and resize", max(0.0, pictures - decode)),
                         ("depth, poses, gaze, checks", max(0.0, everything - pictures)), ("write", write)):
-        print(f"  {name:28} {value:6.2f} s {value / whole:6.0%}")
+        say(f"  {name:28} {value:6.2f} s {value / whole:6.0%}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from benchmarks.printing import heading, say
 from benchmarks.train_step import RELEASED
 from egom2p.config import load
 from egom2p.data.batch import MaskedSample, pack
@@ -112,26 +113,26 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    heading(__doc__)
     mixture = Mixture()
     sample = [mixture.flops(n) for n in range(200 if args.smoke else 4096)]
     tokens = [mixture.lengths(n) for n in range(len(sample))]
-    print(f"a sample: {np.mean([i.sum() for i, _ in tokens]):.0f} encoder + "
-          f"{np.mean([t.sum() for _, t in tokens]):.0f} decoder tokens, "
-          f"{np.mean(sample) / 1e12:.2f} TFLOP forward and backward (base), standard deviation of tokens "
-          f"{np.std([i.sum() + t.sum() for i, t in tokens]) / np.mean([i.sum() + t.sum() for i, t in tokens]):.2f} of "
-          f"the mean")
+    say(f"a sample: {np.mean([i.sum() for i, _ in tokens]):.0f} encoder + "
+        f"{np.mean([t.sum() for _, t in tokens]):.0f} decoder tokens, "
+        f"{np.mean(sample) / 1e12:.2f} TFLOP forward and backward (base), standard deviation of tokens "
+        f"{np.std([i.sum() + t.sum() for i, t in tokens]) / np.mean([i.sum() + t.sum() for i, t in tokens]):.2f} of "
+        f"the mean")
     started = time.perf_counter()
     BatchPlan(1024, 32, 1024, 0, 8).deal(1000, mixture.tokens)
-    print(f"dealing a step of 1 024 samples: {1e3 * (time.perf_counter() - started):.0f} ms in a loader worker")
-    print("max / mean over ranks       tokens: in turn, balanced      FLOPs: in turn, balanced")
+    say(f"dealing a step of 1 024 samples: {1e3 * (time.perf_counter() - started):.0f} ms in a loader worker")
+    say("max / mean over ranks       tokens: in turn, balanced      FLOPs: in turn, balanced")
     for world, per_rank in ((2, 4),) if args.smoke else ((8, 16), (8, 32), (8, 128), (32, 32), (64, 16), (128, 8),
                                                          (256, 4)):
         turn, dealt = (imbalance(mixture, world, per_rank, 3 if args.smoke else max(4, args.steps * 8 // world), b)
                        for b in (False, True))
-        print(f"{world:4} GPUs x {per_rank:3} samples {turn[0]:14.3f} {dealt[0]:9.3f} {turn[1]:18.3f} {dealt[1]:9.3f}",
-              flush=True)
+        say(f"{world:4} GPUs x {per_rank:3} samples {turn[0]:14.3f} {dealt[0]:9.3f} {turn[1]:18.3f} {dealt[1]:9.3f}")
     if args.cost:
-        print("seconds a step, float32, this machine")
+        say("seconds a step, float32, this machine")
         for label, sizes, budget, samples in (
                 ("128 wide, 2 + 2", ModelArgs(128, 2, 2, 2), 512, 2),
                 ("256 wide, 2 + 2", ModelArgs(256, 4, 2, 2), 512, 2),
@@ -142,8 +143,8 @@ def main() -> None:
                 ("tiny, 4 samples", ModelArgs(384, 6, 6, 6), 512, 4),
                 ("tiny, 8 samples", ModelArgs(384, 6, 6, 6), 512, 8)):
             seconds, flops = seconds_a_step(sizes, budget, samples)
-            print(f"  {label:26} budget {budget:5} {samples} samples {seconds:7.2f} s {flops / 1e9:9.0f} GFLOP "
-                  f"{flops / seconds / 1e9:6.0f} GFLOP/s", flush=True)
+            say(f"  {label:26} budget {budget:5} {samples} samples {seconds:7.2f} s {flops / 1e9:9.0f} GFLOP "
+                f"{flops / seconds / 1e9:6.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.plain import PlainEgoM2P
+from benchmarks.printing import heading, median_ratio, say
 from egom2p.config import build, read_yaml, to_plain
 from egom2p.data.batch import MaskedSample, pack
 from egom2p.data.masking import MaskArgs, Masker
@@ -128,20 +129,20 @@ def main() -> None:
     if args.sides:
         print(json.dumps(measure(args)))
         return
+    heading(__doc__)
     for setting, allocator in (("default allocator", {}), ("heap reused", REUSED_HEAP)):
         both = child(args, "plain,ours", allocator, args.rounds)
         memory = {side: child(args, side, allocator, 1)["peak_gb"] for side in ("plain", "ours")}
-        print(f"{args.size}, {args.samples} samples, {args.precision}, {setting}, {torch.get_num_threads()} threads, "
-              f"{statistics.mean(both['tokens']) / args.samples:.0f} real tokens a sample")
+        say(f"{args.size}, {args.samples} samples, {args.precision}, {setting}, {torch.get_num_threads()} threads, "
+            f"{statistics.mean(both['tokens']) / args.samples:.0f} real tokens a sample")
         for side in ("plain", "ours"):
             rates = [args.samples / s for s in both["seconds"][side]]
             flops = statistics.median(f / s for f, s in zip(both["flops"], both["seconds"][side], strict=True))
             per_second = statistics.median(t / s for t, s in zip(both["tokens"], both["seconds"][side], strict=True))
-            print(f"  {side:6} {statistics.median(rates):8.3f} samples/s {per_second:8.0f} tokens/s {flops / 1e9:8.1f} "
-                  f"GFLOP/s {memory[side]:6.2f} GB peak")
-        ratio = statistics.median(p / o for p, o in zip(both["seconds"]["plain"], both["seconds"]["ours"], strict=True))
-        print(f"  ours / plain: {ratio:.2f} x the samples/s, {memory['ours'] / memory['plain']:.2f} of the peak memory",
-              flush=True)
+            say(f"  {side:6} {statistics.median(rates):8.3f} samples/s {per_second:8.0f} tokens/s {flops / 1e9:8.1f} "
+                f"GFLOP/s {memory[side]:6.2f} GB peak")
+        ratio = median_ratio(both["seconds"]["plain"], both["seconds"]["ours"])
+        say(f"  ours / plain: {ratio:.2f} x the samples/s, {memory['ours'] / memory['plain']:.2f} of the peak memory")
 
 
 if __name__ == "__main__":

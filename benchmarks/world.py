@@ -6,12 +6,14 @@
 import statistics
 import time
 
+from benchmarks.printing import heading, say
 from egom2p.datasets.world import make_clip
 
 CLIPS = 20
 
 
 def main() -> None:
+    heading(__doc__)
     for size in (32, 48, 64, 128):
         rates = []
         for round_number in range(5):
@@ -19,7 +21,7 @@ def main() -> None:
             for number in range(CLIPS):
                 make_clip(round_number, number, size)
             rates.append(CLIPS / (time.perf_counter() - started))
-        print(f"{size:4} x {size:<4} {statistics.median(rates):7.1f} clips/s a core")
+        say(f"{size:4} x {size:<4} {statistics.median(rates):7.1f} clips/s a core")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Lint and tests. Arguments go to pytest; `bash scripts/test.sh -m slow` runs the slow ones.
+# Lint and tests, one worker a core (at most 8). Arguments go to pytest: `bash scripts/test.sh -m slow` runs the slow
+# ones, `-n 0` everything in one process, a path that file only.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ruff check .
-if [ $# -gt 0 ]; then exec pytest "$@"; fi
-exec pytest -m "not slow"
+export OMP_NUM_THREADS=1
+parallel=(-n "$(getconf _NPROCESSORS_ONLN)" --maxprocesses 8 --dist loadgroup)
+if [ $# -gt 0 ]; then exec pytest "${parallel[@]}" "$@"; fi
+exec pytest "${parallel[@]}" -m "not slow"

@@ -14,6 +14,22 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+# Tests that use the machine as a whole (ports of SLURM's daemons, network namespaces, half a minute of timeouts).
+ONE_AT_A_TIME = ("test_slurm.py", "test_hosts.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For pytest-xdist (`--dist loadgroup`): what must not run side by side, and what shares a fixture of half a
+    minute, goes to one worker; the slow tests go first, so that no worker waits for one at the end."""
+    for item in items:
+        if item.path.name in ONE_AT_A_TIME:
+            item.add_marker(pytest.mark.xdist_group("machine"))
+        elif item.name.startswith("test_released_sizes_run_whole"):  # some GB each
+            item.add_marker(pytest.mark.xdist_group("memory"))
+        elif "finished" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("quickstart"))
+    if config.getoption("dist", "no") != "no":
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def test_plain_padded_network_equals_ours(variant):
     (["benchmarks.loader", "--count", "64", "--rounds", "1", "--shards", "2"], "samples/s a core"),
     (["benchmarks.gpu", "--smoke", "--sections", "correct,sync,step,profile,generate,train"], "correct: ok"),
     (["benchmarks.scaling", "--smoke"], "max / mean"),
-    (["benchmarks.checkpoint", "--rounds", "1"], "stall"),
+    (["benchmarks.checkpoint", "--rounds", "1", "--size", "world"], "stall"),
     (["benchmarks.generate", "--rounds", "1", "--recipes", "rgb2cam", "--size", "world"], "greedy ids identical"),
     (["benchmarks.prepare", "--width", "128", "--height", "96", "--seconds", "4", "--size", "64"], "clips/s")])
 def test_benchmark_runs(command, expected, tmp_path):

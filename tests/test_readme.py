@@ -42,8 +42,9 @@ def test_readme_opens_with_the_two_commands():
     assert commands()[:2] == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
 
 
-def test_every_command_runs_in_the_order_of_the_page(places):
+def test_every_command_runs_in_the_order_of_the_page(finished, places):
     """One after the other: later ones use what earlier ones wrote."""
+    added = {**ADDED, "quickstart": ["--config", finished[1]]}
     for command in commands():
         if command.startswith("bash scripts/"):
             continue
@@ -56,7 +57,7 @@ def test_every_command_runs_in_the_order_of_the_page(places):
             assert process.returncode == 0, f"{command}\n{output[-3000:]}"
             continue
         assert words[0] == "egom2p", command
-        run_cli(*words[1:], *next((extra for verb, extra in ADDED.items() if command.startswith(f"egom2p {verb}")), []))
+        run_cli(*words[1:], *next((extra for verb, extra in added.items() if command.startswith(f"egom2p {verb}")), []))
 
 
 def test_library_example_names_what_exists():
