@@ -16,7 +16,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0; 1 when part of the work failed; 2 after one line about a mistake of
     the user's; 75 when a run was asked to stop and saved; 130 after Ctrl-C; 141 when the reader of the output left."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, left = parser.parse_known_args(argv)
+    if left and not (hasattr(args, "overrides") and all("=" in a and not a.startswith("-") for a in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:  # overrides given after options, which argparse does not join to those before
+        args.overrides = [*args.overrides, *left]
     _set_up_logging()
     try:
         code = args.run(args) or 0
@@ -208,7 +212,8 @@ def _add_submit(commands) -> None:
     parser.add_argument("--sbatch", nargs="*", default=[], metavar="OPTION=VALUE",
                         help="further sbatch options, without dashes")
     parser.add_argument("--template", type=Path, help="another script than scripts/slurm/train.sbatch")
-    parser.add_argument("--dry-run", action="store_true", help="write RUN/frozen, send nothing")
+    parser.add_argument("--unchecked", action="store_true", help="send it although this machine does not see the data")
+    parser.add_argument("--dry-run", action="store_true", help="check and write RUN/frozen, send nothing")
     parser.set_defaults(run=_submit)
 
 
@@ -225,7 +230,7 @@ def _submit(args) -> None:
     options = {k: str(v) for k, v in given.items() if v is not None} | dict(item.split("=", 1) for item in args.sbatch)
     variables = {"PROCESSES": args.processes or args.gpus_per_node or 1, "VENV": args.venv, "CONTAINER": args.container,
                  "MOUNTS": args.mounts}
-    job = JobArgs(options, {k: str(v) for k, v in variables.items() if v}, args.chain)
+    job = JobArgs(options, {k: str(v) for k, v in variables.items() if v}, args.chain, args.unchecked)
     script, numbers = submit(args.config, args.overrides, job, args.template or TEMPLATE, not args.dry_run)
     for number in numbers or [f"not sent; `bash {shlex.quote(str(script))}` sends it"]:
         print(number)
@@ -255,15 +260,20 @@ def _add_shards(commands) -> None:
 
 
 def _shards_check(args) -> int:
-    from egom2p.data.shardtools import check
+    from egom2p.data.shardtools import check, modality_folders
+    from egom2p.tokenizers.origin import origin_problems
 
-    found = check(args.pattern, _modalities_of(args.config))
+    modalities = _modalities_of(args.config)
+    found = check(args.pattern, modalities)
+    strangers = origin_problems(modality_folders(args.pattern), modalities)
     for kind, rows in (("damage", found.problems), ("note", found.notes)):
         for row in rows:
             print(f"{kind}\t{row['file']}{': ' + row['key'] if row['key'] else ''}: {row['problem']}")
-    print(f"{found.files} token files read, {len(found.problems) or 'no'} "
-          f"problem{'' if len(found.problems) == 1 else 's'}")
-    return 1 if found.problems else 0
+    for problem in strangers:
+        print(f"origin\t{problem}")
+    problems = len(found.problems) + len(strangers)
+    print(f"{found.files} token files read, {problems or 'no'} problem{'' if problems == 1 else 's'}")
+    return 1 if problems else 0
 
 
 def _shards_stats(args) -> None:
@@ -433,13 +443,16 @@ def _add_quickstart(commands) -> None:
     parser.add_argument("--config", type=Path, default=Path("cfgs/quickstart.yaml"))
     parser.add_argument("--inputs", nargs="*", type=Path, default=[], metavar="FILE",
                         help="real videos to run the trained model on")
+    parser.add_argument("--recordings", type=Path, metavar="FOLDER",
+                        help="your own videos (docs/data.md): train on them beside the world, hold a share aside and "
+                             "show it in the report")
     parser.set_defaults(run=_quickstart)
 
 
 def _quickstart(args) -> None:
     from egom2p.quickstart import quickstart
 
-    quickstart(args.out, args.config, args.inputs)
+    quickstart(args.out, args.config, args.inputs, args.recordings)
 
 
 def _add_export(commands) -> None:

@@ -23,6 +23,7 @@ from egom2p.errors import Preempted, UserError
 
 BEAT_S = 1.0
 DIAGNOSIS_S = 10.0
+NCCL_MARGIN_S = 60
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def process_group(first_timeout_s: int) -> Iterator[World]:
         yield world
         return
     timeout = timedelta(seconds=first_timeout_s)
+    bound = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_fresh_store(timeout), rank=rank,
-                            world_size=size, timeout=timeout)
+                            world_size=size, timeout=timeout, **bound)
     heartbeats = _Heartbeats(world)
     try:
         yield world
@@ -84,12 +86,17 @@ def _fresh_store(timeout: timedelta) -> dist.Store:
 
 
 def shorten_timeout(seconds: int, *groups: dist.ProcessGroup | None) -> None:
-    """From now on a rank that keeps the others waiting so long counts as lost, in the main group and in `groups`."""
+    """From now on a rank that keeps the others waiting so long counts as lost, in the main group and in `groups`.
+
+    NCCL ends the process when its time is up, where gloo raises an error that can be told. So the hosts' groups get the
+    time that was asked for and an NCCL main group NCCL_MARGIN_S more.
+    """
     if dist.is_initialized():
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-        for group in (None, *groups):
+        margin = NCCL_MARGIN_S if dist.get_backend() == "nccl" else 0
+        for group, extra in ((None, margin), *((g, 0) for g in groups)):
             with contextlib.suppress(ValueError):
-                set_timeout(timedelta(seconds=seconds), group)
+                set_timeout(timedelta(seconds=seconds + extra), group)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from egom2p import own
 from egom2p.config import load, to_plain
 from egom2p.data.shardtools import check
 from egom2p.datasets.world import write_world
@@ -30,10 +31,11 @@ from egom2p.training.log import read_metrics
 from egom2p.training.pretraining import PretrainConfig, pretrain
 from egom2p.training.tokenizer_training import TokenizerConfig
 from egom2p.visualize import plots
-from egom2p.visualize.report import write_report
+from egom2p.visualize.report import OwnPart, write_report
 
 log = logging.getLogger(__name__)
 
+TARGETS = ("cam", "gaze", "depth")
 EVAL_TASKS = ("rgb2cam", "rgb2gaze", "rgb2depth", "depth2rgb")
 
 
@@ -62,32 +64,49 @@ class QuickstartConfig:
     tokenizer_overrides: tuple[str, ...] = ()
     train_overrides: tuple[str, ...] = ()
     tasks: tuple[str, ...] = EVAL_TASKS
+    recordings_share: float = 0.25
 
 
-def quickstart(out: Path, config_path: Path, inputs: list[Path]) -> Path:
-    """Run every stage below `out`; finished stages are kept when it is run again. Returns the report's path."""
+def quickstart(out: Path, config_path: Path, inputs: list[Path], recordings: Path | None = None) -> Path:
+    """Run every stage below `out`; finished stages are kept when it is run again. Returns the report's path.
+
+    inputs: videos to predict from at the end. recordings: a folder of videos (with side files, docs/data.md) to train
+    on beside the world; a share of them is held aside, predicted and measured.
+    """
     config = load(QuickstartConfig, config_path)
     out.mkdir(parents=True, exist_ok=True)
-    stages = Stages(out / "stages.json", to_plain(config))
+    asked = {"recordings": str(recordings.resolve())} if recordings else {}
+    stages = Stages(out / "stages.json", {**to_plain(config), **asked})
     with stages.run("world"):
         _make_world(config, out / "clips")
+    shares = None
+    if recordings:
+        with stages.run("recordings"):
+            shares = own.take_recordings(recordings, out, config.size)
     with stages.run("tokenizers"):
         names = _train_tokenizers(config, out)
     with stages.run("encode"):
-        _encode(config, out, names)
+        _encode(config, out, names, own.NAME if shares else "")
     with stages.run("train"):
         training = load(PretrainConfig, config.training, _train_overrides(config, out, names))
+        if shares:
+            training = load(PretrainConfig, config.training,
+                            [*_train_overrides(config, out, names), _recordings_weight(config, training)])
         pretrain(training)
     with stages.run("evaluate"):
         model = EgoM2P.from_pretrained(out / "model")
         evaluation = evaluate(model, config.tasks, str(out / "clips/test/*.tar"), config.recipes, shown=3)
     print(table(evaluation.summary))
     with stages.run("generate"):
-        asked = GenerateArgs(("cam", "gaze", "depth"), recipes=config.recipes)
-        folders, _ = generate_files(Pipeline(model), inputs, out / "generated", asked)
+        wanted = GenerateArgs(TARGETS, recipes=config.recipes)
+        folders, _ = generate_files(Pipeline(model), inputs, out / "generated", wanted)
+    mine = _own(config, model, shares) if shares else None
+    if mine and mine.evaluation:
+        print(f"{own.NAME}, the clips held aside:\n{table(mine.evaluation.summary)}")
     with stages.run("report"):
-        _report(config, out, evaluation, stages.seconds, [(f.name, f / "preview.png") for f in folders])
-    write_results(out, evaluation, {"seconds": stages.seconds})
+        _report(config, out, evaluation, stages.seconds, [(f.name, f / "preview.png") for f in folders], mine)
+    extra = {own.NAME: mine.evaluation.summary if mine.evaluation else {}} if mine else {}
+    write_results(out, evaluation, {"seconds": stages.seconds, **extra})
     print(f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
     return out / "report.html"
 
@@ -176,13 +195,13 @@ def _all_done(lanes: list[_Lane]) -> bool:
     return all(done)
 
 
-def _encode(config: QuickstartConfig, out: Path, folders: dict[str, str]) -> None:
+def _encode(config: QuickstartConfig, out: Path, folders: dict[str, str], recordings: str) -> None:
     """Encode the training sets side by side and the held-out set, then check every shard."""
     def command(name: str) -> list[str]:
         return [sys.executable, "-m", "egom2p", "tokenizer", "encode", *folders.values(), "--clips",
-                f"{out}/clips/{name}/*.tar", "--out", f"{out}/tokens"]
+                f"{out}/clips/{name}/*.tar", "--out", f"{out}/tokens", "--dataset", Path(name).name]
 
-    names = [f"train/{name}" for name in config.train]
+    names = [f"train/{name}" for name in [*config.train, *filter(None, [recordings])]]
     lanes = [_Lane([command(n) for n in names[i::2] + (["held_out"] if i else [])], out / f"encode-{i}.log")
              for i in range(2)]
     expected = len(folders) * (sum(-(-s.clips // 1000) for s in config.train.values()) + 1)
@@ -202,8 +221,25 @@ def _train_overrides(config: QuickstartConfig, out: Path, folders: dict[str, str
             *(f"modalities.{n}.tokenizer={f}" for n, f in folders.items()), *config.train_overrides]
 
 
+def _recordings_weight(config: QuickstartConfig, training: PretrainConfig) -> str:
+    """The weight that gives the recordings their share of the samples, as an override."""
+    others, share = sum(d.weight for d in training.data.datasets.values()), config.recordings_share
+    return f"data.datasets.{own.NAME}.weight={others * share / (1 - share):.4g}"
+
+
+def _own(config: QuickstartConfig, model: EgoM2P, shares: own.Shares) -> OwnPart:
+    """The report's part about the user's own recordings."""
+    kinds = {m.name: m.signal for m in model.modalities}
+    sheets = [(f"clip {clip.key}", plots.clip_sheet(clip.signals["rgb"], clip.signals, predicted, kinds, ""))
+              for clip, predicted in own.predict_aside(model, shares, TARGETS, config.recipes)]
+    text = (f"{shares.trained + shares.aside} clips of {shares.recordings} recordings: {shares.trained} were trained "
+            f"on beside the world, {shares.aside} held aside (the last part of each recording). ")
+    text += "The clips below were held aside." if shares.aside else "Those below are among the ones trained on."
+    return OwnPart(text, sheets, own.measure(model, config.tasks, shares, config.recipes))
+
+
 def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, float],
-            pictures: list[tuple[str, Path]]) -> None:
+            pictures: list[tuple[str, Path]], mine: OwnPart | None) -> None:
     model_dir = out / "model"
     environment = json.loads((model_dir / "environment.json").read_text())
     metrics = read_metrics(model_dir)
@@ -219,7 +255,7 @@ def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, 
     write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds,
                  facts, pictures,
                  [(f"{p.stem} at step {int(p.parent.name[5:])}", p)
-                  for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]])
+                  for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]], mine)
 
 
 def _merge_shown(shown: dict) -> list[tuple]:

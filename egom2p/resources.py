@@ -6,18 +6,32 @@ clone and, after `pip install`, in any folder.
 
 import difflib
 import shutil
+import subprocess
 from pathlib import Path
 
 from egom2p.errors import UserError
 
 FOLDERS = ("cfgs", "tokenizers", "scripts/slurm")
 PACKAGE = Path(__file__).parent
+COMMIT = "COMMIT"
 
 
 def root() -> Path:
     """The folder that holds FOLDERS: the checkout, or where `setup.py` puts them in a wheel."""
     installed = PACKAGE / "shipped"
     return installed if installed.is_dir() else PACKAGE.parent
+
+
+def commit() -> str | None:
+    """The commit that this code is of: the checkout's, or what `egom2p submit` noted when it froze the code."""
+    note = root() / COMMIT
+    if root() != PACKAGE.parent:  # not a checkout: whatever repository lies around it is not ours
+        return (note.read_text().strip() or None) if note.is_file() else None
+    try:
+        git = subprocess.run(["git", "-C", str(PACKAGE), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() if git.returncode == 0 else None
 
 
 def locate(path: str | Path) -> Path:

@@ -17,8 +17,11 @@ from pathlib import Path
 
 from egom2p import resources
 from egom2p.config import dump, load
+from egom2p.data.clips import expand_paths
 from egom2p.data.remote import is_remote
+from egom2p.data.tokens import TokenDataset
 from egom2p.errors import UserError
+from egom2p.modalities import ModalitySet
 from egom2p.training.pretraining import PretrainConfig
 
 log = logging.getLogger(__name__)
@@ -31,11 +34,12 @@ FROZEN = "frozen"
 class JobArgs:
     """options: sbatch options by long name, without dashes; "" as value drops the script's own; the job's name is the
     run folder's unless given. environment: variables the script reads. chain: so many jobs, each waiting for the one
-    before (for clusters that forbid requeueing)."""
+    before (for clusters that forbid requeueing). unchecked: the data need not be seen from this machine."""
 
     options: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     chain: int = 1
+    unchecked: bool = False
 
 
 def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path = TEMPLATE,
@@ -70,9 +74,27 @@ def _check_job(config: PretrainConfig, job: JobArgs) -> None:
     venv = job.environment.get("VENV", "").replace("%m", platform.machine())
     if venv and not (Path(venv) / "bin/activate").is_file() and "CONTAINER" not in job.environment:
         log.warning("--venv %s: no environment there on this machine (%s)", venv, platform.machine())
-    root = config.data.root
-    if not is_remote(root) and not Path(root).is_dir():
-        log.warning("data.root=%s is not there on this machine; paths are those that the job will see", root)
+    try:
+        _check_data(config)
+    except UserError as error:
+        if "CONTAINER" not in job.environment and not job.unchecked:
+            raise UserError(f"{error}. If only the job's nodes see the data: --unchecked") from error
+        log.warning("on this machine: %s", error)
+
+
+def _check_data(config: PretrainConfig) -> None:
+    """Raises UserError unless every local data set of a training has shards, and evaluation its clips."""
+    modalities = ModalitySet.from_config(config.modalities)
+    held_out = dict.fromkeys(config.eval.datasets, "") if config.eval.every else {}
+    if not config.eval.root:
+        held_out = {n: config.data.datasets[n].path if n in config.data.datasets else "" for n in held_out}
+    wanted = [(config.data.root, n, d.path, d.modalities) for n, d in config.data.datasets.items()]
+    wanted += [(config.eval.root or config.data.root, n, path, ()) for n, path in held_out.items()]
+    for root, name, path, only in wanted:
+        if not is_remote(root) and not is_remote(path):
+            TokenDataset.find(root, name, path, modalities, only)
+    if config.eval.every and config.eval.tasks:
+        expand_paths(config.eval.clips)
 
 
 def freeze(run_dir: Path, config: str, script: str) -> Path:
@@ -90,6 +112,7 @@ def freeze(run_dir: Path, config: str, script: str) -> Path:
         shutil.copytree(resources.PACKAGE, frozen / "egom2p", ignore=shutil.ignore_patterns("__pycache__", "shipped"))
         for folder in resources.FOLDERS:
             shutil.copytree(resources.root() / folder, frozen / "egom2p" / "shipped" / folder)
+        (frozen / "egom2p" / "shipped" / resources.COMMIT).write_text((resources.commit() or "") + "\n")
     (frozen / "config.yaml").write_text(config)
     (frozen / "train.sbatch").write_text(script)
     return frozen

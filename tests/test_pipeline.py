@@ -60,7 +60,7 @@ def test_generate_from_a_plain_video(finished, tmp_path):
     assert np.load(folder / "depth.npy").shape == (24, 24, 24)
     assert decode_video(folder / "rgb.mp4")[0].shape == (24, 24, 24, 3)
     assert {p.name for p in folder.iterdir()} == {"preview.png", "generated.json", "depth.mp4", "rgb.mp4", "cam.npy",
-                                                  "cam.tum", "gaze.npy", "depth.npy",
+                                                  "cam.tum", "cam_colmap", "gaze.npy", "depth.npy",
                                                   "cam_tokens.npy", "gaze_tokens.npy", "depth_tokens.npy",
                                                   "rgb_tokens.npy"}
     note = json.loads((folder / "generated.json").read_text())

@@ -74,7 +74,8 @@ class Masker:
             if num_targets.sum() or not self.redraw:
                 return num_inputs, num_targets, rng
         half = (counts * [m.target for m in self.modalities] + 1) // 2
-        return counts - half, half, self._rng(number, ATTEMPTS)
+        inputs, targets = _within(self.args.input_tokens, counts - half), _within(self.args.target_tokens, half)
+        return inputs, targets, self._rng(number, ATTEMPTS)
 
     def budgets(self, counts: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(M,) inputs and (M,) targets of a sample with `counts` (M,) observed tokens a modality."""
@@ -115,6 +116,11 @@ class Masker:
 
     def _rng(self, number: int, attempt: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[self.seed * 64 + _MASK, number], counter=[0, 0, 0, attempt]))
+
+
+def _within(budget: int, counts: np.ndarray) -> np.ndarray:
+    """(M,) counts scaled down to whole numbers that add up to at most `budget`."""
+    return counts if counts.sum() <= budget else counts * budget // counts.sum()
 
 
 def _split(budget: int, alphas: np.ndarray, rng: np.random.Generator) -> np.ndarray:

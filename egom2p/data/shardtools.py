@@ -56,6 +56,11 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
     return Checked(problems + missing, files, notes)
 
 
+def modality_folders(pattern: str) -> list[tuple[str, Path]]:
+    """(modality, folder) of the shards that `pattern` names."""
+    return sorted({(_modality_name(path), path.parent) for path in _tars(pattern)})
+
+
 def stats(pattern: str) -> list[dict]:
     """One row a folder of shards: shards, clips, bytes, shape, dtype, distinct ids, share of the commonest id,
     unobserved share."""

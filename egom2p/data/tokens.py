@@ -73,6 +73,12 @@ class TokenDataset:
              cache: ShardCache | None = None) -> "TokenDataset":
         """The data set `name` under `root`; `pattern` overrides the default `[MODALITIES]/NAME`. Either may be a URL,
         whose shards then pass through `cache`."""
+        return cls(name, cls.find(root, name, pattern, modalities, only, cache), modalities)
+
+    @staticmethod
+    def find(root: Path | str, name: str, pattern: str, modalities: ModalitySet, only: tuple[str, ...] = (),
+             cache: ShardCache | None = None) -> dict[int, list[Path | RemoteShard]]:
+        """{modality index: shards} of a data set, by their names alone. Raises UserError when there are none."""
         files: dict[int, list[Path | RemoteShard]] = {}
         for index, modality in enumerate(modalities):
             if not only or modality.name in only:
@@ -83,7 +89,7 @@ class TokenDataset:
             where = pattern or f"{{{','.join(modalities.names)}}}/{name}"
             raise UserError(f"data set '{name}': no token shard at {root}/{where}; write some with `egom2p tokenizer "
                             "encode` or `egom2p shards random`, or correct data.root")
-        return cls(name, files, modalities)
+        return files
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -112,6 +118,14 @@ class TokenDataset:
     def present(self) -> np.ndarray:
         """(M, N) bool: which modality each clip has."""
         return self._file >= 0
+
+    def folders(self) -> dict[str, list[Path]]:
+        """{modality: local folders that its shards lie in}."""
+        found: dict[str, set[Path]] = {}
+        for modality, files in zip(self.modalities, self._file, strict=True):
+            paths = [self.paths[f] for f in np.unique(files) if f >= 0]
+            found[modality.name] = {p.parent for p in paths if isinstance(p, Path)}
+        return {name: sorted(folders) for name, folders in found.items() if folders}
 
     def shard_files(self, shard: int) -> list[RemoteShard]:
         """The remote files of one shard, of all modalities."""

@@ -99,11 +99,11 @@ def draw_sheet(out: Path, card: dict[str, Any], histograms: dict[str, np.ndarray
     with_depth = [c for c in chosen if "depth" in c.signals][:4]
     for number, clip in enumerate(with_depth):
         axis = fig.add_subplot(grid[2, 2 * number : 2 * number + 2])
-        shown = axis.imshow(np.where(clip.signals["depth"][8] > 0, clip.signals["depth"][8], np.nan).astype(np.float32),
-                            cmap=plots.DEPTH_MAP + "_r")
-        axis.set_title("depth, m", fontsize=7, pad=2)
+        depth = clip.signals["depth"][8].astype(np.float32)
+        seen = depth[depth > 0] if np.any(depth > 0) else np.zeros(1)
+        axis.imshow(np.where(depth > 0, depth, np.nan), cmap=plots.DEPTH_MAP + "_r", vmin=seen.min(), vmax=seen.max())
+        axis.set_title(f"depth, {seen.min():.2f} m (bright) to {seen.max():.2f} m", fontsize=6, pad=2)
         axis.axis("off")
-        fig.colorbar(shown, ax=axis, fraction=0.046)
     axis = fig.add_subplot(grid[2, 9:12])
     for clip, colour in zip([c for c in chosen if "cam" in c.signals], plt.cm.tab20.colors, strict=False):
         path = geometry.relative_to_first(clip.signals["cam"].astype(np.float64))[:, :3, 3]

@@ -3,13 +3,17 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from egom2p.config import read_json
 from egom2p.data.clips import Clip
+from egom2p.errors import UserError
 from egom2p.evaluation.measures import is_better
 
 BOOTSTRAP = 2000
+RESULTS = "results.json"
 
 
 @dataclass
@@ -28,11 +32,13 @@ class TaskRows:
 
 @dataclass
 class Evaluation:
-    """summary {task: {metric: {value, baseline, ...}}}, rows by task, and a few predictions for plots."""
+    """summary {task: {metric: {value, baseline, ...}}}, rows by task, a few predictions for plots, and what it is all
+    about: model, step, code, data and recipes."""
 
     summary: dict[str, dict[str, dict]]
     rows: dict[str, TaskRows]
     shown: dict[str, list[tuple[Clip, dict[str, np.ndarray]]]]
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def summarise(rows: TaskRows) -> dict[str, dict]:
@@ -65,11 +71,21 @@ def bootstrap(values: np.ndarray, resamples: int = BOOTSTRAP) -> list[float]:
 
 
 def write_results(out: Path, evaluation: Evaluation, extra: dict | None = None) -> None:
-    """`results.json` (the summary, each task's metrics) and `clips.json` (per-clip rows) into `out`."""
+    """`results.json` (the summary, each task's metrics, and `about`) and `clips.json` (per-clip rows) into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps({**evaluation.summary, **(extra or {})}, indent=1))
+    told = {**evaluation.summary, "about": evaluation.about, **(extra or {})}
+    (out / RESULTS).write_text(json.dumps(told, indent=1))
     rows = {name: {"keys": r.keys, "rows": r.rows} for name, r in evaluation.rows.items()}
     (out / "clips.json").write_text(json.dumps(rows))
+
+
+def check_same_model(out: Path, about: dict[str, Any]) -> None:
+    """Raises UserError when `out` holds results of another model. Those of another step of the same run give way."""
+    path = out / RESULTS
+    before = read_json(path).get("about", {}) if path.exists() else {}
+    if before and about["weights"] != before["weights"] and about["model"] != before["model"]:
+        raise UserError(f"{out} holds results of another model ({before['model']}, step {before['step']}); choose "
+                        f"another --out or remove it")
 
 
 def table(summary: dict[str, dict[str, dict]]) -> str:

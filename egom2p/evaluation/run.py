@@ -15,17 +15,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from egom2p import tokenizers
-from egom2p.config import to_plain
+from egom2p import resources, tokenizers
+from egom2p.config import read_json, to_plain
 from egom2p.data.clips import Clip, ClipIndex, read_clips
 from egom2p.distributed import World, barrier
 from egom2p.errors import DamagedClip, UserError
 from egom2p.evaluation.measures import MEASURES, MeasureArgs, is_better
-from egom2p.evaluation.results import Evaluation, TaskRows, summarise, write_results
+from egom2p.evaluation.results import Evaluation, TaskRows, check_same_model, summarise, write_results
 from egom2p.generation.sampler import generate
 from egom2p.generation.schedule import TargetArgs, recipes_of
 from egom2p.model.egom2p import EgoM2P
@@ -89,7 +91,8 @@ class _Runner:
         self.model, self.recipes, self.seed, self.shown = model, recipes_of(model.generation, recipes), seed, shown
         self.tasks = [Task.parse(name, model.modalities.names) for name in task_names]
         used = {n for t in self.tasks for n in (*t.inputs, t.target)}
-        self.loaded = tokenizers.load_for(model.modalities, used, model.device, model.folder, trust_torchscript)
+        self.loaded = tokenizers.load_for(model.modalities, used, model.device, model.folder, trust_torchscript,
+                                          model.origins)
         self.sources = {t.modality.clip_signal for t in self.loaded.values()}
         self.measures = {name: MEASURES[t.modality.signal](measures) for name, t in self.loaded.items()}
         self.clips = ClipIndex(data)
@@ -102,9 +105,14 @@ class _Runner:
         self.folder = out / "rows" if out else None
         chosen = [self.clips.keys[i] for i in self.chosen]
         asked = {t.target: to_plain(self.recipes[t.target]) for t in self.tasks}
-        described = [task_names, asked, seed, to_plain(measures), chosen, self.clips.stamps(), model.fingerprint(),
-                     {name: t.fingerprint() for name, t in self.loaded.items()}, BATCH]
-        self.identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+        self.identity = _digest([task_names, asked, seed, to_plain(measures), chosen, self.clips.stamps(),
+                                 model.fingerprint(), {name: t.fingerprint() for name, t in self.loaded.items()},
+                                 BATCH])
+        self.about = {"model": str(_home(model)), "step": _step(model), "weights": model.fingerprint(),
+                      "commit": resources.commit(), "torch": torch.__version__,
+                      "data": data, "clips": len(chosen), "recipes": asked, "seed": seed,
+                      "data_fingerprint": _digest([chosen, self.clips.stamps()]),
+                      "tokenizers": {name: t.fingerprint() for name, t in self.loaded.items()}}
         self.done: dict[tuple[str, str], dict] = {}
         self.pictures: dict[str, list] = {t.name: [] for t in self.tasks}
 
@@ -121,7 +129,8 @@ class _Runner:
             barrier()
             self._load_rows()
         rows = {t.name: self._gather(t) for t in self.tasks}
-        return Evaluation({name: summarise(r) for name, r in rows.items()}, rows, self.pictures)
+        return Evaluation({name: summarise(r) for name, r in rows.items()}, rows, self.pictures,
+                          self.about)
 
     def best_median_worst(self, task: Task, rows: TaskRows) -> list[tuple[str, Clip, dict[str, np.ndarray]]]:
         """(which, clip with all its signals, predictions) of three telling clips, predicted once more."""
@@ -236,6 +245,7 @@ def evaluate_to(out: Path, model: EgoM2P, protocol: ProtocolConfig, world: World
     """Evaluate as a protocol says, resuming what `out` holds; results.json, clips.json and plots go there."""
     runner = _Runner(model, list(protocol.tasks), protocol.data, protocol.recipes, protocol.limit, protocol.seed, 0,
                      out, protocol.measures, world, trust_torchscript)
+    check_same_model(out, runner.about)
     evaluation = runner.run()
     if runner.rank == 0:
         write_results(out, evaluation, {"protocol": to_plain(protocol)})
@@ -250,6 +260,24 @@ def evaluate_to(out: Path, model: EgoM2P, protocol: ProtocolConfig, world: World
                 sheet = plots.clip_sheet(frames, clip.signals, predicted, kinds, title)
                 plots.save(sheet, out / f"{task.name}_{which.partition(':')[0]}.png")
     return evaluation
+
+
+def _home(model: EgoM2P) -> Path | None:
+    """The run or export that a model was loaded from."""
+    if model.folder is None:
+        return None
+    folder = model.folder.resolve()
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
+def _step(model: EgoM2P) -> int | None:
+    """The training step of a model that was loaded from a checkpoint."""
+    state = model.folder / "state.json" if model.folder else None
+    return read_json(state).get("step") if state and state.is_file() else None
+
+
+def _digest(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def reconstruction_table(tokenizer: Tokenizer, data: str, limit: int = 0) -> str:

@@ -16,7 +16,7 @@ def export_bundle(source: str | Path, out: Path) -> str:
         raise UserError(f"{out} is not empty; choose another --out or remove it")
     model = EgoM2P.from_pretrained(source)
     named = [m.name for m in model.modalities if m.tokenizer]
-    loaded = tokenizers.load_for(model.modalities, named, "cpu", model.folder)
+    loaded = tokenizers.load_for(model.modalities, named, "cpu", model.folder, origins=model.origins)
     for name, tokenizer in loaded.items():
         tokenizer.save_pretrained(out / "tokenizers" / name)
     inside = {name: str(out / "tokenizers" / name) for name in named}

@@ -60,6 +60,17 @@ class Prediction:
     drift: dict[str, list[tuple[float, float]]]
 
 
+@dataclass
+class Encoded:
+    """What the model makes of a recording: starts (W,) seconds of its windows, tokens (W, *grid) ids, features
+    (W, n, dim) of the encoder's last layer, n the tokens of a window, in the grid's order."""
+
+    modality: str
+    starts: np.ndarray
+    tokens: np.ndarray
+    features: np.ndarray
+
+
 class Pipeline:
     """A model with the tokenizers of the modalities in use."""
 
@@ -79,7 +90,7 @@ class Pipeline:
         if name not in self._tokenizers:
             model = self.model
             self._tokenizers |= tokenizers.load_for(model.modalities, [name], model.device, model.folder,
-                                                    self.trust_torchscript)
+                                                    self.trust_torchscript, model.origins)
         return self._tokenizers[name]
 
     def recipes(self, given: dict[str, TargetArgs] | None = None) -> Recipes:
@@ -108,6 +119,19 @@ class Pipeline:
         spread = {n.removesuffix(SPREAD): signals.pop(n) for n in list(signals) if n.endswith(SPREAD)}
         return Prediction(signals, joined.rates, {n: self.kind(n).unit for n in targets}, windows, spread,
                           joined.drift())
+
+    def encode(self, path: str | Path, modality: str = "", overlap: float = 0.0) -> "Encoded":
+        """Tokens and encoder features of one recording, window by window; for other work on top of the model.
+
+        path, modality, overlap: as in a call.
+        """
+        modality = modality or self._first_picture()
+        starts, ids = [], []
+        for start, _, tokens, _ in self._read(Path(path), modality, [modality], overlap):
+            starts.append(start)
+            ids.append(tokens)
+        features = [self.model.encode({modality: window[None]})[modality][0].float().cpu().numpy() for window in ids]
+        return Encoded(modality, np.array(starts), np.stack(ids), np.stack(features))
 
     def windows(self, path: str | Path, targets: list[str], modality: str = "",
                 recipes: dict[str, TargetArgs] | None = None,

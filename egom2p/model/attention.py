@@ -6,6 +6,7 @@ the keys and nothing else. Lengths are known on the host, so nothing here waits 
 
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 
 import numpy as np
 import torch
@@ -73,9 +74,13 @@ def segment_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Seg
     """Softmax attention inside each segment, scaled by D ** -0.5. (Tq, H, D) -> (Tq, H, D).
 
     A query whose segment has no keys gets zeros. Fused variable-length attention on CUDA in half
-    precision; elsewhere one scaled_dot_product_attention for each distinct pair of lengths.
+    precision; elsewhere one scaled_dot_product_attention for each distinct pair of lengths. When no query meets a key
+    in the whole pack, the (empty or zero) result still depends on q, k and v, so that every parameter has a gradient on
+    every rank.
     """
-    if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16) and len(k_THD):
+    if not np.any((segments.query_lengths > 0) & (segments.key_lengths > 0)):
+        return q_THD * 0 + (k_THD.sum() + v_THD.sum()) * 0
+    if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
         return _fused(q_THD, k_THD, v_THD, segments)
     return _grouped(q_THD, k_THD, v_THD, segments)
 
@@ -85,11 +90,23 @@ def _fused(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> T
 
     max_q, max_k = segments.max_lengths
     out = varlen_attn(q_THD.contiguous(), k_THD.contiguous(), v_THD.contiguous(),
-                      segments.cu_queries, segments.cu_keys, max_q, max_k)
+                      segments.cu_queries, segments.cu_keys, max_q, max_k, **_flash_only(max(max_q, max_k)))
     if segments.key_lengths.min(initial=1) == 0:
         keyless = np.repeat(segments.key_lengths == 0, segments.query_lengths)
         out = torch.where(on_device(keyless, out.device)[:, None, None], torch.zeros_like(out), out)
     return out
+
+
+def _flash_only(longest: int) -> dict[str, tuple[int, int]]:
+    """A window that hides nothing, which keeps torch's varlen_attn with FlashAttention.
+
+    Since torch 2.14 varlen_attn hands packs to cuDNN on Hopper and later, unless a window is asked for (read in its
+    source, `_can_use_cudnn`: `window_size != [-1, -1]`). cuDNN keeps a plan for every (tokens, segments, longest
+    lengths), so that each of our packs would be a new one, and its backward pass ignores deterministic mode.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"window_size": (longest, longest)} if "window_size" in signature(varlen_attn).parameters else {}
 
 
 def _grouped(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> Tensor:

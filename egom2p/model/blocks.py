@@ -52,7 +52,8 @@ class QKNorm(nn.Module):
         self.q_norm, self.k_norm = layer_norm(head_dim, style), layer_norm(head_dim, style)
 
     def forward(self, q_THD: Tensor, k_THD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q_norm(q_THD), self.k_norm(k_THD)
+        # Under autocast LayerNorm returns float32, while the values and the fused attention stay in half precision.
+        return self.q_norm(q_THD).to(q_THD.dtype), self.k_norm(k_THD).to(k_THD.dtype)
 
 
 class SelfAttention(nn.Module):

@@ -69,7 +69,7 @@ class EgoM2P(Exportable):
     """See the module's docstring. Build from `ModalitySet` and `ModelArgs`, or `from_pretrained(folder)`.
 
     generation: {target modality: recipe in plain values}, how the model was meant to be asked; `generation.schedule`
-    reads it.
+    reads it. origins: {modality: fingerprint of the tokenizer whose tokens it learnt}, as far as that is known.
     """
 
     # Bound by egom2p/__init__.py to `generation.sampler.generate_targets`: the network itself knows nothing of
@@ -80,6 +80,7 @@ class EgoM2P(Exportable):
         super().__init__()
         self.modalities, self.args = modalities, args
         self.generation: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
         self.folder: Path | None = None  # where it was loaded from
         style = STYLES[args.variant]
         sizes = (args.dim, args.num_heads, args.mlp_ratio, style)
@@ -117,6 +118,15 @@ class EgoM2P(Exportable):
                                 (self.heads[name].weight, 0.02)):
                 projected = features @ torch.randn(features.shape[1], weight.shape[1], generator=generator)
                 weight.copy_((projected - projected.mean(0)) * std / projected.std())
+
+    def to_config(self) -> dict[str, Any]:
+        return {**super().to_config(), **({"origins": self.origins} if self.origins else {})}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], source: str) -> Self:
+        model = super().from_config(config, source)
+        model.origins = dict(config.get("origins", {}))
+        return model
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         super().save_pretrained(folder, weights)

@@ -6,7 +6,7 @@ import numpy as np
 
 from egom2p import geometry
 from egom2p.signals.kind import Joiner, Series, SignalKind, Statistics, check_numbers
-from egom2p.signals.writers import npy_file, tum_file
+from egom2p.signals.writers import colmap_folder, npy_file, tum_file
 
 
 def check(signal: np.ndarray) -> None:
@@ -67,5 +67,5 @@ def spread(draws: np.ndarray) -> np.ndarray:
     return np.sqrt(((centres - centres.mean(0)) ** 2).sum(-1).mean(0))[:, None].astype(np.float32)
 
 
-POSE = SignalKind("pose", "first_from_camera, metres, OpenCV axes", check, PoseSeries, PoseJoiner, (npy_file, tum_file),
-                  spread, averages)
+POSE = SignalKind("pose", "first_from_camera, metres, OpenCV axes", check, PoseSeries, PoseJoiner,
+                  (npy_file, tum_file, colmap_folder), spread, averages)

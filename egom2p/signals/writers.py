@@ -1,4 +1,4 @@
-"""Files that grow row by row: npy, TUM trajectories, mp4."""
+"""Files that grow row by row: npy, TUM and COLMAP trajectories, mp4."""
 
 from pathlib import Path
 
@@ -49,6 +49,35 @@ class TumWriter:
         self.file.close()
 
 
+class ColmapWriter:
+    """A COLMAP text model (cameras.txt, images.txt, an empty points3D.txt) in a folder of its own.
+
+    A pose is what COLMAP calls an image: `id qw qx qy qz tx ty tz camera name`, camera_from_world, metres, and an empty
+    line of points after it (colmap.github.io/format.html; pycolmap 4.2 reads it). Images are called as
+    `ffmpeg -r RATE ... frame_%06d.png` counts them, from 1. Predictions know no intrinsics: the camera has COLMAP's own
+    first guess, a focal length of 1.2 sides, and says so.
+    """
+
+    def __init__(self, folder: Path, rate: float) -> None:
+        folder.mkdir()
+        (folder / "cameras.txt").write_text("# CAMERA_ID, MODEL, WIDTH, HEIGHT, f, cx, cy; a guess: the poses come "
+                                            "without intrinsics\n1 SIMPLE_PINHOLE 256 256 307.2 128 128\n")
+        (folder / "points3D.txt").write_text("# no points\n")
+        self.file, self.rows = (folder / "images.txt").open("w"), 0
+        self.file.write(f"# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME; {rate:g} images a second\n")
+
+    def append(self, poses: np.ndarray) -> None:
+        turns = poses[:, :3, :3].astype(np.float64).transpose(0, 2, 1)  # camera_from_world
+        shifts = -np.einsum("nij,nj->ni", turns, poses[:, :3, 3].astype(np.float64))
+        for (x, y, z, w), shift in zip(quaternions(turns), shifts, strict=True):
+            self.rows += 1
+            numbers = " ".join(f"{value:.9g}" for value in (w, x, y, z, *shift))
+            self.file.write(f"{self.rows} {numbers} 1 frame_{self.rows:06d}.png\n\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
 class VideoWriter:
     """An H.264 mp4 at `rate` Hz that grows by (n, H, W, 3) uint8 frames with even sides."""
 
@@ -87,6 +116,10 @@ def npy_file(folder: Path, name: str, rate: float) -> NpyWriter:
 
 def tum_file(folder: Path, name: str, rate: float) -> TumWriter:
     return TumWriter(folder / f"{name}.tum", rate)
+
+
+def colmap_folder(folder: Path, name: str, rate: float) -> ColmapWriter:
+    return ColmapWriter(folder / f"{name}_colmap", rate)
 
 
 def video_file(folder: Path, name: str, rate: float) -> VideoWriter:

@@ -1,7 +1,6 @@
 """Clips -> token shards, `ROOT/MODALITY/DATASET/shard-000000.tar`, 1 000 clips each."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,17 +9,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from egom2p.config import read_json
 from egom2p.data.clips import Clip, count_clips, expand_paths, read_clips
 from egom2p.data.tarindex import index_tars, npy_bytes, write_tar
 from egom2p.data.tokens import encode_tokens
-from egom2p.errors import UserError
-from egom2p.files import write_whole
 from egom2p.tokenizers.base import Tokenizer
+from egom2p.tokenizers.origin import Origin
 
 log = logging.getLogger(__name__)
 
-ORIGIN = "origin.json"
 SHARD_CLIPS = 1000
 BATCH = 16
 
@@ -52,7 +48,7 @@ def encode_clips(tokenizers: list[Tokenizer], pattern: str, root: Path, dataset:
     return written
 
 
-def _encode_shard(path: Path, tokenizer: Tokenizer, clips: list[Clip], origin: "Origin") -> None:
+def _encode_shard(path: Path, tokenizer: Tokenizer, clips: list[Clip], origin: Origin) -> None:
     """Write one shard, unless it is there already and of these clips."""
     now = _content(clips, tokenizer.modality.clip_signal)
     before = origin.shard(path.name)
@@ -74,41 +70,6 @@ def _content(clips: list[Clip], signal: str) -> str:
             digest.update(f"{clip.key} {array.dtype} {array.shape} ".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-class Origin:
-    """`origin.json` beside the shards of one modality and data set: the tokenizer that made them (fingerprint), the
-    pattern of the clips, and for each shard a hash of what was encoded."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / ORIGIN
-
-    def check(self, tokenizer: str, clips: str) -> None:
-        """Shards of one folder come from one tokenizer and one set of clips; anything else is refused, never mixed."""
-        if not self.path.exists():
-            if any(self.folder.glob("*.tar")):
-                raise UserError(f"{self.folder} holds shards of unknown origin; choose another --out or --dataset, or "
-                                f"remove it")
-            self._write({"tokenizer": tokenizer, "clips": clips, "shards": {}})
-        found = read_json(self.path)
-        for what, value in (("tokenizer", tokenizer), ("clips", clips)):
-            if found.get(what) != value:
-                raise UserError(f"{self.folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); "
-                                f"choose another --out or --dataset, or remove it")
-
-    def shard(self, name: str) -> str:
-        """What was encoded into that shard; "" when it is not on record."""
-        return read_json(self.path).get("shards", {}).get(name, "")
-
-    def record(self, name: str, content: str) -> None:
-        """Write down what is in a shard. When two processes do so at once one record may be lost, and its shard is
-        encoded anew the next time."""
-        note = read_json(self.path)
-        self._write({**note, "shards": {**note.get("shards", {}), name: content}})
-
-    def _write(self, note: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(note, indent=1))
 
 
 def _shards(clips: Iterable[Clip], dataset: str) -> Iterator[tuple[str, int, list[Clip]]]:

@@ -89,7 +89,8 @@ class Checkpoints:
              state: dict[str, Any]) -> None:
         """Copy `step` into host memory, then write it in the background; afterwards drop what need not be kept.
 
-        Every rank calls it. Waits for the checkpoint before, if that is still being written.
+        Every rank calls it. Waits for the checkpoint before, if that is still being written; ranks that must not count
+        this one as lost meanwhile ask `busy` together first.
         """
         self.wait()
         self.snapshot.take(model, optimizer, self.is_main)
@@ -98,8 +99,12 @@ class Checkpoints:
         self.writer = threading.Thread(target=self._write_until_done, args=(step, export, state),
                                        name=f"checkpoint {step}")
         self.writer.start()
-        if not self.args.background:
-            self.wait()
+
+    def busy(self, seconds: float) -> bool:
+        """Whether a checkpoint is still being written, after waiting at most so long for it."""
+        if self.writer is not None:
+            self.writer.join(seconds)
+        return self.writer is not None and self.writer.is_alive()
 
     def wait(self) -> None:
         """Until the last `save` is on disk. Raises UserError when it could not be written."""

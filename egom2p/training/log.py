@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import socket
-import subprocess
 import sys
 import uuid
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from egom2p import resources
 from egom2p.errors import UserError
 from egom2p.files import write_whole
 
@@ -185,9 +185,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def environment(index_hash: str) -> dict[str, Any]:
     """What `environment.json` records: commit, versions, host, index hash."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
-    commit = git.stdout.strip() if git.returncode == 0 else None
-    return {"command": sys.argv, "commit": commit, "python": platform.python_version(),
+    return {"command": sys.argv, "commit": resources.commit(), "python": platform.python_version(),
             "torch": torch.__version__, "numpy": np.__version__, "cuda": torch.version.cuda
             if torch.cuda.is_available() else None,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),

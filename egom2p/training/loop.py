@@ -5,14 +5,15 @@ all-reduce), back-propagate each micro-batch's share of the global loss, clip, u
 random is derived from (seed, step), so the step and the weights are all there is to resume from.
 """
 
+import gc
 import json
 import logging
 import math
 import os
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from egom2p.config import dump, read_yaml, to_plain
-from egom2p.distributed import World, barrier, process_group, shorten_timeout, sum_over_ranks
+from egom2p.distributed import World, barrier, max_over_ranks, process_group, shorten_timeout, sum_over_ranks
 from egom2p.errors import Preempted, UserError
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.blocks import compile_blocks
@@ -33,15 +34,19 @@ from egom2p.training.guard import Guard
 from egom2p.training.lock import RunLock
 from egom2p.training.log import LogArgs, MetricsLog, environment, summary, write_to_run
 from egom2p.training.optim import OptimArgs, make_optimizer, make_schedule
-from egom2p.training.parallel import full_tensor, gradients_stay_local, spread
+from egom2p.training.parallel import full_tensor, gradients_stay_local, spread, unsharded_root
+from egom2p.training.profile import StepProfiler, profiled_steps
 from egom2p.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
+GARBAGE_STEPS = 50  # steps between two collections
+WAIT_S = 5.0  # between two looks at a checkpoint that is being written
+
 # Keys that may change when a run is resumed: they move the work around or add to it, and change no step.
 MAY_CHANGE = ("run.", "data.workers", "data.cache", "train.micro_batch_size", "train.steps", "train.tokens",
-              "train.timeout_s", "train.first_timeout_s", "train.parallel", "train.max_skipped", "log.", "checkpoint.",
-              "resume.", "debug.", "generation.")
+              "train.timeout_s", "train.first_timeout_s", "train.parallel", "train.max_skipped", "train.profile",
+              "log.", "checkpoint.", "resume.", "debug.", "generation.")
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class TrainArgs:
     compile: torch.compile the blocks, with dynamic lengths. parallel: how several processes share the model, ddp
     (a copy each) or fsdp (sharded, for models that do not fit). timeout_s: a rank that keeps the others waiting so long
     is lost and ends the run (first_timeout_s until the first step is done, when data and kernels are being prepared).
-    max_skipped: so many steps in a row without a finite loss and gradient end the run."""
+    max_skipped: so many steps in a row without a finite loss and gradient end the run. profile: FROM:TO, steps counted
+    from 1 whose profile is written into RUN/profile."""
 
     batch_size: int
     steps: int = 0
@@ -89,6 +95,7 @@ class TrainArgs:
     first_timeout_s: int = 1800
     timeout_s: int = 300
     max_skipped: int = 10
+    profile: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.steps) == bool(self.tokens):
@@ -97,6 +104,7 @@ class TrainArgs:
             raise ValueError("batch_size must be at least 1")
         if min(self.timeout_s, self.first_timeout_s, self.max_skipped) < 1:
             raise ValueError("timeout_s, first_timeout_s and max_skipped must be at least 1")
+        profiled_steps(self.profile)
 
     def num_steps(self, tokens_per_sample: int) -> int:
         return self.steps or -(-self.tokens // (tokens_per_sample * self.batch_size))
@@ -173,8 +181,8 @@ def run_training(config: Any, make_task: Any) -> Path:
 
     Raises Preempted after SIGTERM or SIGUSR1, when a checkpoint has been saved.
     """
+    _set_up_torch(config.train)
     with process_group(config.train.first_timeout_s) as world:
-        _set_up_torch(config.train)
         task = make_task(config, world)
         run_dir, replaying = Path(config.run.dir), bool(config.debug.replay_step)
         _check_same_run(config, run_dir, config.resume.force)
@@ -205,21 +213,33 @@ class Loop:
         folder, state = self._find_checkpoint(before=replayed)
         if folder:
             restore_weights(folder, self.model)
-        self.forward = spread(self.model, config.train.parallel, world)
+        self.forward = spread(self.model, config.train.parallel, world, config.train.precision)
         self.optimizer = make_optimizer(self.model, config.optim)
         if folder:
             restore_optimizer(folder, self.model, self.optimizer)
         self.step, self.damaged = state.get("step", 0), state.get("damaged", 0)
+        self._say_other_length(state.get("total", self.total))
         self.guard = Guard(world.device, config.train.max_skipped, state)
         self.metrics = MetricsLog(run_dir, config.log, self.step, self.total, to_plain(config),
                                   world.is_main and not replayed)
+
+    def _say_other_length(self, planned: int) -> None:
+        """Say what a run that was made longer or shorter does to the learning rate."""
+        if planned != self.total:
+            batch = self.config.train.batch_size
+            old = make_schedule(self.config.optim, batch, planned, self.task.tokens_per_sample * batch)
+            log.warning("this run was planned for %d steps and now has %d: from step %d on the learning rate follows "
+                        "the new length and is %.3g there, where the old schedule has %.3g", planned, self.total,
+                        self.step, self.schedule(self.step), old(min(self.step, planned)))
 
     def run(self, lock: RunLock) -> None:
         """Train to the end, or until asked to stop."""
         started, first = time.perf_counter(), self.step
         try:
-            with StopRequest(self.world) as stop, closing(self.task.steps(range(self.step, self.total))) as batches:
-                self._run(stop, batches, lock)
+            with (StopRequest(self.world) as stop, closing(self.task.steps(range(self.step, self.total))) as batches,
+                  closing(StepProfiler(self.config.train.profile, self.run_dir, self.world)) as profiler,
+                  garbage_collected_by_steps() as collect):
+                self._run(stop, batches, lock, profiler, collect)
         finally:
             self.checkpoints.close()
             self.metrics.close()
@@ -228,7 +248,8 @@ class Loop:
             print(f"{self.run_dir}: step {self.total} of {self.total}, {self.total - first} steps in {took}; "
                   f"{summary(self.run_dir)}")
 
-    def _run(self, stop: StopRequest, batches: Iterator[Any], lock: RunLock) -> None:
+    def _run(self, stop: StopRequest, batches: Iterator[Any], lock: RunLock, profiler: StepProfiler,
+             collect_garbage: Callable[[int], None]) -> None:
         every = self.config
         if self.world.size > 2 and self.step < self.total:
             self._settle_reduction_layout()
@@ -240,10 +261,14 @@ class Loop:
             waited += time.perf_counter() - before
             self._count_damage(batch.damaged)
             lr = self.schedule(self.step)
-            sums, grad_norm = self._train_step(batch, lr)
+            with profiler.step(self.step + 1):
+                sums, grad_norm = self._train_step(batch, lr)
             self.step += 1
+            collect_garbage(self.step)
             self.metrics.advance()
+            stopping = stop.agreed() and self.step < self.total
             if self._due(every.log.every) or self.step == 1:
+                stop.meet()  # a lost rank is noticed on the hosts, before this one waits for its device
                 now = time.perf_counter()
                 self._log(sums, grad_norm, lr, (now - logged_at) / (self.step - logged_step),
                           waited / (self.step - logged_step))
@@ -252,7 +277,6 @@ class Loop:
                 before = time.perf_counter()
                 self._evaluate()
                 logged_at += time.perf_counter() - before  # training speed leaves evaluation out
-            stopping = stop.agreed() and self.step < self.total
             if self._due(every.checkpoint.every) or self.step == self.total or stopping:
                 self._save()
             if stopping:
@@ -262,7 +286,7 @@ class Loop:
             if first:
                 shorten_timeout(self.config.train.timeout_s, stop.group)
                 first = False
-        self.checkpoints.wait()
+        self._wait_for_writer()
         barrier()
 
     def replay(self, step: int) -> None:
@@ -355,7 +379,7 @@ class Loop:
         before = time.perf_counter()
         args, pictures = self.config.eval, self.run_dir / "pictures" / f"step_{self.step:08d}"
         self.model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), unsharded_root(self.forward):
             figures = self.task.evaluate()
             if args.tasks and (self._due(args.tasks_every or args.every) or self.step == self.total):
                 figures |= self.task.predict(pictures)
@@ -370,12 +394,24 @@ class Loop:
             return self.task.inspect(batch)
 
     def _save(self) -> None:
-        state = {"fingerprint": self.task.fingerprint(), "damaged": self._check_damage(), **self.guard.state()}
+        self._wait_for_writer()
+        state = {"fingerprint": self.task.fingerprint(), "damaged": self._check_damage(), "total": self.total,
+                 **self.guard.state()}
         self.checkpoints.save(self.step, self.task.export, self.model, self.optimizer, state)
+        if not self.config.checkpoint.background:
+            self._wait_for_writer()
+
+    def _wait_for_writer(self) -> None:
+        """Until the last checkpoint is on disk, every rank together: rank 0 may wait for a slow disk longer than
+        train.timeout_s (checkpoint.retry_s), and the others must not count it as lost."""
+        pause = min(WAIT_S, self.config.train.timeout_s / 4)
+        while max_over_ranks(torch.tensor(float(self.checkpoints.busy(pause)), device=self.world.device)):
+            pass
+        self.checkpoints.check()
 
     def _leave(self) -> None:
         """After a request to stop: wait for the checkpoint on every rank, then raise Preempted."""
-        self.checkpoints.wait()
+        self._wait_for_writer()
         barrier()
         raise Preempted(f"stopped as asked after step {self.step} of {self.total}, checkpoint saved; start the same "
                         f"command again to go on")
@@ -419,6 +455,19 @@ class Loop:
         return bool(every) and self.step % every == 0
 
 
+@contextmanager
+def garbage_collected_by_steps() -> Iterator[Callable[[int], None]]:
+    """Python's collector runs every GARBAGE_STEPS steps and not when it likes: on many ranks some rank is always
+    collecting, and all of them wait for it (as torchtitan does)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield lambda step: gc.collect(1) if step % GARBAGE_STEPS == 0 else None
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _check_same_run(config: Any, run_dir: Path, force: bool) -> None:
     """Refuse to write into the folder of another run; the differences are named."""
     path = run_dir / "config.yaml"
@@ -428,7 +477,8 @@ def _check_same_run(config: Any, run_dir: Path, force: bool) -> None:
     new = _flatten(to_plain(config))
     # A key the old file lacks is an option younger than the run, unless it adds data or modalities.
     compared = old.keys() | {k for k in new if k.startswith(("data.datasets.", "modalities."))}
-    differing = [k for k in sorted(compared) if old.get(k) != new.get(k) and not k.startswith(MAY_CHANGE)]
+    differing = [k for k in sorted(compared) if old.get(k) != new.get(k) and not k.startswith(MAY_CHANGE)
+                 and not (k.startswith("modalities.") and k.endswith(".tokenizer"))]  # checked by what it makes
     if differing:
         shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:8])
         raise UserError(f"{run_dir} holds another run ({shown}); choose another run.dir, or insist with "
@@ -447,7 +497,10 @@ def _set_up_torch(args: TrainArgs) -> None:
         torch.set_num_threads(args.threads)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Sums inside the switch (NVLS, CollNet) add in an order of their own; NCCL reads this when the group is made.
+        os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree,CollnetDirect,CollnetChain")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     torch.set_float32_matmul_precision("high")
 
 

@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,21 +15,37 @@ from egom2p.distributed import World
 from egom2p.model.blocks import DecoderBlock, EncoderBlock
 
 
-def spread(model: nn.Module, mode: str, world: World) -> nn.Module:
+def spread(model: nn.Module, mode: str, world: World, precision: str = "float32") -> nn.Module:
     """The module to call: the model itself, a DistributedDataParallel around it, or the model with its blocks sharded.
 
-    mode: ddp or fsdp. Both average gradients over ranks. Sharding replaces the model's parameters, so it comes before
-    the optimiser is made.
+    mode: ddp or fsdp. Both average gradients over ranks, in float32. With precision bfloat16 sharded blocks are
+    gathered in it, which halves what is sent; tables and heads stay float32. Sharding replaces the model's parameters,
+    so it comes before the optimiser is made.
     """
     if world.size == 1:
         return model
     if mode == "fsdp":
         mesh = init_device_mesh(world.device.type, (world.size,))
+        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        policy = half if precision == "bfloat16" else MixedPrecisionPolicy()
         for module in model.modules():
             if isinstance(module, (EncoderBlock, DecoderBlock)):
-                fully_shard(module, mesh=mesh)
+                fully_shard(module, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh)
-    return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+    # Buffers are tables that never change, or are moved by every rank alike (a tokenizer's running codebook).
+    return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def unsharded_root(forward: nn.Module) -> Iterator[None]:
+    """Tables, heads and norms of a sharded model whole, for work on it that does not go through its `forward`, such as
+    sampling. Its blocks gather themselves when they are called."""
+    if isinstance(forward, FSDPModule):
+        forward.unshard()
+    yield
+    if isinstance(forward, FSDPModule):
+        forward.reshard()
 
 
 @contextlib.contextmanager

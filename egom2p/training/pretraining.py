@@ -1,5 +1,6 @@
 """Training the masked transformer on token shards: `egom2p train`."""
 
+import hashlib
 import logging
 import math
 import time
@@ -25,6 +26,7 @@ from egom2p.modalities import ModalityArgs, ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.flops import training_flops
 from egom2p.tokenizers import load as load_tokenizer
+from egom2p.tokenizers.origin import check_tokenizers, content_of, folders_of, origins_of
 from egom2p.training.loop import TrainingConfig, run_training
 from egom2p.visualize import plots
 
@@ -82,16 +84,21 @@ class PretrainTask:
         self.modalities = ModalitySet.from_config(config.modalities)
         self.config, self.world = config, world
         self.stream = TokenStream(config.data, self.modalities, config.masking, config.train.seed)
+        self.held_out = self._open_held_out() if config.eval.every else None
+        self._name_absent()
+        folders = folders_of([*self.stream.datasets, *(self.held_out.datasets if self.held_out else ())])
         self.model = EgoM2P(self.modalities, config.model)
         self.model.generation = {name: to_plain(recipe) for name, recipe in config.generation.items()}
+        self.model.origins = check_tokenizers(self.modalities, origins_of(folders))
         start_model(self.model, config.init, config.train.seed)
         self.plan = BatchPlan(config.train.batch_size, config.train.micro_batch(world.size),
                               config.loss.group_samples or config.train.batch_size, world.rank, world.size)
         self.tokens_per_sample = config.masking.input_tokens + config.masking.target_tokens
         self.num_outputs = sum(m.target for m in self.modalities)
         self.scale_GM = torch.empty(0)
-        self.held_out = self._open_held_out() if config.eval.every else None
         self._fingerprint = self.stream.fingerprint()
+        if content := content_of(folders_of(self.stream.datasets)):
+            self._fingerprint = hashlib.sha256(f"{self._fingerprint} {content}".encode()).hexdigest()
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -188,6 +195,14 @@ class PretrainTask:
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         self.model.save_pretrained(folder, weights)
 
+    def _name_absent(self) -> None:
+        """Warn of modalities that no clip has: their tables and heads stay as they start."""
+        present = np.any([rows.any(1) for rows in self.stream.present], axis=0)
+        absent = [m.name for m, there in zip(self.modalities, present, strict=True) if not there]
+        if absent:
+            log.warning("no data set has tokens of %s; it will not be learnt. Its shards belong in %s/%s/DATASET",
+                        ", ".join(absent), self.config.data.root, absent[0])
+
     def _open_held_out(self) -> FixedSet:
         args = self.config.eval
         if args.tasks and not args.clips:
@@ -214,7 +229,13 @@ def start_model(model: EgoM2P, args: InitArgs, seed: int) -> None:
         model.start_from_codes({m.name: load_tokenizer(m.tokenizer).codes() for m in model.modalities if m.tokenizer},
                                seed)
     if args.from_:
-        source = EgoM2P.from_pretrained(args.from_).state_dict()
+        start = EgoM2P.from_pretrained(args.from_)
+        for name in start.origins.keys() & model.origins.keys():
+            if start.origins[name] != model.origins[name]:
+                raise UserError(f"init.from={args.from_}: it learnt tokens of '{name}' made by another tokenizer "
+                                f"({start.origins[name]}, here {model.origins[name]}); encode the clips with that one, "
+                                f"or rename the modality to start it fresh")
+        source = start.state_dict()
         own = model.state_dict()
         for name in own:
             modality = name.split(".")[1] if name.startswith(("embeddings.", "heads.")) else ""

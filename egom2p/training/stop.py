@@ -54,6 +54,11 @@ class StopRequest:
         self.vote = (votes, dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group, async_op=True))
         return stop
 
+    def meet(self) -> None:
+        """Wait, on the host, until every rank has come to this step's vote."""
+        if self.vote is not None:
+            self.vote[1].wait()
+
     def _receive(self, number: int, _frame: object) -> None:
         if self.received is not None:
             if time.monotonic() - self.since < SAME_REQUEST_S:

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,23 @@ MAIN_METRICS = {"ate_m": "trajectory error, m", "gaze_mse": "gaze error (MSE)", 
                 "psnr_db": "picture PSNR, dB"}
 
 
+@dataclass
+class OwnPart:
+    """About the user's own recordings: a sentence, (caption, figure) sheets, and an evaluation where one was
+    possible."""
+
+    text: str
+    sheets: list[tuple[str, plt.Figure]]
+    evaluation: Any = None
+
+
 def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], metrics: list[dict[str, Any]],
                  sheets: list[tuple[str, plt.Figure]],
                  seconds: dict[str, float], facts: list[tuple[str, str]],
-                 pictures: list[tuple[str, Path]] | None = None, during: list[tuple[str, Path]] | None = None) -> None:
+                 pictures: list[tuple[str, Path]] | None = None, during: list[tuple[str, Path]] | None = None,
+                 mine: OwnPart | None = None) -> None:
     """Write the page. sheets: (caption, figure); facts: (name, value); pictures, during (training): (caption, PNG
-    file)."""
+    file); mine: the user's own recordings."""
     parts = [f"<h1>{html.escape(title)}</h1>", _lead(facts), _cards(summary),
              "<h2>Results on held-out clips</h2>", _RESULT_NOTE, _result_table(summary),
              "<h2>Training</h2>", _image(plots.loss_curves(metrics)),
@@ -45,6 +56,8 @@ def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], me
                for caption, file in during or []), "<h2>Clips</h2>", _CLIP_NOTE]
     for caption, figure in sheets:
         parts += [f'<p class="soft">{html.escape(caption)}</p>', _image(figure)]
+    if mine:
+        parts += _own_part(mine)
     if pictures:
         parts.append("<h2>Recordings from outside the world</h2><p>The same model on real videos it was never trained "
                      "for: "
@@ -68,6 +81,14 @@ SE(3) fit, depth errors after a scale-and-shift fit in inverse depth per clip.</
 _CLIP_NOTE = """<p>Held-out clips, not chosen: the first of the set. White ring: true gaze, cyan cross: predicted. Depth
 is relative inverse depth, bright is near. Trajectory, gaze and depth are predicted from rgb; rgb is predicted from
 depth.</p>"""
+
+
+def _own_part(mine: OwnPart) -> list[str]:
+    parts = ["<h2>Your recordings</h2>", f"<p>{html.escape(mine.text)} White rings and black lines are what the "
+             "recordings themselves bring along, where they do.</p>"]
+    if mine.evaluation is not None:
+        parts.append(_result_table(mine.evaluation.summary))
+    return parts + [f'<p class="soft">{html.escape(caption)}</p>{_image(figure)}' for caption, figure in mine.sheets]
 
 
 def _lead(facts: list[tuple[str, str]]) -> str:
@@ -141,8 +162,3 @@ def _image(figure: plt.Figure) -> str:
 
 def _inline(png: bytes) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def read_summary(path: Path) -> dict[str, dict[str, dict]]:
-    """The tasks of a `results.json`."""
-    return {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}

@@ -13,7 +13,8 @@ from tests.datasets.test_adapters import check, clips_of, prepare
 
 
 def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.S)[1]
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.S)
+    code = next(block for block in blocks if "class MySet" in block)
     (tmp_path / "my_set.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     mini = Miniature(21, 96, 72, 25)

@@ -6,12 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from egom2p.config import load
+from egom2p.data.clips import Clip, ClipIndex, write_clips
 from egom2p.errors import UserError
 from egom2p.evaluation.lpips import Lpips, lpips
-from egom2p.evaluation.run import ProtocolConfig, evaluate_to
+from egom2p.evaluation.run import ProtocolConfig, evaluate, evaluate_to
 from egom2p.evaluation.video import frechet_distance, frechet_video_distance
+from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
 from egom2p.training.log import read_metrics
 from tests.conftest import ROOT, run_cli, start_cli
@@ -151,3 +154,53 @@ def test_lpips_is_the_published_one(rng, tmp_path):
     assert lpips(a, b, ours) == pytest.approx(float(reference(x, y).mean()), rel=1e-5)
     with pytest.raises(UserError, match="alexnet"):
         Lpips(tmp_path / "none.pth")
+
+
+def test_results_say_what_they_are_about_and_keep_other_models_out(finished, tmp_path):
+    out, folder = finished[0], tmp_path / "eval"
+    asked = ("--tasks", "rgb2cam", "--data", out / "clips/test", "--out", folder)
+    run_cli("eval", out / "model", *asked)
+    about = json.loads((folder / "results.json").read_text())["about"]
+    assert about["model"] == str((out / "model").resolve()) and about["step"] == 12
+    assert about["weights"] == EgoM2P.from_pretrained(out / "model").fingerprint()
+    assert about["recipes"]["cam"]["expected"] is True and about["clips"] == 12
+    run_cli("eval", out / "model", *asked)  # the same again
+    earlier = out / "model/checkpoints/step_00000006"
+    other = tmp_path / "other"
+    shutil.copytree(out / "model/checkpoints/latest", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "mask_token": weights["mask_token"] + 1}, other / "model.safetensors")
+    config = json.loads((other / "config.json").read_text())
+    for name, entry in config["modalities"].items():
+        entry["tokenizer"] = str(out / "tokenizers" / name)
+    (other / "config.json").write_text(json.dumps(config))
+    done = run_cli("eval", other, *asked, check=False)
+    assert done.returncode == 2 and "holds results of another model" in done.stderr
+    assert json.loads((folder / "results.json").read_text())["about"] == about
+    if earlier.is_dir():  # an earlier step of the same run gives way
+        run_cli("eval", earlier, *asked)
+        assert json.loads((folder / "results.json").read_text())["about"]["step"] == 6
+
+
+def test_the_control_sees_another_clips_input(finished, tmp_path):
+    """Two clips with the same target and very different inputs: with inputs exchanged the predictions are exchanged."""
+    index = ClipIndex(str(finished[0] / "clips/test/*.tar"))
+    pair = [index.read(i) for i in range(2)]
+    pair = [Clip(c.key, c.dataset, {**c.signals, "cam": pair[0].signals["cam"]}, c.meta) for c in pair]
+    pair[1].signals["rgb"][:] = 255 - pair[1].signals["rgb"]
+    write_clips(tmp_path / "pair.tar", pair)
+    model = EgoM2P.from_pretrained(finished[0] / "model")
+    with torch.no_grad():  # a model of seconds hardly listens to its input: make it
+        model.context_projection.weight.mul_(30)
+    rows = evaluate(model, ["rgb2cam"], str(tmp_path / "pair.tar"), {}).rows["rgb2cam"].rows
+    model_ate, control = rows["model"]["ate_m"], rows["shuffled"]["ate_m"]
+    assert model_ate[0] != pytest.approx(model_ate[1], rel=1e-6)
+    assert control != pytest.approx(model_ate, rel=1e-6)
+
+
+def test_the_seed_of_a_protocol_is_used(finished):
+    model = EgoM2P.from_pretrained(finished[0] / "model")
+    clips, sampled = str(finished[0] / "clips/test/*.tar"), {"cam": TargetArgs(steps=2, temperature=1.0)}
+    values = [evaluate(model, ["rgb2cam"], clips, sampled, limit=4, seed=seed).summary["rgb2cam"]["ate_m"]["value"]
+              for seed in (0, 0, 1)]
+    assert values[0] == values[1] != values[2]

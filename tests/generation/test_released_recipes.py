@@ -16,8 +16,8 @@ from tests.conftest import ROOT, run_cli
 from tests.model.test_parity import reference, write_released
 from tests.tokenizers.test_cosmos import Decoder, Encoder
 
-FILES = {"rgb2cam": {"cam.npy", "cam.tum"}, "rgb2gaze": {"gaze.npy"}, "rgb2depth": {"depth.npy", "depth.mp4"},
-         "depth2rgb": {"rgb.mp4"}}
+FILES = {"rgb2cam": {"cam.npy", "cam.tum", "cam_colmap"}, "rgb2gaze": {"gaze.npy"},
+         "rgb2depth": {"depth.npy", "depth.mp4"}, "depth2rgb": {"rgb.mp4"}}
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from egom2p.data.batch import FlatTokens, MaskedSample, pack
 from egom2p.modalities import Modality, ModalitySet
-from egom2p.model.attention import Segments, segment_attention
+from egom2p.model.attention import Segments, _flash_only, segment_attention
+from egom2p.model.blocks import STYLES, QKNorm
 from egom2p.model.egom2p import EgoM2P, ModelArgs
-from egom2p.model.loss import weighted_cross_entropy
+from egom2p.model.loss import CHUNK_ELEMENTS, weighted_cross_entropy
 
 MODALITIES = ModalitySet([Modality("a", 40, (3, 2, 2)), Modality("b", 20, (9,)), Modality("c", 20, (4, 3))])
 
@@ -98,7 +100,7 @@ def test_decoder_self_attention_stays_within_a_modality():
 
 @pytest.mark.parametrize("chunk", [64, 1000, 2**24])
 def test_chunked_loss_equals_cross_entropy(chunk, monkeypatch):
-    monkeypatch.setattr("egom2p.model.loss.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk)
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (37, 50))
     target, scale = torch.randint(50, (37,)), torch.rand(37, dtype=torch.float64)
@@ -116,3 +118,35 @@ def test_loss_of_no_targets_is_zero_and_differentiable():
     loss.backward()
     assert loss.item() == 0
     assert weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([], []), ([0, 0], [3, 2]), ([3, 2], [0, 0]), ([3, 0], [0, 4])])
+def test_a_pack_in_which_no_query_meets_a_key_still_has_gradients(lengths_q, lengths_k):
+    """Or a rank that got such a pack would keep the others waiting for its share of them."""
+    q, k, v = (torch.randn(sum(n), 2, 8, requires_grad=True) for n in (lengths_q, lengths_k, lengths_k))
+    out = segment_attention(q, k, v, Segments(np.array(lengths_q, int), np.array(lengths_k, int), q.device))
+    assert out.shape == q.shape and not out.any()
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):  # raises for one that is not part of the graph
+        assert not gradient.any()
+
+
+def test_normalised_queries_and_keys_keep_the_type_of_the_values():
+    """LayerNorm gives float32 under autocast; the fused attention takes one type."""
+    norm = QKNorm(8, STYLES["swiglu_qknorm"])
+    q = torch.randn(5, 2, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [x.dtype for x in norm(q, q)] == [torch.bfloat16] * 2
+
+
+def test_fused_attention_stays_with_flash(monkeypatch):
+    """torch's own rule, with a Hopper's capability and a new cuDNN: ours is declined by it, a call without is not."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    if not hasattr(varlen, "_can_use_cudnn"):
+        pytest.skip(f"torch {torch.__version__} knows no cuDNN for packs")
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda device: True)
+    with FakeTensorMode():
+        q = torch.empty(600, 12, 64, dtype=torch.bfloat16, device="cuda")
+        window = list(_flash_only(300)["window_size"])
+        assert varlen._can_use_cudnn(q, q, q, 300, [-1, -1])
+        assert not varlen._can_use_cudnn(q, q, q, 300, window)
+    assert min(window) >= 300  # and hides nothing

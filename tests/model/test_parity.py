@@ -12,17 +12,14 @@ from egom2p.data.batch import pack
 from egom2p.generation.sampler import generate
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import samples_from_grids
-from tests.conftest import ROOT, SHARED
+from tests.conftest import ROOT
 
 NAMES = ("model_swiglu", "model_swiglu_qknorm", "model_gelu")
 
 
 def reference(name: str) -> dict:
-    """The committed copy, else the one in ../shared/parity."""
-    for folder in (ROOT / "tests/reference", SHARED / "parity"):
-        if (folder / f"{name}.pt").exists():
-            return torch.load(folder / f"{name}.pt", weights_only=True)
-    pytest.skip(f"{name}.pt is neither committed nor in {SHARED / 'parity'}")
+    """Tensors recorded from the released code, committed."""
+    return torch.load(ROOT / f"tests/reference/{name}.pt", weights_only=True)
 
 
 @pytest.fixture(params=NAMES)

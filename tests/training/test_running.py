@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from egom2p import resources
 from egom2p.config import load
 from egom2p.data.tarindex import split_name
 from egom2p.errors import UserError
@@ -190,3 +191,31 @@ def test_a_job_that_could_not_start_is_not_sent(tmp_path, options, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_job_whose_data_is_not_there_is_not_sent(debug_tokens, tmp_path, caplog):
+    def submit(*options):
+        return run_cli("submit", "cfgs/train/debug.yaml", f"run.dir={tmp_path}/run", "--gpus-per-node", 4, "--dry-run",
+                       *options, check=False)
+
+    for options, said in (((f"data.root={tmp_path}/none",), f"{tmp_path}/none"),
+                          ((f"data.root={debug_tokens}", "eval.datasets=[nowhere]"), "data set 'nowhere'"),
+                          ((f"data.root={debug_tokens}", "eval.tasks=[rgb2cam]", f"eval.clips={tmp_path}/*.tar"),
+                           f"no file matches {tmp_path}")):
+        done = submit(*options)
+        assert done.returncode == 2 and said in done.stderr and "--unchecked" in done.stderr
+        assert not (tmp_path / "run").exists()
+    assert submit(f"data.root={tmp_path}/none", "--unchecked").returncode == 0
+    assert "on this machine: data set 'full'" in caplog.text
+    assert (tmp_path / "run/frozen/egom2p/shipped/COMMIT").read_text().strip() == (resources.commit() or "")
+
+
+def test_a_longer_run_says_what_its_learning_rate_does(debug_tokens, tmp_path, caplog):
+    arguments = ("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}/run",
+                 "eval.every=0")
+    run_cli(*arguments, "train.steps=10")
+    assert "planned for" not in caplog.text
+    run_cli(*arguments, "train.steps=20")
+    # lr 1e-3 after 5 steps of warm-up: at step 10 of 20 the cosine stands at a third, where it had ended at 0
+    assert "planned for 10 steps and now has 20: from step 10 on" in caplog.text
+    assert "is 0.00075 there, where the old schedule has 0" in caplog.text

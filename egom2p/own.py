@@ -1,0 +1,101 @@
+"""One's own recordings in the quickstart: prepared at its size, a share held aside, predicted and measured."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from egom2p import tokenizers
+from egom2p.data.clips import Clip, ClipIndex, write_clips
+from egom2p.datasets.card import describe
+from egom2p.datasets.prepare import PrepareArgs, prepare
+from egom2p.errors import UserError
+from egom2p.evaluation.results import Evaluation
+from egom2p.evaluation.run import Task, evaluate, predict
+from egom2p.files import write_whole
+from egom2p.generation.schedule import TargetArgs, recipes_of
+from egom2p.model.egom2p import EgoM2P
+
+NAME = "recordings"
+ASIDE = 0.2  # share of each recording that is held aside: its end
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Clips that are trained on and clips that are held aside, of so many recordings; in which folders."""
+
+    trained: int
+    aside: int
+    recordings: int
+    train_folder: Path
+    aside_folder: Path
+
+
+def take_recordings(folder: Path, out: Path, size: int) -> Shares:
+    """Prepare the videos in `folder` (as `egom2p prepare video` does) below OUT/recordings and deal their clips to
+    OUT/clips/train/recordings and OUT/clips/recordings.
+
+    The last fifth of each recording is held aside. Where every recording is too short for that, it is the last clip of
+    all; a single clip is trained on, and nothing is held aside.
+    """
+    card = prepare("video", folder, out / NAME, PrepareArgs(size=size))
+    print(describe(card))
+    if not card["clips"]:
+        raise UserError(f"{folder}: no clip could be made of what lies there; the reasons are named above")
+    tars = sorted((out / NAME).glob("*/*.tar"))
+    clips = [[index.read(i) for i in range(len(index))] for index in (ClipIndex(str(tar)) for tar in tars)]
+    aside = [int(len(part) * ASIDE) for part in clips]
+    if not any(aside) and card["clips"] > 1:
+        aside[-1] = 1
+    shares = Shares(card["clips"] - sum(aside), sum(aside), len(tars), out / "clips/train" / NAME, out / "clips" / NAME)
+    sources = [(tar.name, ClipIndex(str(tar)).stamps()) for tar in tars]
+    for place, parts in ((shares.train_folder, [part[: len(part) - n] for part, n in zip(clips, aside, strict=True)]),
+                         (shares.aside_folder, [part[len(part) - n :] for part, n in zip(clips, aside, strict=True)])):
+        _write(place, [clip for part in parts for clip in part], json.dumps(sources))
+    return shares
+
+
+def _write(folder: Path, clips: list[Clip], sources: str) -> None:
+    """One tar of clips, unless it was written from the same ones before."""
+    note = folder / "done"
+    if note.exists():
+        if note.read_text() != sources:
+            raise UserError(f"{folder}: the recordings changed since this quickstart began; choose another --out or "
+                            f"remove it")
+        return
+    if clips:
+        write_clips(folder / "clips.tar", clips)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(note, sources)
+
+
+def measure(model: EgoM2P, tasks: Iterable[str], shares: Shares, recipes: dict[str, TargetArgs]) -> Evaluation | None:
+    """The tasks on the clips held aside, as far as at least two of them have what a task needs; None when none has."""
+    if not shares.aside:
+        return None
+    index = ClipIndex(str(shares.aside_folder))
+    sources = {m.name: m.clip_signal for m in model.modalities}
+    held = [set(index.read(i).signals) for i in range(len(index))]
+    usable = []
+    for name in tasks:
+        task = Task.parse(name, model.modalities.names)
+        if sum({sources[n] for n in (*task.inputs, task.target)} <= signals for signals in held) > 1:
+            usable.append(name)
+    return evaluate(model, usable, str(shares.aside_folder), recipes) if usable else None
+
+
+def predict_aside(model: EgoM2P, shares: Shares, targets: Iterable[str], recipes: dict[str, TargetArgs],
+                  shown: int = 3) -> list[tuple[Clip, dict[str, np.ndarray]]]:
+    """(clip, {target: signal}) from the rgb of some clips held aside, spread over them; of the trained ones when none
+    is aside."""
+    index = ClipIndex(str(shares.aside_folder if shares.aside else shares.train_folder))
+    wanted = recipes_of(model.generation, recipes)
+    loaded = tokenizers.load_for(model.modalities, ["rgb", *targets], model.device, model.folder, origins=model.origins)
+    made = []
+    for number in np.unique(np.linspace(0, len(index) - 1, shown).astype(int)):
+        clip = index.read(int(number))
+        condition = {"rgb": loaded["rgb"].encode(clip.signals["rgb"])[None]}
+        made.append((clip, {t: predict(model, loaded[t], condition, t, wanted[t], 0, [clip.key])[0] for t in targets}))
+    return made

@@ -1,0 +1,139 @@
+"""Where tokens come from: `origin.json` beside token shards, and whether a model, its tokens and its tokenizers belong
+together.
+
+The released shards carry no such note; of them only grids, vocabularies and kinds of signal can be compared.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from egom2p import resources
+from egom2p.config import read_json
+from egom2p.data.tokens import TokenDataset
+from egom2p.errors import UserError
+from egom2p.files import write_whole
+from egom2p.modalities import Modality, ModalitySet
+from egom2p.tokenizers import check_fits, load
+
+log = logging.getLogger(__name__)
+
+ORIGIN = "origin.json"
+
+
+class Origin:
+    """`origin.json` beside the shards of one modality and data set: the tokenizer that made them (fingerprint), the
+    pattern of the clips, and for each shard a hash of what was encoded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / ORIGIN
+
+    def check(self, tokenizer: str, clips: str) -> None:
+        """Shards of one folder come from one tokenizer and one set of clips; anything else is refused, never mixed."""
+        if not self.path.exists():
+            if any(self.folder.glob("*.tar")):
+                raise UserError(f"{self.folder} holds shards of unknown origin; choose another --out or --dataset, or "
+                                f"remove it")
+            self._write({"tokenizer": tokenizer, "clips": clips, "shards": {}})
+        found = self.read()
+        for what, value in (("tokenizer", tokenizer), ("clips", clips)):
+            if found.get(what) != value:
+                raise UserError(f"{self.folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); "
+                                f"choose another --out or --dataset, or remove it")
+
+    def read(self) -> dict[str, Any]:
+        """The note as it is on disk; {} when there is none."""
+        return read_json(self.path) if self.path.exists() else {}
+
+    def shard(self, name: str) -> str:
+        """What was encoded into that shard; "" when it is not on record."""
+        return self.read().get("shards", {}).get(name, "")
+
+    def record(self, name: str, content: str) -> None:
+        """Write down what is in a shard. When two processes do so at once one record may be lost, and its shard is
+        encoded anew the next time."""
+        note = self.read()
+        self._write({**note, "shards": {**note.get("shards", {}), name: content}})
+
+    def _write(self, note: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps(note, indent=1))
+
+
+def folders_of(datasets: Iterable[TokenDataset]) -> list[tuple[str, Path]]:
+    """(modality, local folder) of all shards of some data sets."""
+    return [(name, folder) for dataset in datasets for name, folders in sorted(dataset.folders().items())
+            for folder in folders]
+
+
+def origins_of(folders: Iterable[tuple[str, Path]]) -> dict[str, str]:
+    """{modality: fingerprint of the tokenizer that made its tokens}, for those whose shards say so.
+
+    Raises UserError when one modality's shards come from two tokenizers.
+    """
+    found: dict[str, tuple[str, Path]] = {}
+    for name, folder in folders:
+        maker = Origin(folder).read().get("tokenizer")
+        if maker and found.setdefault(name, (maker, folder))[0] != maker:
+            other, where = found[name]
+            raise UserError(f"'{name}': the tokens in {where} and in {folder} were made by different tokenizers "
+                            f"({other} and {maker}); encode both with one, or leave a data set out")
+    return {name: maker for name, (maker, _) in found.items()}
+
+
+def check_tokenizers(modalities: ModalitySet, origins: Mapping[str, str]) -> dict[str, str]:
+    """The origins, completed by the tokenizers that the configuration names.
+
+    Raises UserError for a tokenizer that is not there, is for another kind of signal or grid, or is not the one that
+    made the tokens. One that would have to be fetched from the Hub and cannot be is only warned of.
+    """
+    known = dict(origins)
+    for modality in modalities:
+        own = _fingerprint(modality) if modality.tokenizer else ""
+        if own and known.setdefault(modality.name, own) != own:
+            raise UserError(f"modalities.{modality.name}.tokenizer: {modality.tokenizer} ({own}) did not make the "
+                            f"tokens of '{modality.name}' ({known[modality.name]}); name the one that did, or "
+                            f"encode the clips with this one into another folder")
+    return known
+
+
+def origin_problems(folders: list[tuple[str, Path]], modalities: ModalitySet | None) -> list[str]:
+    """What is wrong with where tokens come from, one line a modality; for `egom2p shards check`."""
+    problems = []
+    for name in dict.fromkeys(name for name, _ in folders):
+        entry = ModalitySet(m for m in modalities or () if m.name == name)
+        try:
+            check_tokenizers(entry, origins_of((n, folder) for n, folder in folders if n == name))
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def content_of(folders: Iterable[tuple[str, Path]]) -> str:
+    """A hash of what the shards' notes say was encoded and by which tokenizer; "" when none says anything."""
+    notes = [[name, note.get("tokenizer"), note.get("shards", {})] for name, folder in folders
+             if (note := Origin(folder).read())]
+    return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest() if notes else ""
+
+
+def _fingerprint(modality: Modality) -> str:
+    """Of the tokenizer that a modality names, once it is known to fit; "" when it cannot be fetched."""
+    try:
+        tokenizer = load(modality.tokenizer)
+    except UserError as error:
+        if _may_be_remote(modality.tokenizer):
+            log.warning("modalities.%s.tokenizer cannot be checked: %s", modality.name, error)
+            return ""
+        raise UserError(f"modalities.{modality.name}.tokenizer: {error}") from error
+    check_fits(tokenizer, modality)
+    return tokenizer.fingerprint()
+
+
+def _may_be_remote(name: str) -> bool:
+    """Whether a name can only be a Hub repository: OWNER/NAME, and no folder OWNER here."""
+    path = resources.locate(name)
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists() \
+        and not path.parent.is_dir()

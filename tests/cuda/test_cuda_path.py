@@ -1,0 +1,119 @@
+"""The CUDA path without a GPU: real micro-batches go through forward and loss as fake tensors on `cuda`.
+
+FakeTensorMode runs torch's own dispatch, autocast and shape rules and no kernel; so these tests show which kernels are
+asked for, with which types and shapes, and that the host reads nothing back. What backward does can only be seen on a
+GPU (autograd asks for a device context): where there is one, the same batches run for real.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from egom2p.data.batch import pack
+from egom2p.model.egom2p import EgoM2P, ModelArgs
+from tests.model.test_attention import MODALITIES, SAMPLES, sample
+from tests.training.test_no_sync import NoHostReads
+
+pytest.importorskip("torch.nn.attention.varlen")
+NO_TARGETS, NO_INPUTS = sample(7, (3, 0, 2), (0, 0, 0), 2), sample(8, (0, 0, 0), (3, 2, 0), 2)
+
+
+class Attention(TorchDispatchMode):
+    """Records the arguments of every fused and every other attention that is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused: list[dict] = []
+        self.others: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if "_varlen_attn" in name:
+            names = [a.name for a in func._schema.arguments]
+            self.fused.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
+        elif "attention" in name:
+            self.others.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fake_cuda(monkeypatch):
+    """Fake tensors on `cuda`, bfloat16 autocast as `train.precision=bfloat16` asks for it."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
+    kept = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast itself refuses where no GPU is
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", kept[0])
+        torch.set_autocast_dtype("cuda", kept[1])
+
+
+def fake_model(variant: str) -> EgoM2P:
+    with torch.device("cuda"):
+        model = EgoM2P(MODALITIES, ModelArgs(64, 4, 3, 2, variant=variant))
+    for module in model.modules():  # `.to` cannot swap fake parameters; the tables come from numpy
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to("cuda")
+    return model
+
+
+def forward(model: EgoM2P, samples: list) -> tuple[torch.Tensor, torch.Tensor, Attention]:
+    batch = pack(samples, len(MODALITIES)).to("cuda")
+    scale = torch.ones(len(batch.targets), device="cuda")
+    with Attention() as seen, NoHostReads():
+        total, losses = model(batch, scale)
+    return total, losses, seen
+
+
+@pytest.mark.parametrize("variant", ["gelu", "swiglu", "swiglu_qknorm"])
+def test_every_attention_is_the_fused_one_in_one_half_type(monkeypatch, variant):
+    with fake_cuda(monkeypatch):
+        total, losses, seen = forward(fake_model(variant), SAMPLES)
+        assert len(seen.fused) == 3 + 2 * 2 and not seen.others
+        for call in seen.fused:
+            q, k, v = call["query"], call["key"], call["value"]
+            assert {x.dtype for x in (q, k, v)} == {torch.bfloat16}
+            assert {x.device.type for x in (q, k, v, call["cu_seq_q"], call["cu_seq_k"])} == {"cuda"}
+            assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+            assert call["cu_seq_q"].dtype == call["cu_seq_k"].dtype == torch.int32
+            assert q.shape[1:] == k.shape[1:] == v.shape[1:] == (4, 16) and k.shape == v.shape
+            assert call["cu_seq_q"].shape == call["cu_seq_k"].shape
+            assert call["max_q"] > 0 and call["max_k"] > 0 and not call["is_causal"]
+            if "window_size" in call:
+                assert min(call["window_size"]) >= max(call["max_q"], call["max_k"])
+        assert total.dtype == losses.dtype == torch.float32 and total.device.type == "cuda"
+
+
+@pytest.mark.parametrize("samples", [[], [NO_TARGETS], [NO_INPUTS]], ids=["nothing", "no targets", "no inputs"])
+def test_an_attention_without_a_pair_never_reaches_the_kernel(monkeypatch, samples):
+    """The fused kernel is not defined for packs without a query or without a key."""
+    with fake_cuda(monkeypatch):
+        total, _, seen = forward(fake_model("swiglu"), samples)
+        assert all(len(call["query"]) and len(call["key"]) and call["max_k"] > 0 for call in seen.fused)
+        assert len(seen.fused) == {0: 0, 7: 3, 8: 2}[samples[0].number if samples else 0]
+        assert total.shape == ()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("variant", ["gelu", "swiglu", "swiglu_qknorm"])
+@pytest.mark.parametrize("samples", [SAMPLES, [], [NO_TARGETS], [NO_INPUTS]], ids=["full", "nothing", "no targets",
+                                                                               "no inputs"])
+def test_the_same_batches_on_a_real_gpu(variant, samples):
+    torch.manual_seed(0)
+    model = EgoM2P(MODALITIES, ModelArgs(64, 4, 3, 2, variant=variant))
+    batch = pack(samples, len(MODALITIES))
+    results = []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16):
+            total, _ = model(batch.to(device), torch.ones(len(batch.targets), device=device))
+        total.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        results.append(torch.cat([p.grad.float().cpu().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=0.1, atol=0.02 * float(results[0].abs().max() + 1e-6))
