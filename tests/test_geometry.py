@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from egom2p import geometry
 
@@ -61,3 +62,64 @@ def test_gaze_from_pixels_marks_what_is_invalid():
     assert np.allclose(gaze[:2], [[0.5, 0.5, 1], [0, 0, 1]])
     assert gaze[2:, 2].tolist() == [0, 0, 0]
     assert np.isfinite(gaze).all()
+
+
+def test_quaternions_are_scipys():
+    """x y z w with w not negative, also for half turns, where w is nothing."""
+    turns = Rotation.concatenate([Rotation.random(200, random_state=0), Rotation.from_rotvec(np.pi * np.eye(3)),
+                                  Rotation.identity(1), Rotation.from_rotvec([[0, 0, 3.1], [1e-4, 0, 0]])])
+    made = geometry.quaternions(turns.as_matrix())
+    assert made.shape == (206, 4) and (made[:, 3] >= 0).all()
+    np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, atol=1e-12)
+    np.testing.assert_allclose(np.abs((made * turns.as_quat()).sum(1)), 1, atol=1e-12)
+    np.testing.assert_allclose(geometry.quaternions(Rotation.from_euler("y", [[90]], degrees=True).as_matrix())[0],
+                               [0, np.sqrt(0.5), 0, np.sqrt(0.5)], atol=1e-12)
+
+
+def test_projection_by_hand():
+    matrix = np.array([[100.0, 3, 30], [0, 80, 20], [0, 0, 1]])
+    points = np.array([[[1.0, 2, 4], [0, 0, 1]], [[-1, 1, 2], [5, 5, 5]]])
+    np.testing.assert_allclose(geometry.project(points, matrix),
+                               [[[25 + 1.5 + 30, 40 + 20], [30, 20]], [[-50 + 1.5 + 30, 60], [133, 100]]])
+
+
+@pytest.mark.parametrize(("point", "valid"), [
+    ((0.5, 0.5), True), ((-0.2, 1.2), True), ((1.2, -0.2), True), ((-0.21, 0.5), False), ((0.5, -0.21), False),
+    ((1.21, 0.5), False), ((0.5, 1.21), False), ((np.nan, 0.5), False), ((0.5, np.nan), False)])
+def test_gaze_counts_within_a_fifth_of_the_frame(point, valid):
+    assert geometry.gaze_is_valid(np.array(point)) == valid
+    made = geometry.gaze_from_pixels(np.array([point]) * 40 + [10, 0], 60, 40)
+    assert made.dtype == np.float32 and made.shape == (1, 3)
+    np.testing.assert_allclose(made[0], [*point, 1] if valid else [0, 0, 0], atol=1e-6)
+
+
+def test_the_nearest_rotations_of_many_matrices_at_once():
+    rng = np.random.default_rng(0)
+    matrices = rng.normal(size=(4, 5, 3, 3))
+    made = geometry.chordal_mean(matrices)
+    assert made.shape == matrices.shape
+    for given, nearest in zip(matrices.reshape(-1, 3, 3), made.reshape(-1, 3, 3), strict=True):
+        assert np.linalg.det(nearest) == pytest.approx(1)
+        best = Rotation.align_vectors(given.T, np.eye(3))[0].as_matrix()  # Kabsch, on the columns
+        np.testing.assert_allclose(np.trace(given.T @ nearest), np.trace(given.T @ best), rtol=1e-6)
+
+
+def test_a_fit_with_scale_is_umeyamas():
+    """Known transforms of points are undone exactly; of noisy ones, no small change of the fit is better."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(30, 3))
+    turn = Rotation.random(random_state=1).as_matrix()
+    reference = 2.5 * points @ turn.T + [1, -2, 3]
+    np.testing.assert_allclose(geometry.align(points, reference, with_scale=True), reference, atol=1e-9)
+    noisy = reference + rng.normal(0, 0.1, (30, 3))
+    for with_scale in (True, False):
+        fitted = geometry.align(points, noisy, with_scale=with_scale)
+        error = ((fitted - noisy) ** 2).sum()
+        for change in Rotation.from_rotvec(rng.normal(0, 0.01, (20, 3))).as_matrix():
+            centre = fitted.mean(0)
+            assert (((fitted - centre) @ change.T + centre - noisy) ** 2).sum() >= error
+        for scale in (0.99, 1.01) if with_scale else ():
+            assert ((scale * (fitted - centre) + centre - noisy) ** 2).sum() >= error
+    still = np.tile([[1.0, 2, 3]], (5, 1))
+    middle = np.tile(reference[:5].mean(0), (5, 1))
+    np.testing.assert_allclose(geometry.align(still, reference[:5], with_scale=True), middle)

@@ -13,7 +13,7 @@ from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
 from egom2p.tokenizers.quantize import EmaCodebook
 from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
 from egom2p.training.log import read_metrics
-from tests.conftest import ROOT, run_cli, start_cli
+from tests.conftest import run_cli, start_cli
 
 SMALL = ("train.steps=40", "train.batch_size=8", "log.every=10", "optim.warmup_steps=5", "eval.every=40",
          "eval.samples=8")
@@ -152,5 +152,11 @@ def test_statistics_are_the_mean_training_signals(world_clips, tmp_path):
 def test_reconstruct_command(world_clips, tmp_path):
     train("gaze", world_clips, tmp_path, "train.steps=2")
     done = run_cli("tokenizer", "reconstruct", tmp_path, "--clips", f"{world_clips}/*.tar")
-    assert "gaze_mse" in done.stdout
-    assert ROOT.exists()
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    tokenizer = tokenizers.load(tmp_path)
+    gaze = [c.signals["gaze"] for c in read_clips(str(world_clips), {"gaze"}) if np.any(c.signals.get("gaze", 0))]
+    errors = [((tokenizer.decode(tokenizer.encode(g))[:, :2] - g[:, :2])[g[:, 2] > 0] ** 2).mean() for g in gaze]
+    figures = [float(value) for value in rows["gaze_mse"]]
+    assert figures == pytest.approx([np.mean(errors), np.median(errors), np.max(errors)], abs=1e-5)
+    used = {int(i) for g in gaze for i in tokenizer.encode(g)}
+    assert done.stdout.splitlines()[-1] == f"{len(gaze)} clips, {len(used)} of 240 ids used"

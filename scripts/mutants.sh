@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Mutation testing: do the tests notice when the code is wrong? Slips of one operator or number are put in one at a time
+# and the fast tests that reach them run.
+#     bash scripts/mutants.sh geometry             one room or module: egom2p/geometry.py or egom2p/geometry/
+#     bash scripts/mutants.sh training 'tests/training/test_values.py tests/training/test_training.py'
+# Prints the share that was noticed and every one that was not (`mutmut show NAME` shows its change).
+# The tests of a room are tests/ROOM or tests/test_ROOM.py, and every room's tests of values. Minutes a room.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+room=${1:?usage: bash scripts/mutants.sh ROOM [TESTS]}
+code=egom2p/$room
+[ -d "$code" ] || code=$code.py
+tests=${2:-$(for path in "tests/$room" "tests/test_$room.py" tests/*/test_values.py; do
+    if [ -e "$path" ]; then echo "$path"; fi
+done)}
+[ -e "$code" ] && [ -n "$tests" ] || { echo "no room $room, or no tests of it; name them" >&2; exit 2; }
+export OMP_NUM_THREADS=1
+python - "$code" $tests <<'PYTHON' > setup.cfg
+import sys
+code, *tests = sys.argv[1:]
+print("[mutmut]", "source_paths=egom2p", f"only_mutate={code if code.endswith('.py') else code + '/*.py'}",
+      "also_copy=\n    cfgs\n    tokenizers\n    scripts\n    benchmarks\n    req.txt\n    setup.py\n    README.md",
+      "pytest_add_cli_args_test_selection=\n    " + "\n    ".join(tests),
+      "pytest_add_cli_args=\n    -m\n    not slow\n    -p\n    no:xdist\n    -o\n    addopts=", sep="\n")
+PYTHON
+trap 'rm -rf setup.cfg mutants' EXIT
+mutmut run --max-children "$(getconf _NPROCESSORS_ONLN)" || true
+mutmut results --all true | awk '
+    /: / { count[$2 " " $3] += 1; total += 1; if ($2 != "killed") left[++lines] = $0 }
+    END { for (i = 1; i <= lines; i++) print left[i]; for (what in count) printf "%d %s, ", count[what], what
+          printf "%.0f %% of %d noticed\n", 100 * (count["killed "] + count["timeout "]) / total, total }'

@@ -1,0 +1,143 @@
+"""Order, masks and storage: what is promised of them, measured."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from egom2p.data.loader import BatchPlan
+from egom2p.data.masking import MaskArgs, MaskComponent, Masker
+from egom2p.data.order import BLOCK, MixtureOrder, PassOrder
+from egom2p.data.shardtools import check, convert
+from egom2p.data.tarindex import INDEX_FILE, index_tars, npy_bytes, write_tar
+from egom2p.data.tokens import TokenDataset, load_array
+from egom2p.modalities import Modality, ModalitySet
+
+SETS = ModalitySet([Modality("a", 50, (40,)), Modality("b", 50, (20,))])
+SIZES = np.array([7, 5, 9, 4])
+
+
+def passes(order: PassOrder, number: int) -> list[int]:
+    return [order.element(number * order.size + i) for i in range(order.size)]
+
+
+def test_passes_data_sets_and_seeds_differ_and_each_is_whole():
+    orders = {name: PassOrder(SIZES, 2, seed, salt) for name, seed, salt in (("own", 1, 0), ("salt", 1, 1),
+                                                                             ("seed", 2, 0))}
+    seen = [tuple(passes(orders["own"], n)) for n in range(3)] + [tuple(passes(orders[n], 0)) for n in ("salt", "seed")]
+    assert all(sorted(one) == list(range(25)) for one in seen)
+    assert len(set(seen)) == 5
+
+
+def test_clips_of_one_window_are_shuffled_anew_in_every_pass():
+    """One window of all shards: the order inside it, not that of the shards, is what changes."""
+    order = PassOrder(np.array([30]), 1, 0, 0)
+    first, second = passes(order, 0), passes(order, 1)
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 10
+
+
+def test_slots_of_the_mixture_differ_from_block_to_block():
+    order = MixtureOrder([0.5, 0.5], 0)
+    blocks = [[order.locate(b * BLOCK + i)[0] for i in range(BLOCK)] for b in range(2)]
+    same = np.mean(np.array(blocks[0]) == np.array(blocks[1]))
+    assert 0.4 < same < 0.6
+
+
+def test_every_position_is_as_likely_an_input_and_a_target():
+    masker = Masker(MaskArgs(10, 10, (MaskComponent(alpha=10.0),)), SETS, seed=3)
+    ids = {0: np.zeros(40, np.int32), 1: np.zeros(20, np.int32)}
+    counts = np.zeros((2, 2, 40))
+    draws = 4000
+    for number in range(draws):
+        for side, flat in enumerate(masker.mask(ids, number)):
+            np.add.at(counts, (side, flat.modality, flat.position), 1)
+    for side in range(2):
+        for modality, size in ((0, 40), (1, 20)):
+            seen = counts[side, modality, :size]
+            mean = seen.mean()
+            assert np.abs(seen - mean).max() < 5 * np.sqrt(mean), (side, modality)
+
+
+def test_components_are_drawn_by_their_weights():
+    only = {"a": 1.0}
+    masker = Masker(MaskArgs(10, 10, (MaskComponent(3.0, None, only, {"b": 1.0}),
+                                      MaskComponent(1.0, None, {"b": 1.0}, only))), SETS, 0)
+    ids = {0: np.zeros(40, np.int32), 1: np.zeros(20, np.int32)}
+    share = np.mean([masker.mask(ids, n)[1].modality[0] == 1 for n in range(4000)])
+    assert share == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize("budget", [(15, 12), (3, 100), (100, 5)])
+def test_the_way_out_of_a_mask_without_targets_keeps_the_budgets(budget):
+    """A component that asks for nothing the clip has: half of everything is asked for instead, within the budgets."""
+    masker = Masker(MaskArgs(*budget, (MaskComponent(1.0, None, {"a": 1.0}, {"b": 1.0}),)), SETS, 0)
+    for number in range(50):
+        inputs, targets = masker.mask({0: np.zeros(40, np.int32)}, number)
+        assert 0 < len(targets) <= budget[1] and len(inputs) <= budget[0]
+        assert len(inputs) + len(targets) <= 40
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize(("batch", "micro", "world"), [(8, 3, 1), (12, 5, 2), (7, 7, 1), (10, 1, 2)])
+def test_no_sample_of_a_step_is_left_out(batch, micro, world, balanced):
+    plans = [BatchPlan(batch, micro, batch, rank, world) for rank in range(world)]
+    for step in (0, 3):
+        dealt = [n for p in plans for part in p.deal(step, (lambda n: n % 5 + 1) if balanced else None) for n in part]
+        assert sorted(dealt) == list(range(step * batch, (step + 1) * batch))
+
+
+def test_arrays_in_fortran_order_are_refused_or_read_right():
+    array = np.asfortranarray(np.arange(12, dtype=np.int32).reshape(3, 4))
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    try:
+        assert np.array_equal(load_array(buffer.getvalue()), array)
+    except ValueError as error:
+        assert "Fortran" in str(error)
+
+
+def write_shard(path, arrays):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tar(path, ({"__key__": key, "npy": npy_bytes(array)} for key, array in arrays.items()))
+
+
+def test_converting_keeps_every_clip_and_every_id(tmp_path, rng):
+    clips = {f"clip{i:03d}": rng.integers(0, 50, 40) for i in range(7)}
+    write_shard(tmp_path / "old/a/set/shard-000000.tar", clips)
+    assert convert(str(tmp_path / "old/a/set/*.tar"), tmp_path / "new") == 7
+    made = TokenDataset.open(tmp_path / "new", "set", "", SETS)
+    assert made.keys == sorted(clips)
+    for number, key in enumerate(made.keys):
+        assert np.array_equal(made.read(number).tokens[0], clips[key])
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(-7, "-7"), (50, "50")])
+def test_ids_outside_the_vocabulary_are_found_at_both_ends(tmp_path, wrong, said):
+    ids = np.zeros(40, np.int32)
+    ids[3] = wrong
+    write_shard(tmp_path / "a/set/shard-000000.tar", {"good": np.zeros(40, np.int32), "bad": ids})
+    problems = check(str(tmp_path), SETS).problems
+    assert [p["key"] for p in problems] == ["bad"] and said in problems[0]["problem"]
+
+
+@pytest.mark.parametrize("change", ["offset", "size"])
+def test_an_index_that_points_past_the_end_is_not_trusted(tmp_path, change):
+    path = tmp_path / "a/set/shard-000000.tar"
+    write_shard(path, {f"k{i}": np.full(40, i, np.int32) for i in range(3)})
+    index_tars([path])
+    note = path.parent / INDEX_FILE
+    text = json.loads(note.read_text())
+
+    def spoil(value):
+        if isinstance(value, dict):
+            return {k: ([*v[:-1], 10**9] if k == f"{change}s" else spoil(v)) for k, v in value.items()}
+        return [spoil(v) for v in value] if isinstance(value, list) else value
+
+    spoilt = spoil(text)
+    assert spoilt != text
+    note.write_text(json.dumps(spoilt))
+    made = TokenDataset.open(tmp_path, "set", "", SETS)
+    for number in range(3):
+        assert made.read(number).tokens[0].tolist() == [number] * 40

@@ -1,0 +1,154 @@
+"""Numbers of the tokenizers: the moving averages of codes, gradients, weights of channels, layouts of pictures."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.spatial.transform import Rotation
+
+from egom2p.modalities import Modality
+from egom2p.signals.depth import relative_inverse_depth
+from egom2p.signals.pose import PoseSeries
+from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
+from egom2p.tokenizers.quantize import EmaCodebook
+from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
+
+
+def test_one_update_of_the_codebook_by_hand():
+    """Counts and sums move by 1 - decay towards the batch's, and a code is their quotient (van den Oord 2017, A.1)."""
+    torch.manual_seed(0)
+    book = EmaCodebook(4, 3, decay=0.9, dead_below=0.0)
+    codes, sums, counts = book.embed.clone(), book.embed_sum.clone(), book.cluster_size.clone()
+    latents = torch.randn(2, 5, 3)
+    _, ids, _ = book.train()(latents)
+    unit = F.normalize(latents, dim=-1).reshape(-1, 3)
+    assert torch.equal(ids.flatten(), (unit @ F.normalize(codes, dim=-1).T).argmax(-1))
+    book.update(0, 1)
+    for code in range(4):
+        mine = unit[ids.flatten() == code]
+        count = 0.9 * counts[code] + 0.1 * len(mine)
+        total = 0.9 * sums[code] + 0.1 * mine.sum(0)
+        assert book.cluster_size[code] == pytest.approx(count.item(), rel=1e-5)
+        torch.testing.assert_close(book.embed[code], total / count)
+
+
+def test_gradients_go_straight_through_the_codebook():
+    book = EmaCodebook(4, 3).eval()
+    latents = torch.randn(1, 5, 3, requires_grad=True)
+    codes, _, _ = book(latents)
+    weight = torch.randn(1, 5, 3)
+    (gradient,) = torch.autograd.grad((codes * weight).sum(), latents)
+    (wanted,) = torch.autograd.grad((F.normalize(latents, dim=-1) * weight).sum(), latents)
+    torch.testing.assert_close(gradient, wanted)
+    assert gradient.abs().max() > 0
+
+
+def motion(**args) -> MotionTokenizer:
+    torch.manual_seed(0)
+    return MotionTokenizer(Modality("hands", 240, (4,), "motion"),
+                           MotionArgs(8, (0.0, 0.0), (1.0, 1.0), dim=16, depth=1, num_heads=2, quantizer="fsq", **args))
+
+
+def test_channels_are_weighed_in_the_loss():
+    x = torch.randn(3, 8, 2)
+    plain, heavy = motion(), motion(channel_weights=(1.0, 10.0))
+    heavy.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        codes = plain.quantizer(plain.latents(x))[0]
+        squares = (plain.decode_codes(codes) - x) ** 2
+        assert plain.training_loss(x)[1]["error"].item() == pytest.approx(squares.mean().item(), rel=1e-5)
+        wanted = (squares * torch.tensor([1.0, 10.0])).mean().item()
+        assert heavy.training_loss(x)[1]["error"].item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_only_valid_frames_count_in_the_loss():
+    torch.manual_seed(0)
+    gaze = MotionTokenizer(Modality("gaze", 240, (4,), "gaze"),
+                           MotionArgs(8, (0.5, 0.5), (0.2, 0.2), dim=16, depth=1, num_heads=2, quantizer="fsq"))
+    x = torch.randn(2, 8, 3)
+    x[..., 2] = (torch.arange(8) % 3 != 0).float()
+    with torch.no_grad():
+        out = gaze.decode_codes(gaze.quantizer(gaze.latents(x))[0])
+        valid = x[..., 2] > 0
+        wanted = ((out - x[..., :2]) ** 2)[valid].mean().item()
+        assert gaze.training_loss(x)[1]["error"].item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_poses_are_relative_to_the_first_frame_and_scaled():
+    """Rows of numbers by scipy: the rotation's first two columns, then metres, in the first camera's frame."""
+    rng = np.random.default_rng(0)
+    poses = np.tile(np.eye(4), (6, 1, 1))
+    poses[:, :3, :3] = Rotation.random(6, random_state=0).as_matrix()
+    poses[:, :3, 3] = rng.normal(size=(6, 3))
+    mean, std = tuple(rng.normal(size=9)), tuple(rng.uniform(0.5, 2, 9))
+    series = PoseSeries(mean, std)
+    made = series.normalize(poses)
+    first = np.linalg.inv(poses[0])
+    for row, pose in zip(made, poses, strict=True):
+        relative = first @ pose
+        nine = np.r_[relative[:3, 0], relative[:3, 1], relative[:3, 3]]
+        np.testing.assert_allclose(row[:9], (nine - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(series.denormalize(made[:, :9]), first @ poses, atol=1e-4)
+
+
+def test_depth_is_inverse_near_is_one_and_holes_are_far():
+    depth = np.array([[[1.0, 2.0], [4.0, 0.0]]], np.float16)
+    np.testing.assert_allclose(relative_inverse_depth(depth), [[[1.0, (0.5 - 0.25) / 0.75], [0.0, 0.0]]], atol=1e-6)
+
+
+def video(depth: int = 0) -> VideoTokenizer:
+    torch.manual_seed(0)
+    return VideoTokenizer(Modality("rgb", 512, (5, 2, 3), "rgb"), VideoArgs(16, (4, 8, 8), dim=16, depth=depth))
+
+
+def test_files_and_clips_of_the_same_frames_have_the_same_ids():
+    """A video file's frames go through `encode_frames`, training clips through the signal's normalisation."""
+    frames = np.random.default_rng(0).integers(0, 256, (16, 16, 24, 3)).astype(np.uint8)
+    made = video(1)
+    assert np.array_equal(made.encode_frames(frames), made.encode(frames))
+    with torch.no_grad():
+        x = torch.from_numpy(made.signal.normalize(frames))
+    assert x.shape == (3, 16, 16, 24)
+    np.testing.assert_allclose(x[2, 5, 7, 9].item(), frames[5, 7, 9, 2] / 127.5 - 1, atol=1e-6)
+
+
+def test_a_token_sees_its_own_patch_of_rows_and_columns():
+    """Without mixing blocks a pixel changes the latent of one token: frames (1 +) 4, rows 8, columns 8 of it."""
+    made = video(0)
+    black = torch.zeros(1, 3, 17, 16, 24)
+    for frame, row, column in ((0, 3, 20), (1, 9, 2), (4, 9, 2), (5, 0, 8), (16, 15, 23)):
+        bright = black.clone()
+        bright[0, :, frame, row, column] = 1
+        with torch.no_grad():
+            changed = (made.latents(bright) - made.latents(black))[0].abs().sum(-1).unflatten(0, (5, 2, 3)).nonzero()
+        assert changed.tolist() == [[-(-frame // 4), row // 8, column // 8]]
+
+
+def test_frames_that_were_added_in_front_are_taken_away_again():
+    """16 frames are filled to 17, half before and half after: what comes back is frame for frame what went in."""
+    made = video(0)
+    assert made._time_padding(16) == (0, 1) and made._time_padding(14) == (1, 2)
+    for frames, before in ((16, 0), (14, 1)):
+        args = VideoArgs(frames, (4, 8, 8), dim=16, depth=0)
+        own = VideoTokenizer(Modality("rgb", 512, (5, 2, 3), "rgb"), args)
+        hidden = torch.zeros(1, 30, 3)
+        with torch.no_grad():
+            whole = own.unembed(own.from_latent(hidden))
+            whole[..., :] = torch.arange(whole.shape[-1]).float()  # value = place in the patch
+            place = torch.arange(3 * 4 * 8 * 8).view(3, 4, 8, 8)[0, :, 0, 0]  # first channel, top left, by frame
+            timeline = place.repeat(5)[3:]  # the first frame's group is filled from the front
+            own.unembed = torch.nn.Sequential(torch.nn.Identity(), _Constant(whole.shape[-1]))
+            out = own.decode_codes(hidden)
+        assert out.shape == (1, 3, frames, 16, 24)
+        assert out[0, 0, :, 0, 0].tolist() == timeline[before : before + frames].tolist()
+
+
+class _Constant(torch.nn.Module):
+    """Gives every token the numbers 0 .. n - 1."""
+
+    def __init__(self, values: int) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.arange(self.values).float().expand(*x.shape[:-1], -1)
