@@ -30,6 +30,14 @@ def test_passes_data_sets_and_seeds_differ_and_each_is_whole():
     assert len(set(seen)) == 5
 
 
+def test_shards_are_shuffled_by_pass_data_set_and_seed():
+    """Shards of one clip in windows of one: nothing but the order of shards is left."""
+    ones = np.ones(30, int)
+    seen = {tuple(passes(PassOrder(ones, 1, seed, salt), n)) for seed, salt, n in ((0, 0, 0), (0, 0, 1), (0, 1, 0),
+                                                                                  (1, 0, 0))}
+    assert len(seen) == 4 and all(sorted(one) == list(range(30)) for one in seen)
+
+
 def test_clips_of_one_window_are_shuffled_anew_in_every_pass():
     """One window of all shards: the order inside it, not that of the shards, is what changes."""
     order = PassOrder(np.array([30]), 1, 0, 0)
