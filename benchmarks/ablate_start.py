@@ -42,8 +42,8 @@ def main() -> None:
                                                                     *overrides]))
         recipes = {n: TargetArgs(expected=True) for n in ("cam", "gaze", "depth")}
         summary = evaluate(EgoM2P.from_pretrained(run), MAIN, f"{args.data}/clips/test/*.tar", recipes).summary
-        say(f"{name:24} " + " ".join(f"{summary[t][m]['value']:20.4f} {summary[t][m]['shuffled']:9.4f}"
-            for t, m in MAIN.items()))
+        figures = [f"{summary[t][m]['value']:20.4f} {summary[t][m]['shuffled']:9.4f}" for t, m in MAIN.items()]
+        say(f"{name:24} " + " ".join(figures))
     say(f"{'strongest trivial':24} " + " ".join(f"{summary[t][m]['baseline']:20.4f} {'':9}" for t, m in MAIN.items()))
 
 

@@ -60,6 +60,12 @@ class Modality:
         return np.dtype(np.uint16 if self.vocab_size < 65536 else np.int32)
 
 
+def stored_ids(array: np.ndarray) -> np.ndarray:
+    """Token ids as shards hold them -> int64, -1 where not observed (65535 in uint16, see `Modality.token_dtype`)."""
+    ids = array.astype(np.int64)
+    return np.where(ids == 65535, -1, ids) if array.dtype == np.uint16 else ids
+
+
 @dataclass(frozen=True)
 class ModalityArgs:
     """A YAML entry `NAME: {vocab_size, grid, ...}`; fields as in `Modality`."""

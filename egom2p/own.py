@@ -1,13 +1,13 @@
 """One's own recordings in the quickstart: prepared at its size, a share held aside, predicted and measured."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from egom2p import tokenizers
 from egom2p.data.clips import Clip, ClipIndex, write_clips
 from egom2p.datasets.card import describe
 from egom2p.datasets.prepare import PrepareArgs, prepare
@@ -15,7 +15,8 @@ from egom2p.errors import UserError
 from egom2p.evaluation.results import Evaluation
 from egom2p.evaluation.run import Task, evaluate, predict
 from egom2p.files import write_whole
-from egom2p.generation.schedule import TargetArgs, recipes_of
+from egom2p.generation.pipeline import Pipeline
+from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
 
 NAME = "recordings"
@@ -45,28 +46,29 @@ def take_recordings(folder: Path, out: Path, size: int) -> Shares:
     if not card["clips"]:
         raise UserError(f"{folder}: no clip could be made of what lies there; the reasons are named above")
     tars = sorted((out / NAME).glob("*/*.tar"))
-    clips = [[index.read(i) for i in range(len(index))] for index in (ClipIndex(str(tar)) for tar in tars)]
-    aside = [int(len(part) * ASIDE) for part in clips]
+    indices = [ClipIndex(str(tar)) for tar in tars]
+    aside = [int(len(index) * ASIDE) for index in indices]
     if not any(aside) and card["clips"] > 1:
         aside[-1] = 1
     shares = Shares(card["clips"] - sum(aside), sum(aside), len(tars), out / "clips/train" / NAME, out / "clips" / NAME)
-    sources = [(tar.name, ClipIndex(str(tar)).stamps()) for tar in tars]
-    for place, parts in ((shares.train_folder, [part[: len(part) - n] for part, n in zip(clips, aside, strict=True)]),
-                         (shares.aside_folder, [part[len(part) - n :] for part, n in zip(clips, aside, strict=True)])):
-        _write(place, [clip for part in parts for clip in part], json.dumps(sources))
+    sources = json.dumps([index.stamps() for index in indices])
+    both = list(zip(indices, aside, strict=True))
+    _write(shares.train_folder, (i.read(n) for i, held in both for n in range(len(i) - held)), sources)
+    _write(shares.aside_folder, (i.read(n) for i, held in both for n in range(len(i) - held, len(i))), sources)
     return shares
 
 
-def _write(folder: Path, clips: list[Clip], sources: str) -> None:
-    """One tar of clips, unless it was written from the same ones before."""
+def _write(folder: Path, clips: Iterator[Clip], sources: str) -> None:
+    """One tar of clips, none when there are none, unless it was written from the same ones before."""
     note = folder / "done"
     if note.exists():
         if note.read_text() != sources:
             raise UserError(f"{folder}: the recordings changed since this quickstart began; choose another --out or "
                             f"remove it")
         return
-    if clips:
-        write_clips(folder / "clips.tar", clips)
+    first = next(clips, None)
+    if first is not None:
+        write_clips(folder / "clips.tar", chain([first], clips))
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(note, sources)
 
@@ -77,7 +79,7 @@ def measure(model: EgoM2P, tasks: Iterable[str], shares: Shares, recipes: dict[s
         return None
     index = ClipIndex(str(shares.aside_folder))
     sources = {m.name: m.clip_signal for m in model.modalities}
-    held = [set(index.read(i).signals) for i in range(len(index))]
+    held = [index.signals(i) for i in range(len(index))]
     usable = []
     for name in tasks:
         task = Task.parse(name, model.modalities.names)
@@ -86,16 +88,15 @@ def measure(model: EgoM2P, tasks: Iterable[str], shares: Shares, recipes: dict[s
     return evaluate(model, usable, str(shares.aside_folder), recipes) if usable else None
 
 
-def predict_aside(model: EgoM2P, shares: Shares, targets: Iterable[str], recipes: dict[str, TargetArgs],
+def predict_aside(pipeline: Pipeline, shares: Shares, targets: Iterable[str], recipes: dict[str, TargetArgs],
                   shown: int = 3) -> list[tuple[Clip, dict[str, np.ndarray]]]:
     """(clip, {target: signal}) from the rgb of some clips held aside, spread over them; of the trained ones when none
     is aside."""
     index = ClipIndex(str(shares.aside_folder if shares.aside else shares.train_folder))
-    wanted = recipes_of(model.generation, recipes)
-    loaded = tokenizers.load_for(model.modalities, ["rgb", *targets], model.device, model.folder, origins=model.origins)
-    made = []
+    asked, made = pipeline.recipes(recipes), []
     for number in np.unique(np.linspace(0, len(index) - 1, shown).astype(int)):
         clip = index.read(int(number))
-        condition = {"rgb": loaded["rgb"].encode(clip.signals["rgb"])[None]}
-        made.append((clip, {t: predict(model, loaded[t], condition, t, wanted[t], 0, [clip.key])[0] for t in targets}))
+        condition = {"rgb": pipeline.tokenizer("rgb").encode(clip.signals["rgb"])[None]}
+        made.append((clip, {t: predict(pipeline.model, pipeline.tokenizer(t), condition, t, asked[t], 0, [clip.key])[0]
+                            for t in targets}))
     return made

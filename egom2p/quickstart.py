@@ -9,16 +9,20 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from egom2p import own
 from egom2p.config import load, to_plain
-from egom2p.data.shardtools import check
+from egom2p.data.clips import Clip, count_clips
+from egom2p.data.loader import DatasetArgs
+from egom2p.data.shardtools import SHARD_CLIPS, check
 from egom2p.datasets.world import write_world
 from egom2p.errors import UserError
 from egom2p.evaluation.results import table, write_results
@@ -52,7 +56,8 @@ class WorldSet:
 class QuickstartConfig:
     """size: side of the frames. train: training sets by name. held_out: clips for the token loss during
     training; test: clips for the result table, seen by nothing before. lanes: tokenizer configs trained side
-    by side. training: the train YAML. recipes: how each target is generated. tokenizer_overrides: key=value."""
+    by side. training: the train YAML. recipes: how each target is generated. tokenizer_overrides: key=value.
+    recordings_share: of the training's samples, from the user's own recordings when there are any."""
 
     size: int
     train: dict[str, WorldSet]
@@ -86,27 +91,24 @@ def quickstart(out: Path, config_path: Path, inputs: list[Path], recordings: Pat
     with stages.run("tokenizers"):
         names = _train_tokenizers(config, out)
     with stages.run("encode"):
-        _encode(config, out, names, own.NAME if shares else "")
+        _encode([*config.train, *([own.NAME] if shares else [])], out, names)
     with stages.run("train"):
         training = load(PretrainConfig, config.training, _train_overrides(config, out, names))
-        if shares:
-            training = load(PretrainConfig, config.training,
-                            [*_train_overrides(config, out, names), _recordings_weight(config, training)])
-        pretrain(training)
+        pretrain(_with_recordings(training, config.recordings_share) if shares else training)
     with stages.run("evaluate"):
         model = EgoM2P.from_pretrained(out / "model")
         evaluation = evaluate(model, config.tasks, str(out / "clips/test/*.tar"), config.recipes, shown=3)
     print(table(evaluation.summary))
     with stages.run("generate"):
         wanted = GenerateArgs(TARGETS, recipes=config.recipes)
-        folders, _ = generate_files(Pipeline(model), inputs, out / "generated", wanted)
-    mine = _own(config, model, shares) if shares else None
-    if mine and mine.evaluation:
-        print(f"{own.NAME}, the clips held aside:\n{table(mine.evaluation.summary)}")
+        pipeline = Pipeline(model)
+        folders, _ = generate_files(pipeline, inputs, out / "generated", wanted)
+        mine = _own(config, pipeline, shares) if shares else None
+    if mine and mine.summary:
+        print(f"{own.NAME}, the clips held aside:\n{table(mine.summary)}")
     with stages.run("report"):
         _report(config, out, evaluation, stages.seconds, [(f.name, f / "preview.png") for f in folders], mine)
-    extra = {own.NAME: mine.evaluation.summary if mine.evaluation else {}} if mine else {}
-    write_results(out, evaluation, {"seconds": stages.seconds, **extra})
+    write_results(out, evaluation, {"seconds": stages.seconds, **({own.NAME: mine.summary} if mine else {})})
     print(f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
     return out / "report.html"
 
@@ -195,16 +197,17 @@ def _all_done(lanes: list[_Lane]) -> bool:
     return all(done)
 
 
-def _encode(config: QuickstartConfig, out: Path, folders: dict[str, str], recordings: str) -> None:
+def _encode(train: list[str], out: Path, folders: dict[str, str]) -> None:
     """Encode the training sets side by side and the held-out set, then check every shard."""
     def command(name: str) -> list[str]:
         return [sys.executable, "-m", "egom2p", "tokenizer", "encode", *folders.values(), "--clips",
                 f"{out}/clips/{name}/*.tar", "--out", f"{out}/tokens", "--dataset", Path(name).name]
 
-    names = [f"train/{name}" for name in [*config.train, *filter(None, [recordings])]]
+    names = [f"train/{name}" for name in train]
     lanes = [_Lane([command(n) for n in names[i::2] + (["held_out"] if i else [])], out / f"encode-{i}.log")
              for i in range(2)]
-    expected = len(folders) * (sum(-(-s.clips // 1000) for s in config.train.values()) + 1)
+    clips = [count_clips(f"{out}/clips/{name}/*.tar") for name in [*names, "held_out"]]
+    expected = len(folders) * sum(-(-count // SHARD_CLIPS) for count in clips)
     with tqdm(total=expected, desc="encode", unit="shard") as bar:
         while not _all_done(lanes):
             time.sleep(0.5)
@@ -221,21 +224,28 @@ def _train_overrides(config: QuickstartConfig, out: Path, folders: dict[str, str
             *(f"modalities.{n}.tokenizer={f}" for n, f in folders.items()), *config.train_overrides]
 
 
-def _recordings_weight(config: QuickstartConfig, training: PretrainConfig) -> str:
-    """The weight that gives the recordings their share of the samples, as an override."""
-    others, share = sum(d.weight for d in training.data.datasets.values()), config.recordings_share
-    return f"data.datasets.{own.NAME}.weight={others * share / (1 - share):.4g}"
+def _with_recordings(training: PretrainConfig, share: float) -> PretrainConfig:
+    """The training with the recordings as one more data set, of such a share of the samples."""
+    datasets = training.data.datasets
+    weight = sum(d.weight for d in datasets.values()) * share / (1 - share)
+    return replace(training, data=replace(training.data, datasets={**datasets, own.NAME: DatasetArgs(weight)}))
 
 
-def _own(config: QuickstartConfig, model: EgoM2P, shares: own.Shares) -> OwnPart:
+def _sheets(clips: Iterable[tuple[Clip, dict[str, np.ndarray]]], kinds: dict[str, str]) -> list[tuple[str, Any]]:
+    """(caption, figure) of clips and what was predicted for them."""
+    return [(f"clip {clip.key}", plots.clip_sheet(clip.signals["rgb"], clip.signals, predicted, kinds, ""))
+            for clip, predicted in clips]
+
+
+def _own(config: QuickstartConfig, pipeline: Pipeline, shares: own.Shares) -> OwnPart:
     """The report's part about the user's own recordings."""
-    kinds = {m.name: m.signal for m in model.modalities}
-    sheets = [(f"clip {clip.key}", plots.clip_sheet(clip.signals["rgb"], clip.signals, predicted, kinds, ""))
-              for clip, predicted in own.predict_aside(model, shares, TARGETS, config.recipes)]
+    kinds = {m.name: m.signal for m in pipeline.model.modalities}
+    sheets = _sheets(own.predict_aside(pipeline, shares, TARGETS, config.recipes), kinds)
     text = (f"{shares.trained + shares.aside} clips of {shares.recordings} recordings: {shares.trained} were trained "
             f"on beside the world, {shares.aside} held aside (the last part of each recording). ")
     text += "The clips below were held aside." if shares.aside else "Those below are among the ones trained on."
-    return OwnPart(text, sheets, own.measure(model, config.tasks, shares, config.recipes))
+    measured = own.measure(pipeline.model, config.tasks, shares, config.recipes)
+    return OwnPart(text, sheets, measured.summary if measured else {})
 
 
 def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, float],
@@ -250,8 +260,7 @@ def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, 
              ("samples seen", f"{steps * training.train.batch_size:,}"),
              ("device", f"{environment['device']}, {environment['threads']} threads"),
              ("torch", environment["torch"]), ("commit", (environment["commit"] or "none")[:10])]
-    sheets = [(f"clip {clip.key}", plots.clip_sheet(clip.signals["rgb"], clip.signals, predicted, kinds, ""))
-              for clip, predicted in _merge_shown(evaluation.shown)]
+    sheets = _sheets(_merge_shown(evaluation.shown), kinds)
     write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds,
                  facts, pictures,
                  [(f"{p.stem} at step {int(p.parent.name[5:])}", p)

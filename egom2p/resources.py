@@ -7,6 +7,7 @@ clone and, after `pip install`, in any folder.
 import difflib
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from egom2p.errors import UserError
@@ -22,6 +23,7 @@ def root() -> Path:
     return installed if installed.is_dir() else PACKAGE.parent
 
 
+@cache
 def commit() -> str | None:
     """The commit that this code is of: the checkout's, or what `egom2p submit` noted when it froze the code."""
     note = root() / COMMIT

@@ -22,7 +22,7 @@ from egom2p.data.remote import is_remote
 from egom2p.data.tokens import TokenDataset
 from egom2p.errors import UserError
 from egom2p.modalities import ModalitySet
-from egom2p.training.pretraining import PretrainConfig
+from egom2p.training.pretraining import PretrainConfig, held_out_sets
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +85,8 @@ def _check_job(config: PretrainConfig, job: JobArgs) -> None:
 def _check_data(config: PretrainConfig) -> None:
     """Raises UserError unless every local data set of a training has shards, and evaluation its clips."""
     modalities = ModalitySet.from_config(config.modalities)
-    held_out = dict.fromkeys(config.eval.datasets, "") if config.eval.every else {}
-    if not config.eval.root:
-        held_out = {n: config.data.datasets[n].path if n in config.data.datasets else "" for n in held_out}
     wanted = [(config.data.root, n, d.path, d.modalities) for n, d in config.data.datasets.items()]
-    wanted += [(config.eval.root or config.data.root, n, path, ()) for n, path in held_out.items()]
+    wanted += [(*place, ()) for place in held_out_sets(config)]
     for root, name, path, only in wanted:
         if not is_remote(root) and not is_remote(path):
             TokenDataset.find(root, name, path, modalities, only)

@@ -3,7 +3,7 @@
 # and the fast tests that reach them run.
 #     bash scripts/mutants.sh geometry             one room or module: egom2p/geometry.py or egom2p/geometry/
 #     bash scripts/mutants.sh training 'tests/training/test_values.py tests/training/test_training.py'
-# Prints the share that was noticed and every one that was not (`mutmut show NAME` shows its change).
+# Prints the share that was noticed and every one that was not; `mutmut show NAME` shows its change, until the next run.
 # The tests of a room are tests/ROOM or tests/test_ROOM.py, and every room's tests of values. Minutes a room.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 room=${1:?usage: bash scripts/mutants.sh ROOM [TESTS]}
@@ -22,7 +22,7 @@ print("[mutmut]", "source_paths=egom2p", f"only_mutate={code if code.endswith('.
       "pytest_add_cli_args_test_selection=\n    " + "\n    ".join(tests),
       "pytest_add_cli_args=\n    -m\n    not slow\n    -p\n    no:xdist\n    -o\n    addopts=", sep="\n")
 PYTHON
-trap 'rm -rf setup.cfg mutants' EXIT
+rm -rf mutants
 mutmut run --max-children "$(getconf _NPROCESSORS_ONLN)" || true
 mutmut results --all true | awk '
     /: / { count[$2 " " $3] += 1; total += 1; if ($2 != "killed") left[++lines] = $0 }

@@ -4,6 +4,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ruff check .
 export OMP_NUM_THREADS=1
-parallel=(-n "$(getconf _NPROCESSORS_ONLN)" --maxprocesses 8)
+parallel=(-n "$(getconf _NPROCESSORS_ONLN)" --maxprocesses 8 --dist worksteal)
 if [ $# -gt 0 ]; then exec pytest "${parallel[@]}" "$@"; fi
 exec pytest "${parallel[@]}" -m "not slow"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from egom2p import EgoM2P, own
+from egom2p import EgoM2P, Pipeline, own
 from egom2p.data.clips import ClipIndex
 from egom2p.errors import UserError
 from egom2p.signals.writers import write_video
@@ -61,7 +61,7 @@ def test_what_is_aside_is_predicted_and_measured_where_it_brings_truth(finished,
     evaluation = own.measure(model, ("rgb2cam", "rgb2gaze", "depth2rgb"), shares, {})
     assert list(evaluation.summary) == ["rgb2gaze"]  # neither camera nor depth came with it
     assert evaluation.summary["rgb2gaze"]["gaze_mse"]["clips"] == 2
-    made = own.predict_aside(model, shares, ("cam", "gaze", "depth"), {})
+    made = own.predict_aside(Pipeline(model), shares, ("cam", "gaze", "depth"), {})
     assert [clip.key for clip, _ in made] == ClipIndex(str(shares.aside_folder)).keys
     assert all(signals["cam"].shape == (60, 4, 4) and signals["depth"].shape == (16, 24, 24) for _, signals in made)
 

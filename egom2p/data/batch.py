@@ -4,8 +4,9 @@ Tokens are in the order of samples, then modalities, then positions. Lengths sta
 arrays; the flat arrays are torch tensors that move to the device.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,15 +72,27 @@ class PackedBatch:
     groups: np.ndarray
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        return replace(self, inputs=_to(self.inputs, device), targets=_to(self.targets, device))
+        return with_tensors(self, lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedBatch":
         """In page-locked memory, so that copies to the device overlap with computation."""
-        return replace(self, inputs=_map(self.inputs, Tensor.pin_memory), targets=_map(self.targets, Tensor.pin_memory))
+        return with_tensors(self, Tensor.pin_memory)
 
     @property
     def num_samples(self) -> int:
         return len(self.numbers)
+
+
+def with_tensors(part: Any, function: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """A micro-batch (a dataclass, those in it included) with `function` of each tensor in the tensor's place, or of
+    what else is of `kind`."""
+    new = {}
+    for name, value in vars(part).items():
+        if isinstance(value, kind):
+            new[name] = function(value)
+        elif is_dataclass(value):
+            new[name] = with_tensors(value, function, kind)
+    return replace(part, **new)
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -112,11 +125,3 @@ def _pack_tokens(parts: list[FlatTokens], num_modalities: int) -> PackedTokens:
 
 def _join(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, np.int64)
-
-
-def _map(tokens: PackedTokens, function) -> PackedTokens:
-    return replace(tokens, **{k: function(v) for k, v in vars(tokens).items() if isinstance(v, Tensor)})
-
-
-def _to(tokens: PackedTokens, device: torch.device | str) -> PackedTokens:
-    return _map(tokens, lambda t: t.to(device, non_blocking=True))

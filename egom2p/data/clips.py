@@ -120,6 +120,10 @@ class ClipIndex:
         tars = {tar.path: tar for _, tar, _ in self.rows}
         return [(tar.path.name, tar.size, tar.mtime_ns) for tar in tars.values()]
 
+    def signals(self, number: int) -> set[str]:
+        """Names of the signals of clip `number`, which is not read for them."""
+        return {signal_of(suffix) for suffix in self.rows[number][2]} - {""}
+
     def read(self, number: int, only: set[str] | None = None) -> Clip:
         """Clip `number` with its signals, or those named in `only`. Raises DamagedClip."""
         key, tar, members = self.rows[number]

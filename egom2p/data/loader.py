@@ -19,15 +19,14 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from egom2p.data.batch import MaskedSample, PackedBatch, pack
+from egom2p.data.batch import MaskedSample, PackedBatch, pack, with_tensors
 from egom2p.data.masking import MaskArgs, Masker
 from egom2p.data.order import MixtureOrder, PassOrder
 from egom2p.data.remote import ShardCache
@@ -263,48 +262,44 @@ class _Answers(Dataset):
 
 
 @dataclass
+class _Place:
+    """Stands for a tensor in a parcel: where in the one it lies."""
+
+    start: int
+    shape: tuple[int, ...]
+
+
+@dataclass
 class _Parcel:
     """A StepBatch on its way from a worker: its tensors end to end in one, which takes one file descriptor instead of
     ten a micro-batch, and one pinned copy."""
 
-    batch: StepBatch  # its micro-batches without their tensors
+    batch: StepBatch  # its micro-batches with places for tensors
     flat: torch.Tensor
-    shapes: list[tuple[int, ...]]
 
     @classmethod
     def of(cls, batch: StepBatch) -> "StepBatch | _Parcel":
         tensors: list[torch.Tensor] = []
-        micro = [_with_tensors(m, lambda t: tensors.append(t)) for m in batch.micro_batches]
-        if not tensors or len({t.dtype for t in tensors}) > 1:
+
+        def put(tensor: torch.Tensor) -> _Place:
+            place = _Place(sum(map(len, tensors)), tuple(tensor.shape))
+            tensors.append(tensor.reshape(-1))
+            return place
+
+        micro = [with_tensors(m, put) for m in batch.micro_batches]
+        if len({t.dtype for t in tensors}) != 1:
             return batch
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        return cls(replace(batch, micro_batches=micro), flat, [tuple(t.shape) for t in tensors])
+        return cls(replace(batch, micro_batches=micro), torch.cat(tensors))
 
     def open(self) -> StepBatch:
         """The batch, its tensors views of the one."""
-        parts = iter(self.flat.split([math.prod(shape) for shape in self.shapes]))
-        shapes = iter(self.shapes)
-        micro = [_with_tensors(m, lambda _: next(parts).view(next(shapes))) for m in self.batch.micro_batches]
-        return replace(self.batch, micro_batches=micro)
+        def take(place: _Place) -> torch.Tensor:
+            return self.flat[place.start : place.start + math.prod(place.shape)].view(place.shape)
+
+        return replace(self.batch, micro_batches=[with_tensors(m, take, _Place) for m in self.batch.micro_batches])
 
     def pin_memory(self) -> "_Parcel":
         return replace(self, flat=self.flat.pin_memory())
-
-
-class _Place:
-    """Stands for a tensor in a parcel."""
-
-
-def _with_tensors(part: Any, function: Callable[[Any], Any]) -> Any:
-    """A micro-batch, and the dataclasses in it, with each tensor (or what stands for one) replaced."""
-    new = {}
-    for name, value in vars(part).items():
-        if isinstance(value, torch.Tensor | _Place):
-            made = function(value)
-            new[name] = _Place() if made is None else made
-        elif is_dataclass(value):
-            new[name] = _with_tensors(value, function)
-    return replace(part, **new)
 
 
 class _WorkerPopen(multiprocessing.popen_fork.Popen):

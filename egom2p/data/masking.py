@@ -119,22 +119,27 @@ class Masker:
 
 
 def _within(budget: int, counts: np.ndarray) -> np.ndarray:
-    """(M,) counts scaled down to whole numbers that add up to at most `budget`."""
-    return counts if counts.sum() <= budget else counts * budget // counts.sum()
+    """(M,) counts, scaled down to whole numbers that add up to `budget` when they are more."""
+    return counts if counts.sum() <= budget else _whole(budget, counts * budget / counts.sum())
+
+
+def _whole(budget: int, shares: np.ndarray) -> np.ndarray:
+    """Shares that add up to `budget` as whole numbers that do (largest remainder)."""
+    whole = np.floor(shares).astype(np.int64)
+    missing = budget - int(whole.sum())
+    if missing > 0:
+        whole[np.argsort(whole - shares, kind="stable")[:missing]] += 1
+    return whole
 
 
 def _split(budget: int, alphas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Dirichlet shares of `budget` as whole numbers (largest remainder); modalities with alpha 0 get none."""
+    """Dirichlet shares of `budget` as whole numbers; modalities with alpha 0 get none."""
     counts = np.zeros(len(alphas), np.int64)
     chosen = np.flatnonzero(alphas)
     if not len(chosen):
         return counts
     shares = budget * (rng.dirichlet(alphas[chosen]) if len(chosen) > 1 else np.ones(1))
-    whole = np.floor(shares).astype(np.int64)
-    missing = budget - int(whole.sum())
-    if missing > 0:
-        whole[np.argsort(whole - shares, kind="stable")[:missing]] += 1
-    counts[chosen] = whole
+    counts[chosen] = _whole(budget, shares)
     return counts
 
 

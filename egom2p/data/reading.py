@@ -7,27 +7,26 @@ import numpy as np
 
 from egom2p.data.clips import expand_paths
 from egom2p.data.tarindex import index_tars, read_at
-from egom2p.data.tokens import load_array
+from egom2p.data.tokens import DAMAGE, load_array, place_of
 from egom2p.errors import DamagedClip, UserError
+from egom2p.modalities import stored_ids
 
 
 class TokenClips(Mapping[str, dict[str, np.ndarray]]):
-    """{clip key: {modality: ids}} of one data set, read from its shards when asked.
+    """{clip key: {modality: ids}} of one data set's shards, read when asked.
 
     ids: int32 arrays in the stored shape (the modality's grid), -1 where a position carries no observation. A clip
     holds the modalities that its shards have. Reading raises DamagedClip.
     """
 
-    def __init__(self, root: Path, dataset: str) -> None:
+    def __init__(self, shards: list[Path]) -> None:
         self._places: dict[str, dict[str, tuple[Path, int, int, tuple[int, int]]]] = {}
-        for folder in sorted(path for path in root.iterdir() if (path / dataset).is_dir()):
-            # released shards lie one folder further down
-            inside = folder / dataset / "token" if (folder / dataset / "token").is_dir() else folder / dataset
-            for entry in index_tars(sorted(inside.glob("*.tar"))):
-                for key, extension, offset, size in entry.token_files():
-                    if extension in ("npy", "npz"):
-                        place = (entry.path, offset, size, (entry.size, entry.mtime_ns))
-                        self._places.setdefault(key, {})[folder.name] = place
+        for entry in index_tars(shards):
+            modality = place_of(entry.path).modality
+            for key, extension, offset, size in entry.token_files():
+                if extension in ("npy", "npz"):
+                    place = (entry.path, offset, size, (entry.size, entry.mtime_ns))
+                    self._places.setdefault(key, {})[modality] = place
         self.modalities = sorted({name for places in self._places.values() for name in places})
 
     def __getitem__(self, key: str) -> dict[str, np.ndarray]:
@@ -41,11 +40,9 @@ class TokenClips(Mapping[str, dict[str, np.ndarray]]):
 
     def _read(self, key: str, path: Path, offset: int, size: int, stamp: tuple[int, int]) -> np.ndarray:
         try:
-            array = load_array(read_at(path, offset, size, stamp))
-        except (ValueError, OSError, EOFError, KeyError) as error:
+            return stored_ids(load_array(read_at(path, offset, size, stamp))).astype(np.int32)
+        except DAMAGE as error:
             raise DamagedClip(f"{path}: key {key}: {error}") from error
-        ids = array.astype(np.int32)
-        return np.where(ids == 65535, -1, ids).astype(np.int32) if array.dtype == np.uint16 else ids
 
 
 def open_tokens(root: str | Path, dataset: str = "") -> TokenClips:
@@ -54,9 +51,9 @@ def open_tokens(root: str | Path, dataset: str = "") -> TokenClips:
         tokens = open_tokens("runs/quickstart/tokens", "rooms")
         tokens["001-000042"]["cam"]      # (30,) int32
     """
-    root = Path(root)
-    names = sorted({path.parent.name if path.parent.name != "token" else path.parent.parent.name
-                    for path in expand_paths(str(root))})
-    if dataset not in names and (dataset or len(names) != 1):
-        raise UserError(f"{root} holds the data sets {', '.join(names)}; name one of them")
-    return TokenClips(root, dataset or names[0])
+    shards: dict[str, list[Path]] = {}
+    for path in expand_paths(str(root)):
+        shards.setdefault(place_of(path).dataset, []).append(path)
+    if dataset not in shards and (dataset or len(shards) != 1):
+        raise UserError(f"{root} holds the data sets {', '.join(sorted(shards))}; name one of them")
+    return TokenClips(shards[dataset or next(iter(shards))])

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from egom2p.data.clips import expand_paths
 from egom2p.data.loader import DataArgs
 from egom2p.data.tarindex import index_tars, npy_bytes, read_at, write_tar
-from egom2p.data.tokens import encode_tokens, load_array
+from egom2p.data.tokens import encode_tokens, load_array, place_of
 from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalitySet
 
@@ -50,15 +50,15 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
             seen.add(key)
             if problem:
                 problems.append({"file": str(entry.path), "key": key, "problem": problem})
-        folder, dataset = _place(entry.path)
-        keys.setdefault((str(folder), dataset, entry.path.name), {})[_modality_name(entry.path)] = seen
+        place = place_of(entry.path)
+        keys.setdefault((str(place.root), place.dataset, entry.path.name), {})[place.modality] = seen
     missing, notes = _pairing_problems(keys)
     return Checked(problems + missing, files, notes)
 
 
 def modality_folders(pattern: str) -> list[tuple[str, Path]]:
     """(modality, folder) of the shards that `pattern` names."""
-    return sorted({(_modality_name(path), path.parent) for path in _tars(pattern)})
+    return sorted({(place_of(path).modality, path.parent) for path in _tars(pattern)})
 
 
 def stats(pattern: str) -> list[dict]:
@@ -97,7 +97,8 @@ def convert(pattern: str, out: Path) -> int:
         if entry.damage:
             raise UserError(f"{entry.path}: {entry.damage}; mend or remove it first, nothing of it was converted")
         rows = sorted((key, offset, size) for key, _, offset, size in entry.token_files())
-        target = out / _modality_name(entry.path) / _place(entry.path)[1] / entry.path.name
+        place = place_of(entry.path)
+        target = out / place.modality / place.dataset / entry.path.name
         count += _write(target, ((key, read_at(entry.path, offset, size)) for key, offset, size in rows))
     for path in expand_paths(pattern) if not count else []:
         if path.suffix in (".npz", ".npy"):
@@ -191,19 +192,8 @@ def _tars(pattern: str) -> list[Path]:
     return [p for p in expand_paths(pattern) if p.suffix == ".tar"]
 
 
-def _place(path: Path) -> tuple[Path, str]:
-    """(root, data set) of ROOT/MODALITY/DATASET[/token]/shard.tar."""
-    folder = path.parent.parent if path.parent.name == "token" else path.parent
-    return folder.parent.parent, folder.name
-
-
-def _modality_name(path: Path) -> str:
-    folder = path.parent.parent if path.parent.name == "token" else path.parent
-    return folder.parent.name
-
-
 def _modality_of(path: Path, modalities: ModalitySet | None) -> Modality | None:
-    name = _modality_name(path)
+    name = place_of(path).modality
     return modalities.by_name(name) if modalities is not None and name in modalities.names else None
 
 

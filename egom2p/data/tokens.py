@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,9 @@ from egom2p.modalities import Modality, ModalitySet
 log = logging.getLogger(__name__)
 
 MAX_HEADER = 4096
+# What reading and parsing the bytes of a damaged token file may raise.
+DAMAGE = (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError,
+          zipfile.BadZipFile, zlib.error)
 
 
 def default_cache() -> Path:
@@ -37,6 +41,19 @@ def default_cache() -> Path:
     except RuntimeError:  # no HOME, and a user id that no one knows, as in some containers
         home = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
     return home / "egom2p/shards"
+
+
+class ShardPlace(NamedTuple):
+    """Of a shard ROOT/MODALITY/DATASET/NAME.tar, or (released) ROOT/MODALITY/DATASET/token/NAME.tar."""
+
+    root: Path
+    modality: str
+    dataset: str
+
+
+def place_of(path: Path) -> ShardPlace:
+    folder = path.parent.parent if path.parent.name == "token" else path.parent
+    return ShardPlace(folder.parent.parent, folder.parent.name, folder.name)
 
 
 @dataclass(frozen=True)
@@ -110,8 +127,7 @@ class TokenDataset:
                 data = read_at(path, int(self._offset[index, element]), int(self._size[index, element]),
                                self.stamps[self._file[index, element]])
                 tokens[int(index)] = decode_tokens(data, self.modalities[index])
-            except (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError,
-                    zipfile.BadZipFile, zlib.error) as error:
+            except DAMAGE as error:
                 raise DamagedClip(f"{path}: key {self.keys[element]}: {error}") from error
         return TokenSample(self.keys[element], self.name, tokens)
 

@@ -105,14 +105,13 @@ class _Runner:
         self.folder = out / "rows" if out else None
         chosen = [self.clips.keys[i] for i in self.chosen]
         asked = {t.target: to_plain(self.recipes[t.target]) for t in self.tasks}
-        self.identity = _digest([task_names, asked, seed, to_plain(measures), chosen, self.clips.stamps(),
-                                 model.fingerprint(), {name: t.fingerprint() for name, t in self.loaded.items()},
-                                 BATCH])
-        self.about = {"model": str(_home(model)), "step": _step(model), "weights": model.fingerprint(),
-                      "commit": resources.commit(), "torch": torch.__version__,
-                      "data": data, "clips": len(chosen), "recipes": asked, "seed": seed,
-                      "data_fingerprint": _digest([chosen, self.clips.stamps()]),
-                      "tokenizers": {name: t.fingerprint() for name, t in self.loaded.items()}}
+        weights, stamps = model.fingerprint(), self.clips.stamps()
+        prints = {name: t.fingerprint() for name, t in self.loaded.items()}
+        self.identity = _digest([task_names, asked, seed, to_plain(measures), chosen, stamps, weights, prints, BATCH])
+        self.about = {"model": str(_home(model)), "step": _step(model), "weights": weights,
+                      "commit": resources.commit(), "torch": torch.__version__, "data": data, "clips": len(chosen),
+                      "data_fingerprint": _digest([chosen, stamps]), "tokenizers": prints, "recipes": asked,
+                      "seed": seed}
         self.done: dict[tuple[str, str], dict] = {}
         self.pictures: dict[str, list] = {t.name: [] for t in self.tasks}
 
@@ -129,8 +128,7 @@ class _Runner:
             barrier()
             self._load_rows()
         rows = {t.name: self._gather(t) for t in self.tasks}
-        return Evaluation({name: summarise(r) for name, r in rows.items()}, rows, self.pictures,
-                          self.about)
+        return Evaluation({name: summarise(r) for name, r in rows.items()}, rows, self.pictures, self.about)
 
     def best_median_worst(self, task: Task, rows: TaskRows) -> list[tuple[str, Clip, dict[str, np.ndarray]]]:
         """(which, clip with all its signals, predictions) of three telling clips, predicted once more."""

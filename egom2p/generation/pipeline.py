@@ -120,7 +120,7 @@ class Pipeline:
         return Prediction(signals, joined.rates, {n: self.kind(n).unit for n in targets}, windows, spread,
                           joined.drift())
 
-    def encode(self, path: str | Path, modality: str = "", overlap: float = 0.0) -> "Encoded":
+    def encode(self, path: str | Path, modality: str = "", overlap: float = 0.0) -> Encoded:
         """Tokens and encoder features of one recording, window by window; for other work on top of the model.
 
         path, modality, overlap: as in a call.

@@ -5,7 +5,7 @@ the keys and nothing else. Lengths are known on the host, so nothing here waits 
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from inspect import signature
 
 import numpy as np
@@ -36,6 +36,11 @@ class Segments:
     @cached_property
     def max_lengths(self) -> tuple[int, int]:
         return int(self.query_lengths.max(initial=0)), int(self.key_lengths.max(initial=0))
+
+    @cached_property
+    def any_pair(self) -> bool:
+        """Whether some query meets some key."""
+        return bool(np.any((self.query_lengths > 0) & (self.key_lengths > 0)))
 
     @cached_property
     def groups(self) -> list[tuple[int, int, int]]:
@@ -78,7 +83,7 @@ def segment_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Seg
     in the whole pack, the (empty or zero) result still depends on q, k and v, so that every parameter has a gradient on
     every rank.
     """
-    if not np.any((segments.query_lengths > 0) & (segments.key_lengths > 0)):
+    if not segments.any_pair:
         return q_THD * 0 + (k_THD.sum() + v_THD.sum()) * 0
     if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
         return _fused(q_THD, k_THD, v_THD, segments)
@@ -97,6 +102,13 @@ def _fused(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> T
     return out
 
 
+@cache
+def _takes_window() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in signature(varlen_attn).parameters
+
+
 def _flash_only(longest: int) -> dict[str, tuple[int, int]]:
     """A window that hides nothing, which keeps torch's varlen_attn with FlashAttention.
 
@@ -104,9 +116,7 @@ def _flash_only(longest: int) -> dict[str, tuple[int, int]]:
     source, `_can_use_cudnn`: `window_size != [-1, -1]`). cuDNN keeps a plan for every (tokens, segments, longest
     lengths), so that each of our packs would be a new one, and its backward pass ignores deterministic mode.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"window_size": (longest, longest)} if "window_size" in signature(varlen_attn).parameters else {}
+    return {"window_size": (longest, longest)} if _takes_window() else {}
 
 
 def _grouped(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> Tensor:

@@ -21,7 +21,7 @@ from egom2p.config import read_json
 from egom2p.data.batch import FlatTokens, MaskedSample, PackedBatch, PackedTokens, pack
 from egom2p.errors import UserError
 from egom2p.export import Exportable, resolve_folder
-from egom2p.modalities import Modality, ModalitySet
+from egom2p.modalities import Modality, ModalitySet, stored_ids
 from egom2p.model.attention import Segments, permute_rows
 from egom2p.model.blocks import STYLES, DecoderBlock, EncoderBlock, init_weights, layer_norm
 from egom2p.model.loss import weighted_cross_entropy
@@ -240,7 +240,8 @@ class EgoM2P(Exportable):
         if strangers:
             raise UserError(f"the model has no modality '{sorted(strangers)[0]}'; it has "
                             f"{', '.join(self.modalities.names)}")
-        tokens = {name: _stored_ids(ids) for name, ids in tokens.items()}
+        tokens = {name: torch.from_numpy(stored_ids(np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)))
+                  for name, ids in tokens.items()}
         shown = {n: torch.as_tensor(t).flatten(1).cpu() >= 0 for n, t in tokens.items()}
         batch = pack(samples_from_grids(self.modalities, tokens, shown, {}), len(self.modalities)).to(self.device)
         features = permute_rows(self.encode_packed(batch), batch.inputs.by_modality, batch.inputs.to_pack)
@@ -296,9 +297,3 @@ def _select(modalities: ModalitySet, ids: dict, masks: dict, sample: int) -> Fla
     return FlatTokens(np.concatenate([np.full(len(p), index) for index, p, _ in parts]),
                       np.concatenate([p for _, p, _ in parts]), np.concatenate([t[p] for _, p, t in parts]))
 
-
-def _stored_ids(ids: Any) -> Tensor:
-    """int64 ids; 65535 in uint16 arrays, as token shards hold them, becomes -1."""
-    array = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
-    wide = array.astype(np.int64)
-    return torch.from_numpy(np.where(wide == 65535, -1, wide) if array.dtype == np.uint16 else wide)

@@ -46,8 +46,8 @@ def load_for(modalities: ModalitySet, names: Iterable[str], device: str | torch.
         tokenizer = loaded[name] = load(modality.tokenizer).to(device)
         tokenizer.trusted = trust_torchscript or _is_own(modality.tokenizer, model_folder)
         check_fits(tokenizer, modality)
-        made_by, own = (origins or {}).get(name), tokenizer.fingerprint()
-        if made_by and made_by != own:
+        made_by = (origins or {}).get(name)
+        if made_by and made_by != (own := tokenizer.fingerprint()):
             raise UserError(f"tokenizer {modality.tokenizer} ({own}) is not the one whose tokens the model learnt for "
                             f"'{name}' ({made_by}); name that one in modalities.{name}.tokenizer of the model's "
                             f"config.json")

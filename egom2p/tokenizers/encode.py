@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from egom2p.data.clips import Clip, count_clips, expand_paths, read_clips
+from egom2p.data.shardtools import SHARD_CLIPS
 from egom2p.data.tarindex import index_tars, npy_bytes, write_tar
 from egom2p.data.tokens import encode_tokens
 from egom2p.tokenizers.base import Tokenizer
@@ -17,7 +18,6 @@ from egom2p.tokenizers.origin import Origin
 
 log = logging.getLogger(__name__)
 
-SHARD_CLIPS = 1000
 BATCH = 16
 
 

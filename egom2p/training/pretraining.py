@@ -27,7 +27,8 @@ from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.flops import training_flops
 from egom2p.tokenizers import load as load_tokenizer
 from egom2p.tokenizers.origin import check_tokenizers, content_of, folders_of, origins_of
-from egom2p.training.loop import TrainingConfig, run_training
+from egom2p.training.arguments import TrainingConfig
+from egom2p.training.loop import run_training
 from egom2p.visualize import plots
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class PretrainTask:
         self.modalities = ModalitySet.from_config(config.modalities)
         self.config, self.world = config, world
         self.stream = TokenStream(config.data, self.modalities, config.masking, config.train.seed)
-        self.held_out = self._open_held_out() if config.eval.every else None
+        self.held_out = self._open_held_out()
         self._name_absent()
         folders = folders_of([*self.stream.datasets, *(self.held_out.datasets if self.held_out else ())])
         self.model = EgoM2P(self.modalities, config.model)
@@ -203,18 +204,25 @@ class PretrainTask:
             log.warning("no data set has tokens of %s; it will not be learnt. Its shards belong in %s/%s/DATASET",
                         ", ".join(absent), self.config.data.root, absent[0])
 
-    def _open_held_out(self) -> FixedSet:
-        args = self.config.eval
-        if args.tasks and not args.clips:
-            raise UserError("eval.tasks is set but eval.clips names no clip tars to predict on")
-        if not args.datasets:
-            raise UserError("eval.every is set but eval.datasets names no held-out data set; name some, or set "
-                            "eval.every=0")
-        root = args.root or self.config.data.root
-        paths = {} if args.root else {n: entry.path for n, entry in self.config.data.datasets.items()}
-        sets = [TokenDataset.open(root, name, paths.get(name, ""), self.modalities, (), self.stream.cache)
-                for name in args.datasets]
-        return FixedSet(sets, self.modalities, self.config.masking, args.samples)
+    def _open_held_out(self) -> FixedSet | None:
+        sets = [TokenDataset.open(root, name, path, self.modalities, (), self.stream.cache)
+                for root, name, path in held_out_sets(self.config)]
+        return FixedSet(sets, self.modalities, self.config.masking, self.config.eval.samples) if sets else None
+
+
+def held_out_sets(config: PretrainConfig) -> list[tuple[str, str, str]]:
+    """(root, name, path below it) of the data sets for `eval`, none when it is off. Raises UserError when it is on and
+    names none, or tasks without clips."""
+    args = config.eval
+    if not args.every:
+        return []
+    if args.tasks and not args.clips:
+        raise UserError("eval.tasks is set but eval.clips names no clip tars to predict on")
+    if not args.datasets:
+        raise UserError("eval.every is set but eval.datasets names no held-out data set; name some, or set "
+                        "eval.every=0")
+    paths = {} if args.root else {n: entry.path for n, entry in config.data.datasets.items()}
+    return [(args.root or config.data.root, name, paths.get(name, "")) for name in args.datasets]
 
 
 def per_sample(micro: PackedBatch, values: Tensor) -> Tensor:

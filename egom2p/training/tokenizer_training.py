@@ -21,7 +21,8 @@ from egom2p.modalities import Modality, ModalityArgs
 from egom2p.tokenizers.base import Tokenizer
 from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
 from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
-from egom2p.training.loop import TrainingConfig, run_training
+from egom2p.training.arguments import TrainingConfig
+from egom2p.training.loop import run_training
 
 STATISTICS_CLIPS = 1000  # the trivial predictions are averages over so many
 

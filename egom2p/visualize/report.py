@@ -34,12 +34,12 @@ MAIN_METRICS = {"ate_m": "trajectory error, m", "gaze_mse": "gaze error (MSE)", 
 
 @dataclass
 class OwnPart:
-    """About the user's own recordings: a sentence, (caption, figure) sheets, and an evaluation where one was
-    possible."""
+    """About the user's own recordings: a sentence, (caption, figure) sheets, and the summary of an evaluation, empty
+    where none was possible."""
 
     text: str
     sheets: list[tuple[str, plt.Figure]]
-    evaluation: Any = None
+    summary: dict[str, dict[str, dict]]
 
 
 def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], metrics: list[dict[str, Any]],
@@ -86,8 +86,8 @@ depth.</p>"""
 def _own_part(mine: OwnPart) -> list[str]:
     parts = ["<h2>Your recordings</h2>", f"<p>{html.escape(mine.text)} White rings and black lines are what the "
              "recordings themselves bring along, where they do.</p>"]
-    if mine.evaluation is not None:
-        parts.append(_result_table(mine.evaluation.summary))
+    if mine.summary:
+        parts.append(_result_table(mine.summary))
     return parts + [f'<p class="soft">{html.escape(caption)}</p>{_image(figure)}' for caption, figure in mine.sheets]
 
 
