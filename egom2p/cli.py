@@ -148,11 +148,17 @@ def _add_tokenizer(commands) -> None:
     encode.add_argument("--clips", required=True, help="pattern of clip tars")
     encode.add_argument("--out", type=Path, required=True, help="root of the token shards")
     encode.add_argument("--dataset", default="", help="data set name, instead of the one in the clips")
+    encode.add_argument("--batch", type=int, default=0,
+                        help="clips that a network takes at once (default: 16 videos, 1024 motions)")
+    encode.add_argument("--workers", type=int, default=-1,
+                        help="reading processes beside each encoding one (default: the cores there are)")
+    _add_device(encode)
     encode.set_defaults(run=_tokenizer_encode)
     reconstruct = verbs.add_parser("reconstruct", help="error table of encoding and decoding clips")
     reconstruct.add_argument("tokenizer", help="tokenizer folder or Hub name")
     reconstruct.add_argument("--clips", required=True, help="pattern of clip tars")
     reconstruct.add_argument("--limit", type=int, default=200, help="at most so many clips (0 = all)")
+    _add_device(reconstruct)
     reconstruct.set_defaults(run=_tokenizer_reconstruct)
 
 
@@ -164,18 +170,30 @@ def _tokenizer_train(args) -> None:
 
 
 def _tokenizer_encode(args) -> None:
+    from egom2p.distributed import environment_world
     from egom2p.tokenizers import load
-    from egom2p.tokenizers.encode import encode_clips
+    from egom2p.tokenizers.encode import EncodeArgs, encode_clips
 
-    written = encode_clips([load(t) for t in args.tokenizers], args.clips, args.out, args.dataset)
-    print(", ".join(f"{name}: {count} clips" for name, count in written.items()))
+    world = environment_world(args.device)
+    asked = EncodeArgs(args.dataset, args.batch, args.workers)
+    written = encode_clips([load(t).to(world.device) for t in args.tokenizers], args.clips, args.out, asked, world)
+    if world.is_main:
+        for name, entry in written.items():
+            left_out = "".join(f", {n} left out: {reason}" for reason, n in entry["left_out"].items())
+            print(f"{name}: {entry['clips']} clips{left_out}")
 
 
 def _tokenizer_reconstruct(args) -> None:
+    from egom2p.distributed import environment_world
     from egom2p.evaluation.run import reconstruction_table
     from egom2p.tokenizers import load
 
-    print(reconstruction_table(load(args.tokenizer), args.clips, args.limit))
+    device = environment_world(args.device).device
+    print(reconstruction_table(load(args.tokenizer).to(device), args.clips, args.limit))
+
+
+def _add_device(parser) -> None:
+    parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: its GPU, if there is one)")
 
 
 def _add_train(commands) -> None:

@@ -40,18 +40,31 @@ class World:
         return self.rank == 0
 
 
+def environment_world(device: str = "") -> World:
+    """What torchrun's variables say, one process alone without them; on this rank's GPU, a CPU, or `device`. Raises
+    UserError for a device that is not there."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if place.type == "cuda":
+            place = torch.device("cuda", local_rank if place.index is None else place.index)
+            torch.cuda.set_device(place)
+        else:
+            torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return World(rank, size, local_rank, place)
+
+
 @contextmanager
 def process_group(first_timeout_s: int) -> Iterator[World]:
     """Join the group torchrun describes in the environment, if any, and leave it at the end.
 
     first_timeout_s: how long a rank may keep the others waiting until `shorten_timeout` is called.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    world = World(rank, size, local_rank, device)
+    world = environment_world()
+    rank, size, device = world.rank, world.size, world.device
     if size == 1:
         yield world
         return

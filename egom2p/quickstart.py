@@ -6,6 +6,7 @@ times them, and keeps the two cores busy (the tokenizers are independent, so two
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -188,7 +189,8 @@ class _Lane:
         if not self.commands:
             return True
         with self.log_path.open("a") as output:
-            self.process = subprocess.Popen(self.commands.pop(0), stdout=output, stderr=output)
+            self.process = subprocess.Popen(self.commands.pop(0), stdout=output, stderr=output,
+                                            env={**os.environ, "OMP_NUM_THREADS": "1"})
         return False
 
 
@@ -201,7 +203,7 @@ def _encode(train: list[str], out: Path, folders: dict[str, str]) -> None:
     """Encode the training sets side by side and the held-out set, then check every shard."""
     def command(name: str) -> list[str]:
         return [sys.executable, "-m", "egom2p", "tokenizer", "encode", *folders.values(), "--clips",
-                f"{out}/clips/{name}/*.tar", "--out", f"{out}/tokens", "--dataset", Path(name).name]
+                f"{out}/clips/{name}/*.tar", "--out", f"{out}/tokens", "--dataset", Path(name).name, "--workers", "0"]
 
     names = [f"train/{name}" for name in train]
     lanes = [_Lane([command(n) for n in names[i::2] + (["held_out"] if i else [])], out / f"encode-{i}.log")

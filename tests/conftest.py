@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,20 @@ def one_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     if not any(name in request.node.nodeid for name in ONE_AT_A_TIME):
         yield
         return
-    with (tmp_path_factory.getbasetemp().parent / "one_at_a_time").open("w") as file:
+    with only_one(common_folder(tmp_path_factory) / "one_at_a_time"):
+        yield
+
+
+def common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of this run of the suite."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@contextlib.contextmanager
+def only_one(path: Path):
+    """One worker at a time in here: others wait for the lock on the file `path`."""
+    with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -112,19 +126,36 @@ eval.every=6, eval.samples=8,
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A quickstart of seconds: the same stages and YAMLs, few clips and steps. (out, config, video, first run)."""
+    """A quickstart of seconds: the same stages and YAMLs, few clips and steps. (out, config, video, what it printed.)
+
+    Made once and shared by all workers: a test that writes into it asks for `finished_alone`.
+    """
+    folder = common_folder(tmp_path_factory) / "finished"
+    with only_one(folder.with_suffix(".lock")):
+        if not (folder / "printed.txt").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "printed.txt").write_text(_small_quickstart(folder).stdout)
+    return folder / "out", folder / "tiny.yaml", folder / "walk.mp4", (folder / "printed.txt").read_text()
+
+
+@pytest.fixture
+def finished_alone(finished, tmp_path_factory):
+    """`finished`, for a test that runs the quickstart again in its folder, or reads what such a run rewrites."""
+    with only_one(common_folder(tmp_path_factory) / "finished.alone"):
+        yield finished
+
+
+def _small_quickstart(folder: Path) -> subprocess.CompletedProcess:
     from egom2p.signals.writers import write_video
 
-    folder = tmp_path_factory.mktemp("quickstart")
+    folder.mkdir()
     for name in ("rgb", "depth"):
         text = (ROOT / f"tokenizers/world_{name}/config.yaml").read_text().replace("[5, 6, 6]", "[5, 3, 3]")
         (folder / f"{name}.yaml").write_text(text)
-    config = folder / "tiny.yaml"
     lanes = (f"lanes: [[{folder}/rgb.yaml, tokenizers/world_gaze/config.yaml], "
              f"[tokenizers/world_cam/config.yaml, {folder}/depth.yaml]]\n")
+    config = folder / "tiny.yaml"
     config.write_text(TINY.format(quickstart=ROOT / "cfgs/quickstart.yaml") + lanes)
     video = folder / "walk.mp4"
     write_video(video, np.random.default_rng(0).integers(0, 255, (75, 48, 64, 3)).astype(np.uint8), 25)
-    out = folder / "out"
-    first = run_cli("quickstart", "--out", out, "--config", config, "--inputs", video)
-    return out, config, video, first
+    return run_cli("quickstart", "--out", folder / "out", "--config", config, "--inputs", video)

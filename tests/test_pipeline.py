@@ -12,8 +12,8 @@ from egom2p.training.log import read_metrics
 from tests.conftest import run_cli
 
 
-def test_quickstart_leaves_results_and_report(finished):
-    out, _, _, done = finished
+def test_quickstart_leaves_results_and_report(finished_alone):
+    out, _, _, printed = finished_alone
     results = json.loads((out / "results.json").read_text())
     for task, metrics in {"rgb2cam": ("ate_m", "rre_deg"), "rgb2gaze": ("gaze_mse",), "rgb2depth": ("abs_rel",),
                           "depth2rgb": ("psnr_db",)}.items():
@@ -24,12 +24,12 @@ def test_quickstart_leaves_results_and_report(finished):
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 4
     assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "no problem" in done.stdout
+    assert "no problem" in printed
     assert "eval/loss/cam" in {k for m in read_metrics(out / "model") for k in m}
 
 
-def test_quickstart_runs_again(finished):
-    out, config, _, _ = finished
+def test_quickstart_runs_again(finished_alone):
+    out, config, _, _ = finished_alone
     before = (out / "model/checkpoints/latest/model.safetensors").read_bytes()
     run_cli("quickstart", "--out", out, "--config", config)
     assert (out / "model/checkpoints/latest/model.safetensors").read_bytes() == before

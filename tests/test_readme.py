@@ -42,9 +42,9 @@ def test_readme_opens_with_the_two_commands():
     assert commands()[:2] == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
 
 
-def test_every_command_runs_in_the_order_of_the_page(finished, places):
+def test_every_command_runs_in_the_order_of_the_page(finished_alone, places):
     """One after the other: later ones use what earlier ones wrote."""
-    added = {**ADDED, "quickstart": ["--config", finished[1]]}
+    added = {**ADDED, "quickstart": ["--config", finished_alone[1]]}
     for command in commands():
         if command.startswith("bash scripts/"):
             continue

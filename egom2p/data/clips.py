@@ -8,6 +8,8 @@ Known signals and their arrays:
 Any other name is a (T, C) float array of its own.
 """
 
+import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -126,15 +128,38 @@ class ClipIndex:
 
     def read(self, number: int, only: set[str] | None = None) -> Clip:
         """Clip `number` with its signals, or those named in `only`. Raises DamagedClip."""
-        key, tar, members = self.rows[number]
+        return self.decode(number, self.files(number, only))
+
+    def files(self, number: int, only: set[str] | None = None) -> dict[str, bytes]:
+        """{suffix: bytes} of clip `number`: of its json and its signals, or those named in `only`. Raises
+        DamagedClip."""
+        _, tar, members = self.rows[number]
         wanted = [s for s in members if s == "json" or (signal_of(s) and (only is None or signal_of(s) in only))]
+        with self._damage(number):
+            return {suffix: read_at(tar.path, *members[suffix], (tar.size, tar.mtime_ns)) for suffix in wanted}
+
+    def decode(self, number: int, files: dict[str, bytes]) -> Clip:
+        """Clip `number` of the bytes of its files. Raises DamagedClip."""
+        with self._damage(number):
+            meta = json.loads(files.get("json", b"{}"))
+            signals = {signal_of(suffix): _decode(suffix, data) for suffix, data in files.items() if signal_of(suffix)}
+            return Clip(self.keys[number], meta.get("dataset", ""), signals, meta)
+
+    def stamp(self, numbers: Iterable[int]) -> str:
+        """A hash of where some clips lie and when their tars were written: equal stamps, equal clips."""
+        digest = hashlib.blake2b(digest_size=16)
+        for number in numbers:
+            key, tar, members = self.rows[number]
+            digest.update(f"{key} {tar.path.name} {tar.size} {tar.mtime_ns} {sorted(members.items())}\n".encode())
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def _damage(self, number: int) -> Iterator[None]:
         try:
-            files = {suffix: read_at(tar.path, *members[suffix], (tar.size, tar.mtime_ns)) for suffix in wanted}
-            meta = json.loads(files.pop("json", b"{}"))
-            signals = {signal_of(suffix): _decode(suffix, data) for suffix, data in files.items()}
+            yield
         except (ValueError, OSError, EOFError, UserError) as error:
+            key, tar, _ = self.rows[number]
             raise DamagedClip(f"{tar.path}: clip {key} is damaged ({error})") from error
-        return Clip(key, meta.get("dataset", ""), signals, meta)
 
     def read_signal(self, number: int, signal: str) -> np.ndarray:
         """One raw signal of clip `number`, which must have it. Raises DamagedClip."""

@@ -18,9 +18,10 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -230,35 +231,54 @@ class StepDataset(Dataset):
 
 def step_loader(dataset: StepDataset, steps: range, workers: int) -> Iterator[StepBatch]:
     """Steps in order, read ahead by `workers` processes (0 = here)."""
-    options = {"prefetch_factor": 4, "multiprocessing_context": _WorkerContext()} if workers else {}
-    loader = DataLoader(_Answers(dataset) if workers else dataset, batch_size=None, sampler=steps, num_workers=workers,
+    for batch in in_order(_Parcels(dataset) if workers else dataset, steps, workers, ahead=4):
+        yield batch.open() if isinstance(batch, _Parcel) else batch
+
+
+def in_order(dataset: Dataset, order: Iterable[Any], workers: int, ahead: int) -> Iterator[Any]:
+    """`dataset[i]` for each i of `order`, which is asked for its next only when a worker is free for it; read ahead by
+    `workers` forked processes, `ahead` each (0 = here).
+
+    A UserError in a worker is raised here; a worker that dies ends everything with a UserError that says why.
+    """
+    options = {"prefetch_factor": ahead, "multiprocessing_context": _WorkerContext()} if workers else {}
+    loader = DataLoader(_Answers(dataset) if workers else dataset, batch_size=None, sampler=order, num_workers=workers,
                         pin_memory=torch.cuda.is_available(), worker_init_fn=_start_worker if workers else None,
                         **options)
-    batches = iter(loader)
+    answers = iter(loader)
     try:
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch.open() if isinstance(batch, _Parcel) else batch
+        for answer in answers:
+            if isinstance(answer, UserError):
+                raise answer
+            yield answer
     except RuntimeError as error:
         raise _worker_lost(error) from error
     finally:
         # The workers end now, not when the last traceback that holds their iterator is gone.
-        getattr(batches, "_shutdown_workers", lambda: None)()
+        getattr(answers, "_shutdown_workers", lambda: None)()
 
 
 class _Answers(Dataset):
-    """A worker's side of a StepDataset: a step travels as one tensor, and a user's mistake is an answer, so that it
-    arrives without torch's traceback."""
+    """A worker's side: a user's mistake is an answer, so that it arrives without torch's traceback."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, step: int) -> "StepBatch | _Parcel | UserError":
+    def __getitem__(self, item: Any) -> Any:
         try:
-            return _Parcel.of(self.dataset[step])
+            return self.dataset[item]
         except UserError as error:
             return error
+
+
+class _Parcels(Dataset):
+    """A StepDataset whose steps travel as one tensor."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> "StepBatch | _Parcel":
+        return _Parcel.of(self.dataset[step])
 
 
 @dataclass

@@ -40,6 +40,7 @@ class Tokenizer(Exportable):
     kind: str
     modality: Modality
     signal: NetworkUnits
+    encode_batch = 16  # clips at once, when many are encoded
     trusted = True  # whether programs (TorchScript) that came with it may be run; see `tokenizers.load_for`
 
     def __init__(self, modality: Modality, args: Any) -> None:
@@ -55,9 +56,12 @@ class Tokenizer(Exportable):
         """Raw signals -> int64 ids (B, *grid). Raises UserError for one that the tokenizer is not for."""
         for signal in signals:
             self.check(signal)
-        x = torch.from_numpy(np.stack([self.signal.normalize(signal) for signal in signals])).to(self.device)
+        return self.encode_units(torch.from_numpy(np.stack([self.signal.normalize(signal) for signal in signals])))
+
+    def encode_units(self, x: Tensor) -> np.ndarray:
+        """A batch in the network's units, on any device -> int64 ids (B, *grid)."""
         with torch.no_grad():
-            return self.encode_normalized(x).cpu().numpy()
+            return self.encode_normalized(x.to(self.device, non_blocking=True)).cpu().numpy()
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Ids of shape `modality.grid` (or flat) -> one raw signal."""

@@ -55,6 +55,7 @@ class MotionTokenizer(Tokenizer):
     """(B, T, C) -> (B, N) ids -> (B, T, C); signals with validity carry it as a last input channel."""
 
     kind = "motion"
+    encode_batch = 1024
 
     def __init__(self, modality: Modality, args: MotionArgs) -> None:
         super().__init__(modality, args)

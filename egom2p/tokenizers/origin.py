@@ -1,4 +1,4 @@
-"""Where tokens come from: `origin.json` beside token shards, and whether a model, its tokens and its tokenizers belong
+"""Where tokens come from: `encode.json` beside token shards, and whether a model, its tokens and its tokenizers belong
 together.
 
 The released shards carry no such note; of them only grids, vocabularies and kinds of signal can be compared.
@@ -7,6 +7,7 @@ The released shards carry no such note; of them only grids, vocabularies and kin
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,51 +17,68 @@ from egom2p.config import read_json
 from egom2p.data.tokens import TokenDataset
 from egom2p.errors import UserError
 from egom2p.files import write_whole
+from egom2p.lock import FileLock
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.tokenizers import check_fits, load
 
 log = logging.getLogger(__name__)
 
-ORIGIN = "origin.json"
+NOTE = "encode.json"
+FORMER_NOTE = "origin.json"  # its name until version 0.2.0, when it held a hash for each shard and nothing else of it
 
 
 class Origin:
-    """`origin.json` beside the shards of one modality and data set: the tokenizer that made them (fingerprint), the
-    pattern of the clips, and for each shard a hash of what was encoded."""
+    """`encode.json` beside the shards of one modality and data set.
+
+    tokenizer: fingerprint of the one that made them; clips: the pattern they were made from; shards {name: record}, a
+    record being clips (number), content (hash of the clips' bytes), stamp (of the tars they lay in) and left_out
+    {reason: keys}; and, over all shards, clips and left_out {reason: number} as `total`.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / ORIGIN
+        self.folder, self.path = folder, folder / NOTE
+        self.lock = FileLock(folder / f".{NOTE}.lock")
 
-    def check(self, tokenizer: str, clips: str) -> None:
+    def claim(self, tokenizer: str, clips: str) -> None:
         """Shards of one folder come from one tokenizer and one set of clips; anything else is refused, never mixed."""
-        if not self.path.exists():
-            if any(self.folder.glob("*.tar")):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            found = self.read()
+            if not found and any(self.folder.glob("*.tar")):
                 raise UserError(f"{self.folder} holds shards of unknown origin; choose another --out or --dataset, or "
                                 f"remove it")
-            self._write({"tokenizer": tokenizer, "clips": clips, "shards": {}})
-        found = self.read()
-        for what, value in (("tokenizer", tokenizer), ("clips", clips)):
-            if found.get(what) != value:
-                raise UserError(f"{self.folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); "
-                                f"choose another --out or --dataset, or remove it")
+            found = found or {"tokenizer": tokenizer, "clips": clips, "shards": {}}
+            for what, value in (("tokenizer", tokenizer), ("clips", clips)):
+                if found.get(what) != value:
+                    raise UserError(f"{self.folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); "
+                                    f"choose another --out or --dataset, or remove it")
+            self._write(found)
 
     def read(self) -> dict[str, Any]:
         """The note as it is on disk; {} when there is none."""
-        return read_json(self.path) if self.path.exists() else {}
+        former = self.folder / FORMER_NOTE
+        if self.path.exists() or not former.exists():
+            return read_json(self.path) if self.path.exists() else {}
+        note = read_json(former)
+        return {**note, "shards": {name: {"content": content} for name, content in note.get("shards", {}).items()}}
 
-    def shard(self, name: str) -> str:
-        """What was encoded into that shard; "" when it is not on record."""
-        return self.read().get("shards", {}).get(name, "")
-
-    def record(self, name: str, content: str) -> None:
-        """Write down what is in a shard. When two processes do so at once one record may be lost, and its shard is
-        encoded anew the next time."""
-        note = self.read()
-        self._write({**note, "shards": {**note.get("shards", {}), name: content}})
+    def record(self, name: str, record: dict[str, Any]) -> None:
+        """Write down what is in a shard."""
+        with self.lock:
+            note = self.read()
+            shards = {**note.get("shards", {}), name: record}
+            self._write({**note, "total": _total(shards.values()), "shards": dict(sorted(shards.items()))})
 
     def _write(self, note: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(note, indent=1))
+
+
+def _total(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    clips, left_out = 0, Counter()
+    for record in records:
+        clips += record.get("clips", 0)
+        left_out.update({reason: len(keys) for reason, keys in record.get("left_out", {}).items()})
+    return {"clips": clips, "left_out": dict(left_out)}
 
 
 def folders_of(datasets: Iterable[TokenDataset]) -> list[tuple[str, Path]]:
@@ -114,8 +132,8 @@ def origin_problems(folders: list[tuple[str, Path]], modalities: ModalitySet | N
 
 def content_of(folders: Iterable[tuple[str, Path]]) -> str:
     """A hash of what the shards' notes say was encoded and by which tokenizer; "" when none says anything."""
-    notes = [[name, note.get("tokenizer"), note.get("shards", {})] for name, folder in folders
-             if (note := Origin(folder).read())]
+    notes = [[name, note.get("tokenizer"), {shard: r.get("content") for shard, r in note.get("shards", {}).items()}]
+             for name, folder in folders if (note := Origin(folder).read())]
     return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest() if notes else ""
 
 

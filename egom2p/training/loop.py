@@ -25,12 +25,12 @@ from tqdm import tqdm
 from egom2p.config import dump, read_yaml, to_plain
 from egom2p.distributed import World, barrier, max_over_ranks, process_group, shorten_timeout, sum_over_ranks
 from egom2p.errors import Preempted, UserError
+from egom2p.lock import RunLock
 from egom2p.model.blocks import compile_blocks
 from egom2p.model.flops import peak_flops
 from egom2p.training.arguments import TrainArgs
 from egom2p.training.checkpoint import Checkpoints, restore_optimizer, restore_weights
 from egom2p.training.guard import Guard
-from egom2p.training.lock import RunLock
 from egom2p.training.log import MetricsLog, environment, summary, write_to_run
 from egom2p.training.optim import make_optimizer, make_schedule
 from egom2p.training.parallel import full_tensor, gradients_stay_local, spread, unsharded_root

@@ -17,8 +17,8 @@ from egom2p import resources
 from egom2p.config import load
 from egom2p.data.tarindex import split_name
 from egom2p.errors import UserError
+from egom2p.lock import LOCK, RunLock, process_start
 from egom2p.submit import fill
-from egom2p.training.lock import LOCK, RunLock, process_start
 from egom2p.training.log import read_metrics
 from egom2p.training.pretraining import PretrainConfig
 from tests.conftest import ROOT, run_cli, start_cli
