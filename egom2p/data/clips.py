@@ -1,4 +1,5 @@
-"""Clips: aligned raw signals, stored as WebDataset tars (`KEY.<signal>.npy`, `KEY.rgb.mp4`, `KEY.json`).
+"""Clips: aligned raw signals, stored as WebDataset tars (`KEY.<signal>.npy`, `KEY.rgb.mp4`, `KEY.depth.mkv`,
+`KEY.json`; `data.storage` says what is in them).
 
 Known signals and their arrays:
   rgb    (T, H, W, 3) uint8
@@ -10,11 +11,10 @@ Any other name is a (T, C) float array of its own.
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from egom2p.data.tarindex import TarEntry, index_tars, npy_bytes, read_at, write_tar
-from egom2p.data.video import decode_video
+from egom2p.data.storage import DECODERS, Store, from_file, to_file
+from egom2p.data.tarindex import TarEntry, index_tars, read_at, write_tar
 from egom2p.errors import DamagedClip, UserError
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,9 @@ class Clip:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def write_clips(path: Path, clips: Iterable[Clip]) -> int:
+def write_clips(path: Path, clips: Iterable[Clip], store: Store = "npy") -> int:
     """Write one tar, aside and then renamed, so that it is whole or absent. Returns the number of clips."""
-    return write_tar(path, map(_to_files, clips))
+    return write_tar(path, (to_files(clip, store) for clip in clips))
 
 
 def expand_paths(pattern: str) -> list[Path]:
@@ -142,7 +142,8 @@ class ClipIndex:
         """Clip `number` of the bytes of its files. Raises DamagedClip."""
         with self._damage(number):
             meta = json.loads(files.get("json", b"{}"))
-            signals = {signal_of(suffix): _decode(suffix, data) for suffix, data in files.items() if signal_of(suffix)}
+            signals = {signal_of(suffix): from_file(suffix.rpartition(".")[2], data)
+                       for suffix, data in files.items() if signal_of(suffix)}
             return Clip(self.keys[number], meta.get("dataset", ""), signals, meta)
 
     def stamp(self, numbers: Iterable[int]) -> str:
@@ -169,20 +170,13 @@ class ClipIndex:
 def signal_of(suffix: str) -> str:
     """`rgb` of the file suffix `rgb.mp4`; "" when it is no signal's file."""
     name, _, extension = suffix.rpartition(".")
-    return name if extension in _DECODERS else ""
+    return name if extension in DECODERS else ""
 
 
-def _decode(suffix: str, data: bytes) -> np.ndarray:
-    return _DECODERS[suffix.rpartition(".")[2]](data)
-
-
-_DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
-    "npy": lambda data: np.load(io.BytesIO(data), allow_pickle=False),
-    "mp4": lambda data: decode_video(data)[0],
-}
-
-
-def _to_files(clip: Clip) -> dict[str, str | bytes]:
-    files = {f"{name}.npy": npy_bytes(array) for name, array in clip.signals.items()}
+def to_files(clip: Clip, store: Store = "npy") -> dict[str, str | bytes]:
+    """A WebDataset sample: `__key__` and {suffix: bytes}."""
+    rates = {**RATES, **clip.meta.get("rates", {})}
+    stored = {name: to_file(array, store, rates.get(name, 1.0)) for name, array in clip.signals.items()}
     meta = json.dumps({"dataset": clip.dataset, **clip.meta}, sort_keys=True).encode()
-    return {"__key__": clip.key, **files, "json": meta}
+    return {"__key__": clip.key, **{f"{name}.{extension}": data for name, (extension, data) in stored.items()},
+            "json": meta}

@@ -1,22 +1,28 @@
 """`egom2p shards`: check, stats, index, convert and random shards."""
 
 import logging
+import re
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from egom2p.data.clips import expand_paths
+from egom2p.data.clips import expand_paths, expand_pattern
 from egom2p.data.loader import DataArgs
 from egom2p.data.tarindex import index_tars, npy_bytes, read_at, write_tar
-from egom2p.data.tokens import encode_tokens, load_array, place_of
+from egom2p.data.tokens import ShardPlace, encode_tokens, load_array, place_of
 from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalitySet
 
 log = logging.getLogger(__name__)
 
 SHARD_CLIPS = 1000
+RATE_FILES = 300
 
 
 class Checked(NamedTuple):
@@ -87,29 +93,145 @@ def stats(pattern: str) -> list[dict]:
     return list(rows.values())
 
 
-def convert(pattern: str, out: Path) -> int:
-    """Rewrite token tars (or folders of loose files) in the compact form: uint16 `.npy`, 1 000 clips a shard as
-    they are. Below `out` the path keeps `MODALITY/DATASET/NAME`; a folder named `token` is dropped. Returns clips.
+class Converted(NamedTuple):
+    """files: token files below the target; shards written now, and kept from before; rates: token files a second that
+    one core reads of the old and of the new form."""
+
+    files: int
+    written: int
+    kept: int
+    rates: tuple[float, float]
+
+
+def convert(pattern: str, out: Path, names: Iterable[str] = (), workers: int = 1) -> Converted:
+    """Rewrite token tars (or folders of loose files) in the compact form, `OUT/MODALITY/DATASET/NAME.tar`: uint16
+    `.npy`, tars clip by clip as they are, loose files 1 000 a shard.
+
+    names: modalities, by which folders are told apart (`placed`). Shards that are there already, younger than their
+    source and with its keys, are kept, so that a stopped run goes on. Raises UserError for a path that cannot be
+    placed, for two sources of one shard, and for damage, before anything of that shard is written.
     """
-    count = 0
-    groups: dict[Path, list[tuple[str, bytes]]] = {}
-    for entry in tqdm(index_tars(_tars(pattern)), desc="convert", unit="shard"):
+    names = set(names) | _listed(pattern)
+    jobs = [*_tar_jobs(pattern, out, names), *_loose_jobs(pattern, out, names)]
+    if not jobs:
+        raise UserError(f"{pattern}: no token file there to convert")
+    taken: dict[Path, Path] = {}
+    for job in jobs:
+        if (other := taken.setdefault(job.target, job.sources[0][0])) != job.sources[0][0]:
+            raise UserError(f"{other} and {job.sources[0][0]} would both become {job.target}; convert them one after "
+                            f"the other, each with its own --out")
+    written = 0
+    with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
+        run = pool.map(_convert, jobs) if workers > 1 else map(_convert, jobs)
+        for was_written in tqdm(run, total=len(jobs), desc="convert", unit="shard"):
+            written += was_written
+    largest = max(jobs, key=lambda job: len(job.sources))
+    return Converted(sum(len(job.sources) for job in jobs), written, len(jobs) - written, _reading_rates(largest))
+
+
+def placed(path: Path, names: set[str]) -> ShardPlace:
+    """Where a token file belongs: by the one folder above it that is called like a modality; the data set is the folder
+    in it or, where that is `token` or there is none, the one around it. Without such a name `MODALITY/DATASET/FILE` is
+    taken as it says. Raises UserError when that leaves a doubt."""
+    folders = path.parent.parts
+    named = [i for i, folder in enumerate(folders) if folder in names]
+    inner = {i: [f for f in folders[i + 1 :] if f != "token"] for i in named}
+    fit = [i for i in named if len(inner[i]) <= 1 and (inner[i] or i)]
+    if len(fit) == 1:
+        at = fit[0]
+        return ShardPlace(Path(*folders[:at]), folders[at], inner[at][0] if inner[at] else folders[at - 1])
+    if not named and len(folders) >= 2 and folders[-1] != "token":
+        return ShardPlace(Path(*folders[:-2]), folders[-2], folders[-1])
+    reason = "which folder is the modality and which the data set" if named else "no folder of it is a modality"
+    raise UserError(f"{path}: cannot tell where it belongs ({reason}; known are {', '.join(sorted(names)) or 'none'}); "
+                    f"name the modalities in brackets, as in 'tokens/[rgb,cam]/*.tar', or give --config")
+
+
+def _listed(pattern: str) -> set[str]:
+    """Names in the brackets of a pattern."""
+    return {name for group in re.findall(r"\[([^\[\]]*,[^\[\]]*)\]", pattern) for name in group.split(",")}
+
+
+class _Job(NamedTuple):
+    """A shard to write: (file, offset, size) of each key, whole files with size -1."""
+
+    target: Path
+    keys: list[str]
+    sources: list[tuple[Path, int, int]]
+
+
+def _tar_jobs(pattern: str, out: Path, names: set[str]) -> Iterator[_Job]:
+    for entry in index_tars([p for p in expand_paths(pattern) if p.suffix == ".tar"]):
         if entry.damage:
             raise UserError(f"{entry.path}: {entry.damage}; mend or remove it first, nothing of it was converted")
-        rows = sorted((key, offset, size) for key, _, offset, size in entry.token_files())
-        place = place_of(entry.path)
-        target = out / place.modality / place.dataset / entry.path.name
-        count += _write(target, ((key, read_at(entry.path, offset, size)) for key, offset, size in rows))
-    for path in expand_paths(pattern) if not count else []:
-        if path.suffix in (".npz", ".npy"):
-            groups.setdefault(path.parent, []).append((path.stem, path.read_bytes()))
-    for folder, rows in groups.items():
-        for number in range(0, len(rows), SHARD_CLIPS):
-            target = out / folder.parent.name / folder.name / f"shard-{number // SHARD_CLIPS:06d}.tar"
-            count += _write(target, sorted(rows)[number : number + SHARD_CLIPS])
-    if not count:
-        raise UserError(f"{pattern}: no token file there to convert")
-    return count
+        place = placed(entry.path, names)
+        rows = sorted((key, (entry.path, offset, size)) for key, _, offset, size in entry.token_files())
+        if rows:
+            yield _Job(out / place.modality / place.dataset / entry.path.name, [k for k, _ in rows],
+                       [source for _, source in rows])
+
+
+def _loose_jobs(pattern: str, out: Path, names: set[str]) -> Iterator[_Job]:
+    folders: dict[ShardPlace, list[Path]] = {}
+    for path in _loose(pattern):
+        folders.setdefault(placed(path, names), []).append(path)
+    for place, paths in folders.items():
+        paths.sort(key=lambda p: p.stem)
+        for start in range(0, len(paths), SHARD_CLIPS):
+            part = paths[start : start + SHARD_CLIPS]
+            yield _Job(out / place.modality / place.dataset / f"shard-{start // SHARD_CLIPS:06d}.tar",
+                       [p.stem for p in part], [(p, 0, -1) for p in part])
+
+
+def _loose(pattern: str) -> list[Path]:
+    files = []
+    for path in map(Path, expand_pattern(pattern)):
+        files += [p for suffix in ("npz", "npy") for p in path.rglob(f"*.{suffix}")] if path.is_dir() else []
+    found = [] if files else [p for p in _expand_or_none(pattern) if p.suffix in (".npz", ".npy")]
+    return [*files, *found]
+
+
+def _expand_or_none(pattern: str) -> list[Path]:
+    try:
+        return expand_paths(pattern)
+    except UserError:
+        return []
+
+
+def _convert(job: _Job) -> bool:
+    """Write a shard, unless it is there."""
+    if _is_converted(job):
+        return False
+    _write_arrays(job.target, ((key, _compact(load_array(_bytes(source))))
+                               for key, source in zip(job.keys, job.sources, strict=True)))
+    return True
+
+
+def _is_converted(job: _Job) -> bool:
+    if not job.target.exists():
+        return False
+    newest = max(path.stat().st_mtime_ns for path in {path for path, _, _ in job.sources})
+    return job.target.stat().st_mtime_ns >= newest and index_tars([job.target])[0].keys == job.keys
+
+
+def _bytes(source: tuple[Path, int, int]) -> bytes:
+    path, offset, size = source
+    return path.read_bytes() if size < 0 else read_at(path, offset, size)
+
+
+def _reading_rates(job: _Job) -> tuple[float, float]:
+    """Token files a second of the old and of the new form of one shard, read and decoded here."""
+    new = index_tars([job.target])[0]
+    places = [(job.target, int(o), int(n)) for o, n in zip(new.offsets, new.sizes, strict=True)]
+    rates = []
+    for sources in (job.sources[:RATE_FILES], places[:RATE_FILES]):
+        for source in sources[:8]:  # headers and descriptors are warm for both
+            load_array(_bytes(source))
+        started = time.perf_counter()
+        for source in sources:
+            load_array(_bytes(source))
+        rates.append(len(sources) / max(time.perf_counter() - started, 1e-9))
+    return rates[0], rates[1]
 
 
 def write_random(data: DataArgs, eval_datasets: tuple[str, ...], modalities: ModalitySet, root: Path, count: int,
@@ -127,10 +249,6 @@ def write_random(data: DataArgs, eval_datasets: tuple[str, ...], modalities: Mod
                 drawn = (rng.integers(0, modality.vocab_size, modality.grid) for _ in clips)
                 _write_arrays(path, ((f"{i:08d}", ids.astype(modality.token_dtype))
                                      for i, ids in zip(clips, drawn, strict=True)))
-
-
-def _write(path: Path, rows) -> int:
-    return _write_arrays(path, ((key, _compact(load_array(data))) for key, data in rows))
 
 
 def _write_arrays(path: Path, rows) -> int:

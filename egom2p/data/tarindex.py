@@ -80,7 +80,7 @@ def split_name(name: str) -> tuple[str, str]:
     video the word before it, when that could be a signal's name.
     """
     stem, _, suffix = name.rpartition(".")
-    if suffix in ("npy", "npz", "mp4") and (match := re.fullmatch(r"(.+)\.([A-Za-z_]\w*)", stem)):
+    if suffix in ("npy", "npz", "mp4", "mkv") and (match := re.fullmatch(r"(.+)\.([A-Za-z_]\w*)", stem)):
         return match[1], f"{match[2]}.{suffix}"
     return (stem, suffix) if stem else (name, "")
 

@@ -16,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from egom2p.files import write_whole
 
 log = logging.getLogger(__name__)
 
+LARGEST_EXACT = 128  # pixels a side
 VERSION = 2  # of records and clips: older ones are prepared anew
 
 
@@ -42,7 +43,8 @@ VERSION = 2  # of records and clips: older ones are prepared anew
 class PrepareArgs:
     """size: side of the stored frames in pixels; limit: clips a sequence (0 = all); workers: processes (0 = all cores);
     split: what every sequence is for, instead of what the data set's lists say; gaze_units: of gaze files that do not
-    say themselves, pixels or normalized; with_wearer: depth that shows the wearer's own body, where a set has both."""
+    say themselves, pixels or normalized; with_wearer: depth that shows the wearer's own body, where a set has both;
+    store: npy or mp4 (`data.storage`), "" = as the folder was begun, else mp4 for frames above LARGEST_EXACT."""
 
     size: int = 256
     limit: int = 0
@@ -50,6 +52,7 @@ class PrepareArgs:
     split: str = ""
     gaze_units: str = ""
     with_wearer: bool = False
+    store: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def prepare(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str
     skipped = [*adapter.skipped(root), *(f"{s}: in no split list" for s in unlisted)]
     for line in skipped:
         log.warning("skipped: %s", line)
-    _check_same_settings(out, name, args)
+    args = _settled(out, name, args)
     _forget_renamed(out, names)
     jobs = [Job(s, args.split or (splits or {}).get(s, ""), names[s], stamp_of(adapter.files(root, s)))
             for s in chosen if s not in unlisted]
@@ -135,16 +138,21 @@ def set_name(name: str) -> str:
     return make_adapter(name).name if ":" in name else name
 
 
-def _check_same_settings(out: Path, name: str, args: PrepareArgs) -> None:
+def _settled(out: Path, name: str, args: PrepareArgs) -> PrepareArgs:
+    """The arguments, with what `out` was begun with where they leave it open. Raises UserError where they differ."""
     note = out / "prepare.json"
+    known = json.loads(note.read_text()) if note.exists() else {}
+    if known:
+        known = {**dict.fromkeys(("split", "gaze_units"), ""), "with_wearer": False, "store": "npy", **known}
+    usual = "mp4" if args.size > LARGEST_EXACT else "npy"
+    args = replace(args, store=args.store or known.get("store") or usual)
     settings = {"dataset": name, "size": args.size, "limit": args.limit, "split": args.split,
-                "gaze_units": args.gaze_units, "with_wearer": args.with_wearer}
-    if note.exists():
-        known = {**dict.fromkeys(("split", "gaze_units"), ""), "with_wearer": False, **json.loads(note.read_text())}
-        if known != settings:
-            raise UserError(f"{out} was prepared with {known}, now {settings}; choose another --out or remove it")
+                "gaze_units": args.gaze_units, "with_wearer": args.with_wearer, "store": args.store}
+    if known and known != settings:
+        raise UserError(f"{out} was prepared with {known}, now {settings}; choose another --out or remove it")
     out.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(settings))
+    return args
 
 
 def _forget_renamed(out: Path, names: dict[str, str]) -> None:
@@ -196,7 +204,7 @@ def prepare_sequence(name: str, root: Path, out: Path, args: PrepareArgs, job: J
         clips = cut(recording, set_name(name), args.size, args.limit, counts, stats, job.file)
         first = next(clips, None)
         if first is not None:
-            write_clips(out / recording.split / f"{job.file}.tar", chain([first], clips))
+            write_clips(out / recording.split / f"{job.file}.tar", chain([first], clips), args.store)
         _note_losses(recording)
     except (UserError, MemoryError):
         raise

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from egom2p.data.clips import Clip, count_clips, expand_paths, read_clips, write_clips
-from egom2p.data.tarindex import index_tars
-from egom2p.errors import UserError
+from egom2p.data.clips import Clip, ClipIndex, count_clips, expand_paths, to_files
+from egom2p.data.tarindex import index_tars, write_tar
+from egom2p.errors import DamagedClip, UserError
 from egom2p.signals.writers import write_video
 
 log = logging.getLogger(__name__)
@@ -127,17 +127,18 @@ def label_depth(pattern: str, model: str) -> tuple[int, int]:
             if with_depth < clips:
                 estimator = estimator or make_estimator(model)
                 labelled += clips - with_depth
-                write_clips(path, _labelled(path, estimator, bar))
+                write_tar(path, _labelled(path, estimator, bar))
             else:
                 bar.update(clips)
     return labelled, had
 
 
-def _labelled(path: Path, estimator: DepthEstimator, bar: tqdm) -> Iterator[Clip]:
-    expected = index_tars([path])[0]
-    seen = 0
-    for clip in read_clips(str(path)):
-        seen += 1
+def _labelled(path: Path, estimator: DepthEstimator, bar: tqdm) -> Iterator[dict[str, str | bytes]]:
+    """The tar's samples, files that there are as they are, with depth beside a video that has none."""
+    index = ClipIndex(str(path))
+    for number, key in enumerate(index.keys):
+        files, clip = _whole(index, number, path)
+        sample = {"__key__": key, **files}
         bar.update(1)
         if "depth" not in clip.signals and "rgb" in clip.signals:
             frames = clip.signals["rgb"]
@@ -145,17 +146,18 @@ def _labelled(path: Path, estimator: DepthEstimator, bar: tqdm) -> Iterator[Clip
             if inverse.shape != frames.shape[:3] or not np.isfinite(inverse).all():
                 raise UserError(f"{path}: {estimator.name} gave {inverse.shape} for frames {frames.shape}, or numbers "
                                 f"that are not finite; {path.name} is untouched")
-            yield Clip(clip.key, clip.dataset, {**clip.signals, "depth": as_depth(inverse)},
-                       {**_plain(clip), "pseudo": {"depth": estimator.name, "scale": "relative"}})
-        else:
-            yield Clip(clip.key, clip.dataset, clip.signals, _plain(clip))
-    if seen < len(set(expected.keys)):
-        raise UserError(f"{path}: only {seen} of {len(set(expected.keys))} clips can be read; it is untouched. `egom2p "
-                        f"shards check` names the others")
+            meta = {**clip.meta, "pseudo": {"depth": estimator.name, "scale": "relative"}}
+            labelled = Clip(key, clip.dataset, {"depth": as_depth(inverse)}, meta)
+            sample |= to_files(labelled, "mp4" if "rgb.mp4" in files else "npy")
+        yield sample
 
 
-def _plain(clip: Clip) -> dict:
-    return {k: v for k, v in clip.meta.items() if k != "dataset"}
+def _whole(index: ClipIndex, number: int, path: Path) -> tuple[dict[str, bytes], Clip]:
+    try:
+        files = index.files(number)
+        return files, index.decode(number, files)
+    except DamagedClip as error:
+        raise UserError(f"{error}; nothing of {path.name} was rewritten") from error
 
 
 def as_depth(inverse: np.ndarray) -> np.ndarray:

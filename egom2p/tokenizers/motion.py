@@ -6,7 +6,8 @@ mirror image back. The network is that of the released camera and gaze tokenizer
 configs); `quantizer: fsq` swaps the EMA codebook for finite scalar quantisation.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,17 +22,20 @@ from egom2p.model.positions import position_table
 from egom2p.tokenizers.base import Tokenizer, series_units
 from egom2p.tokenizers.quantize import FSQ_INIT_SCALE, make_quantizer
 
+LEAST_STD = 0.01
+
 
 @dataclass(frozen=True)
 class MotionArgs:
     """num_frames and channels of the signal; mean and std z-score it; channel_weights scale its squared error.
 
+    mean, std: `auto` in a training's configuration: measured on its clips, and then numbers in what it exports.
     channel_weights: empty for plain MSE in network units.
     """
 
     num_frames: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Literal["auto"] | tuple[float, ...]
+    std: Literal["auto"] | tuple[float, ...]
     dim: int = 768
     depth: int = 12
     num_heads: int = 12
@@ -47,7 +51,10 @@ class MotionArgs:
     def __post_init__(self) -> None:
         if self.num_frames % self.stride or self.dim % self.num_heads or (self.kernel - self.stride) % 2:
             raise ValueError("num_frames must divide by stride, dim by num_heads, and kernel - stride by 2")
-        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
+        if "auto" in (self.mean, self.std):
+            if self.mean != self.std:
+                raise ValueError("mean and std must both be auto, or neither")
+        elif len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
             raise ValueError("mean and std need one entry a channel, std above 0")
 
 
@@ -130,6 +137,32 @@ class MotionTokenizer(Tokenizer):
 
     def after_step(self, seed: int, step: int, skipped: bool = False) -> None:
         self.quantizer.update(seed, step, skipped)
+
+
+def with_statistics(args: MotionArgs, modality: Modality, signals: Iterable[np.ndarray]) -> MotionArgs:
+    """The arguments with mean and std of each channel over the observed frames of raw signals, where they say `auto`.
+
+    A channel that hardly moves is not blown up: no std is below LEAST_STD of the largest.
+    """
+    if args.mean != "auto":
+        return args
+    plain, parts = series_units(modality, (0.0,), (1.0,)), [np.zeros((0, 0))]
+    for signal in signals:
+        modality.kind.check(signal)
+        observed = plain.is_observed(signal)
+        if observed.any() and (plain.has_validity or observed.all()):
+            parts.append(plain.normalize(signal)[observed])
+    frames = np.concatenate(parts[1:] or parts)
+    frames = frames[:, :-1] if plain.has_validity else frames
+    if len(frames) < 2:
+        raise ValueError("mean: auto, but no clip carries a measurement")
+    std = frames.std(0, dtype=np.float64)
+    floor = max(LEAST_STD * std.max(), 1e-6)
+    return replace(args, mean=_rounded(frames.mean(0, dtype=np.float64)), std=_rounded(np.maximum(std, floor)))
+
+
+def _rounded(numbers: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(f"{x:.6g}") for x in numbers)
 
 
 class _Trunk(nn.Module):

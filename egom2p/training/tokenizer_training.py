@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from egom2p.distributed import World, sum_over_ranks
 from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import Modality, ModalityArgs
 from egom2p.tokenizers.base import Tokenizer
-from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
+from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer, with_statistics
 from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
 from egom2p.training.arguments import TrainingConfig
 from egom2p.training.loop import run_training
@@ -62,10 +62,13 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
     return run_training(config, TokenizerTask)
 
 
-def make_tokenizer(args: TokenizerArgs) -> Tokenizer:
+def make_tokenizer(args: TokenizerArgs, signals: Iterable[np.ndarray] = ()) -> Tokenizer:
+    """signals: raw ones, on which what the arguments leave open is measured."""
     try:
         modality = Modality(args.name, **vars(args.modality))
-        return MotionTokenizer(modality, args.motion) if args.motion else VideoTokenizer(modality, args.video)
+        if args.motion:
+            return MotionTokenizer(modality, with_statistics(args.motion, modality, signals))
+        return VideoTokenizer(modality, args.video)
     except ValueError as error:
         raise UserError(f"tokenizer '{args.name}': {error}") from error
 
@@ -133,14 +136,14 @@ class TokenizerTask:
 
     def __init__(self, config: TokenizerConfig, world: World) -> None:
         self.config, self.world = config, world
-        self.model = make_tokenizer(config.tokenizer)
-        self.source = self.model.modality.clip_signal
+        self.source = config.tokenizer.modality.source or config.tokenizer.name
         self.clips = ClipIndex(config.data.clips, self.source)
+        self.model = make_tokenizer(config.tokenizer, self._spread_over_clips())
         self.order = PassOrder(self.clips.shard_sizes, config.data.shuffle_shards, config.train.seed, salt=0)
         micro = config.train.micro_batch(world.size)
         self.plan = BatchPlan(config.train.batch_size, micro, config.train.batch_size, world.rank, world.size)
         self.samples = torch.ones(())
-        self.model.statistics = self.model.modality.kind.statistics(self._spread_over_clips())
+        self.model.statistics = self.model.modality.kind.statistics(self._checked_clips())
 
     def fingerprint(self) -> str:
         return f"{len(self.clips)} clips {self.clips.shard_sizes.tolist()}"
@@ -198,10 +201,18 @@ class TokenizerTask:
         self.model.save_pretrained(folder, weights)
 
     def _spread_over_clips(self) -> Iterator[np.ndarray]:
-        """Raw signals of at most STATISTICS_CLIPS readable clips, evenly spread. Raises UserError before the first step
-        when they are not what the tokenizer is for."""
-        for element in np.linspace(0, len(self.clips) - 1, min(len(self.clips), STATISTICS_CLIPS)).astype(int):
+        """Raw signals of at most STATISTICS_CLIPS readable clips, evenly spread."""
+        for element in self._spread():
             with contextlib.suppress(DamagedClip):
-                signal = self.clips.read_signal(int(element), self.source)
+                yield self.clips.read_signal(element, self.source)
+
+    def _checked_clips(self) -> Iterator[np.ndarray]:
+        """The same ones. Raises UserError before the first step when they are not what the tokenizer is for."""
+        for element in self._spread():
+            with contextlib.suppress(DamagedClip):
+                signal = self.clips.read_signal(element, self.source)
                 self.model.check(signal, self.clips.keys[element])
                 yield signal
+
+    def _spread(self) -> list[int]:
+        return np.linspace(0, len(self.clips) - 1, min(len(self.clips), STATISTICS_CLIPS)).astype(int).tolist()

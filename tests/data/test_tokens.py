@@ -79,7 +79,7 @@ def test_released_forms_give_identical_samples(tmp_path, rng):
         folder.mkdir(parents=True)
         for k, v in wide.items():
             (folder / f"{k}.npz").write_bytes(npz(v[modality]))
-    assert convert(str(tmp_path / "theirs"), tmp_path / "converted") == 12
+    assert convert(str(tmp_path / "theirs"), tmp_path / "converted", ("rgb", "cam")).files == 12
     sets = [open_set(tmp_path / "ours"), open_set(tmp_path / "theirs",
                                                   pattern="[rgb,depth,cam]/set/token/shard-{000000..000000}.tar"),
             open_set(tmp_path / "loose"), open_set(tmp_path / "converted")]

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from egom2p.data.loader import BatchPlan
 from egom2p.data.masking import MaskArgs, MaskComponent, Masker
 from egom2p.data.order import BLOCK, MixtureOrder, PassOrder
-from egom2p.data.shardtools import check, convert
+from egom2p.data.shardtools import check, convert, placed
 from egom2p.data.tarindex import INDEX_FILE, index_tars, npy_bytes, write_tar
 from egom2p.data.tokens import TokenDataset, load_array
+from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalitySet
 
 SETS = ModalitySet([Modality("a", 50, (40,)), Modality("b", 50, (20,))])
@@ -114,7 +116,7 @@ def write_shard(path, arrays):
 def test_converting_keeps_every_clip_and_every_id(tmp_path, rng):
     clips = {f"clip{i:03d}": rng.integers(0, 50, 40) for i in range(7)}
     write_shard(tmp_path / "old/a/set/shard-000000.tar", clips)
-    assert convert(str(tmp_path / "old/a/set/*.tar"), tmp_path / "new") == 7
+    assert convert(str(tmp_path / "old/a/set/*.tar"), tmp_path / "new")[:3] == (7, 1, 0)
     made = TokenDataset.open(tmp_path / "new", "set", "", SETS)
     assert made.keys == sorted(clips)
     for number, key in enumerate(made.keys):
@@ -149,3 +151,46 @@ def test_an_index_that_points_past_the_end_is_not_trusted(tmp_path, change):
     made = TokenDataset.open(tmp_path, "set", "", SETS)
     for number in range(3):
         assert made.read(number).tokens[0].tolist() == [number] * 40
+
+
+NAMES = {"rgb", "cam"}
+
+
+@pytest.mark.parametrize(("path", "place"), [
+    ("root/rgb/holo/shard-0.tar", ("root", "rgb", "holo")),
+    ("root/rgb/holo/token/shard-0.tar", ("root", "rgb", "holo")),
+    ("root/holo/rgb/token/shard-0.tar", ("root/holo", "rgb", "holo")),  # no folder for the data set inside
+    ("root/holo/rgb/shard-0.tar", ("root/holo", "rgb", "holo")),
+    ("home/cam/tokens/rgb/holo/shard-0.tar", ("home/cam/tokens", "rgb", "holo")),
+    ("root/wrist/mine/shard-0.tar", ("root", "wrist", "mine")),  # no known name: as our own layout says
+])
+def test_where_a_shard_belongs(path, place):
+    assert placed(Path(path), NAMES) == (Path(place[0]), *place[1:])
+
+
+@pytest.mark.parametrize("path", ["root/wrist/mine/token/s.tar", "root/rgb/cam/s.tar", "rgb/a/b/s.tar", "s.tar"])
+def test_a_shard_that_cannot_be_placed_is_refused(path):
+    with pytest.raises(UserError, match="cannot tell where it belongs"):
+        placed(Path(path), NAMES)
+
+
+def test_converting_goes_on_and_notices_what_changed(tmp_path, rng):
+    sources = [tmp_path / f"old/{n}/a/token/shard-00000{i}.tar" for n in ("one", "two") for i in range(2)]
+    for path in sources:
+        write_shard(path, {f"{path.parts[-4]}{i}": rng.integers(0, 50, 40) for i in range(3)})
+    pattern = str(tmp_path / "old/*/a/token/*.tar")
+    assert convert(pattern, tmp_path / "new", {"a"}, workers=2)[:3] == (12, 4, 0)
+    made = {p.relative_to(tmp_path / "new"): p.stat().st_mtime_ns for p in (tmp_path / "new").rglob("*.tar")}
+    assert {str(p.parent) for p in made} == {"a/one", "a/two"}
+    write_shard(sources[3], {"two9": rng.integers(0, 50, 40)})
+    assert convert(pattern, tmp_path / "new", {"a"})[:3] == (10, 1, 3)
+    again = {p: (tmp_path / "new" / p).stat().st_mtime_ns for p in made}
+    assert [str(p) for p in made if again[p] != made[p]] == ["a/two/shard-000001.tar"]
+
+
+def test_two_sources_of_one_shard_are_refused(tmp_path, rng):
+    for root in ("x", "y"):
+        write_shard(tmp_path / root / "a/set/shard-000000.tar", {"k": rng.integers(0, 50, 40)})
+    with pytest.raises(UserError, match="would both become"):
+        convert(str(tmp_path / "*/a/set/*.tar"), tmp_path / "new", {"a"})
+    assert not (tmp_path / "new").exists()

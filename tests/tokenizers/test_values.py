@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 from egom2p.modalities import Modality
 from egom2p.signals.depth import relative_inverse_depth
 from egom2p.signals.pose import PoseSeries
-from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
+from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer, with_statistics
 from egom2p.tokenizers.quantize import EmaCodebook
 from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
 
@@ -152,3 +152,29 @@ class _Constant(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.arange(self.values).float().expand(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("kind", ["motion", "gaze", "pose"])
+def test_statistics_are_measured_where_the_configuration_says_auto(kind, rng):
+    """Against numpy over the observed frames; a channel that stands still is not blown up."""
+    args = MotionArgs(60, "auto", "auto", 16, 1, 2, quantizer="fsq")
+    modality = Modality("m", 240, (30,), kind)
+    series = [rng.normal(3, 2, (60, 3)) * [1, 5, 0] for _ in range(8)]
+    if kind == "gaze":
+        signals = [np.c_[s[:, :2], rng.random(60) < 0.5].astype(np.float32) for s in series]
+        frames = np.concatenate([s[s[:, 2] > 0, :2] for s in signals])
+    elif kind == "pose":
+        signals = [np.tile(np.eye(4, dtype=np.float32), (60, 1, 1)) for _ in series]
+        for signal, s in zip(signals, series, strict=True):
+            signal[:, :3, 3] = s
+        frames = np.concatenate([np.c_[np.tile([1, 0, 0, 0, 1, 0], (60, 1)), s - s[0]] for s in series])
+    else:
+        signals = [*series, np.full((60, 3), np.nan)]  # without a measurement
+        frames = np.concatenate(series)
+    made = with_statistics(args, modality, signals)
+    np.testing.assert_allclose(made.mean, frames.mean(0), rtol=1e-4, atol=1e-6)
+    std = frames.std(0)
+    np.testing.assert_allclose(made.std, np.maximum(std, std.max() / 100), rtol=1e-4)
+    assert with_statistics(made, modality, []) == made
+    with pytest.raises(ValueError, match="no clip carries a measurement"):
+        with_statistics(args, modality, [])
