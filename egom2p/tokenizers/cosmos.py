@@ -1,9 +1,10 @@
 """NVIDIA's Cosmos discrete video tokenizers (DV4x8x8, DV8x16x16): wraps `encoder.jit` and `decoder.jit`.
 
-encoder.jit takes (B, 3, T, H, W) in [-1, 1] and returns ids (B, t, h, w) first; decoder.jit takes ids and
-returns the video. As in the released wrapper, each window of 17 frames is padded to 1 + 8k frames by
-repeating its edges (half before, half after) and zero-padded at the sides, centred, to multiples of 16.
-Licence of the weights: NVIDIA Open Model License; some repositories are gated.
+encoder.jit takes (B, 3, T, H, W) in [-1, 1] and returns int32 ids (B, t, h, w), bfloat16 codes (B, 6, t, h, w) and a
+loss; decoder.jit takes ids and returns the video, not clamped (seen by tracing NVIDIA's own code at small width,
+NVIDIA/Cosmos-Tokenizer 3584ae75; their published files could not be fetched here). As in their wrapper, each window of 17
+frames is padded to 1 + 8k frames by repeating its edges (half before, half after), and at the sides with black, centred,
+to multiples of 16. Licence of the weights: NVIDIA Open Model License; some repositories are gated.
 """
 
 import json
@@ -24,8 +25,10 @@ from egom2p.errors import UserError
 from egom2p.export import CONFIG, resolve_folder
 from egom2p.modalities import Modality
 from egom2p.tokenizers.base import Tokenizer, check_picture, picture_units
+from egom2p.tokenizers.torchscript import settle
 
 FILES = ("encoder.jit", "decoder.jit")
+BLACK = -1.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class CosmosTokenizer(Tokenizer):
         for frames in self._window_frames():
             before, padded = self._time_padding(frames)
             latent = 1 + (padded - 1) // self.args.patch[0]
-            video = decoder(ids[:, start : start + latent].to(self._device)).float().clamp(-1, 1)
+            video = decoder(ids[:, start : start + latent].int().to(self._device)).float().clamp(-1, 1)
             parts.append(video[:, :, before : before + frames])
             start += latent
         return torch.cat(parts, 2)
@@ -135,7 +138,7 @@ class CosmosTokenizer(Tokenizer):
         video = torch.cat([video[:, :, :1].expand(-1, -1, before, -1, -1), video,
                            video[:, :, -1:].expand(-1, -1, after, -1, -1)], 2)
         rows, columns = (-side % self.args.pad_sides for side in video.shape[-2:])
-        return F.pad(video, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return F.pad(video, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=BLACK)
 
     def _network(self, name: str) -> Any:
         if name not in self._networks:
@@ -145,7 +148,8 @@ class CosmosTokenizer(Tokenizer):
                                 "with --trust-torchscript if you trust its author, or name your own copy as the "
                                 "tokenizer")
             try:
-                self._networks[name] = torch.jit.load(path, map_location=self._device).eval().to(self.dtype)
+                self._networks[name] = settle(torch.jit.load(path, map_location=self._device).eval(), self._device,
+                                              self.dtype)
             except (RuntimeError, ValueError, OSError) as error:
                 reason = str(error).splitlines()[0][:120]
                 raise UserError(f"{path}: not a readable TorchScript file ({reason})") from error

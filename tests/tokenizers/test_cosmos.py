@@ -1,16 +1,18 @@
-"""The Cosmos wrapper against TorchScript stand-ins with the same interface."""
+"""The Cosmos wrapper against stand-ins made as NVIDIA's files are: traced in bfloat16, with the casts baked in."""
 
 import json
+import re
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from egom2p import tokenizers
 from egom2p.data.clips import Clip, write_clips
 from egom2p.errors import UserError
+from egom2p.tokenizers.torchscript import settle
 from tests.conftest import ROOT, run_cli
 
 
@@ -19,33 +21,73 @@ class Encoder(nn.Module):
 
     def __init__(self, t: int, s: int) -> None:
         super().__init__()
-        self.t, self.s = t, s
+        self.t = t
+        self.mix, self.pool = nn.Conv3d(3, 1, 1), nn.Conv3d(1, 1, (t, s, s), (t, s, s))
+        for layer in (self.mix, self.pool):
+            nn.init.constant_(layer.weight, 1 / layer.weight[0].numel())
+            nn.init.zeros_(layer.bias)
+        self.half = torch.full((1,), 0.5, dtype=torch.bfloat16)  # neither parameter nor buffer
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = torch.cat([x[:, :, :1].expand(-1, -1, self.t - 1, -1, -1), x], 2)
-        pooled = F.avg_pool3d(x.float().mean(1, keepdim=True), [self.t, self.s, self.s])[:, 0]
-        return ((pooled + 1) * 1000).round().to(torch.int32), pooled
+        grey = self.mix(x).to(torch.bfloat16)
+        pooled = self.pool(grey) * torch.tensor(2.0) * self.half
+        none = torch.zeros(15, dtype=torch.bfloat16)[:1]  # 15 is a number here, and elsewhere the dtype's
+        ids = ((pooled[:, 0] + none + 1).float() * 1000).round().to(torch.int32)
+        return ids, pooled.expand(-1, 6, -1, -1, -1).to(torch.bfloat16), torch.zeros_like(pooled.mean([1, 2, 3], True))
 
 
 class Decoder(nn.Module):
     def __init__(self, t: int, s: int) -> None:
         super().__init__()
         self.t, self.s = t, s
+        self.colour = nn.Conv3d(1, 3, 1, bias=False)
+        nn.init.ones_(self.colour.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        video = ids[:, None].float() / 1000 - 1
+        video = self.colour((ids[:, None].float() / 1000 - 1).to(torch.bfloat16))
         video = video.repeat_interleave(self.t, 2).repeat_interleave(self.s, 3).repeat_interleave(self.s, 4)
-        return video[:, :, self.t - 1 :].expand(-1, 3, -1, -1, -1)
+        return video[:, :, self.t - 1 :]
 
 
-@pytest.fixture(params=[("rgb", 4, 8), ("depth", 4, 8), ("rgb_dv8x16x16", 8, 16)], ids=lambda p: p[0])
+def trace(network: nn.Module, example: Tensor, path) -> None:
+    """A bfloat16 trace, with its device named cuda:0 as on the machine that NVIDIA made theirs on."""
+    torch.jit.trace(network.bfloat16().eval(), example).save(str(path.with_suffix(".cpu")))
+    with zipfile.ZipFile(path.with_suffix(".cpu")) as old, zipfile.ZipFile(path, "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith(".py"):
+                data = data.replace(b'torch.device("cpu")', b'torch.device("cuda:0")')
+            new.writestr(item.filename, data)
+
+
+@pytest.fixture(params=[("rgb", 4, 8), ("depth", 4, 8), ("rgb_dv8x16x16", 8, 16), ("depth_dv8x16x16", 8, 16)],
+                ids=lambda p: p[0])
 def folder(request, tmp_path):
     """The shipped config.json with stand-in networks beside it."""
     name, t, s = request.param
     (tmp_path / "config.json").write_text((ROOT / "tokenizers/cosmos" / name / "config.json").read_text())
-    for file, network in (("encoder.jit", Encoder(t, s)), ("decoder.jit", Decoder(t, s))):
-        torch.jit.script(network).save(str(tmp_path / file))
+    trace(Encoder(t, s), torch.zeros(1, 3, 1 + t, 2 * s, 2 * s, dtype=torch.bfloat16), tmp_path / "encoder.jit")
+    trace(Decoder(t, s), torch.zeros(1, 2, 2, 2, dtype=torch.int32), tmp_path / "decoder.jit")
     return tmp_path
+
+
+def test_what_is_rewritten(folder):
+    """As they are, the files fail on a CPU; settled, they compute what the network does in float32."""
+    video = torch.rand(2, 3, 17, 32, 48) * 2 - 1
+    for name, given in (("encoder.jit", video), ("decoder.jit", torch.zeros(1, 2, 2, 2, dtype=torch.int32))):
+        plain = torch.jit.load(str(folder / name), map_location="cpu").float()
+        with pytest.raises(RuntimeError, match=r"should be the same|CUDA|cuda|NVIDIA"):
+            plain(given)
+    module = settle(torch.jit.load(str(folder / "encoder.jit"), map_location="cpu"), torch.device("cpu"), torch.float32)
+    t, s, _ = json.loads((folder / "config.json").read_text())["args"]["patch"]
+    ids, codes, _ = module(video)
+    twin = Encoder(t, s).bfloat16().float()
+    twin.half = twin.half.float()
+    grey = twin.pool(twin.mix(torch.cat([video[:, :, :1].expand(-1, -1, t - 1, -1, -1), video], 2)))
+    assert codes.dtype == torch.float32 and torch.allclose(codes[:, :1], grey, atol=1e-6)
+    assert torch.equal(ids, ((grey[:, 0] + 1) * 1000).round().int())
+    assert not re.search("cuda", str(module.inlined_graph))
 
 
 def smooth_video(frames, side):
@@ -72,6 +114,8 @@ def test_the_last_decoded_frame_is_dropped_and_sides_are_centred(folder):
     video = torch.zeros(2, 3, 16, 30, 40)
     padded = tokenizer._pad(video)
     assert padded.shape == (2, 3, 17, 32, 48)
+    assert (padded[:, :, :, 1:31, 4:44] == 0).all() and (padded[:, :, :, 0] == -1).all()  # black beside the picture
+    assert (padded[..., :4] == -1).all() and (padded[..., 44:] == -1).all()
     assert tokenizer._time_padding(16) == (0, 17)
     assert tokenizer._time_padding(12) == (2, 17)
 
