@@ -1,4 +1,4 @@
-"""Official EgoM2P checkpoints -> our exports, without ever running a pickle's code.
+"""Official EgoM2P checkpoints (and VidTok's) -> our exports, without ever running a pickle's code.
 
 A released file is a pickled dict: `model` (state dict), `args` (an argparse.Namespace) and training state.
 It is read by torch's restricted unpickler, which admits tensors, plain containers, that Namespace, and the numpy
@@ -18,6 +18,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
+from egom2p.compat.vidtok import convert_vidtok, is_vidtok
 from egom2p.errors import UserError
 from egom2p.export import strip_prefixes
 from egom2p.modalities import Modality, ModalitySet
@@ -72,9 +73,14 @@ def import_released(path: Path, out: Path, num_heads: int | None = None, tokeniz
         module = convert_motion(state, num_heads, path)
         made = module.modality
         line = f"tokenizer '{made.name}': {list(made.grid)} tokens of {made.vocab_size} ids; dim {module.args.dim}"
+    elif is_vidtok(state):
+        module = convert_vidtok(state, path, left_out)
+        line = (f"VidTok {'1.1' if module.args.repeats_first else '1.0 (no v1_1 in the name)'}: "
+                f"{list(module.modality.grid)} tokens of {module.modality.vocab_size} ids for 16 frames of 256 x 256; "
+                f"for other clips or depth edit {out / 'config.json'}")
     else:
         raise UserError(f"{path}: neither an EgoM2P checkpoint (no 'mask_token') nor a motion tokenizer (no "
-                        f"'quantize._codebook.embed')")
+                        f"'quantize._codebook.embed') nor VidTok")
     module.save_pretrained(out)
     return line + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
@@ -96,6 +102,8 @@ def read_checkpoint(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], a
                         f"'model' and 'args'") from error
     name = "model_ema" if ema else "model"
     state = content.get(name) if isinstance(content, dict) else None
+    if state is None and isinstance(content, dict) and not ema:  # VidTok's: Lightning's own, or the tensors alone
+        state = content.get("state_dict", content) or None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: expected a dict with '{name}' (a state dict of tensors) and 'args'; found "
                         f"{sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__}")

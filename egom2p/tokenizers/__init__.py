@@ -14,9 +14,11 @@ from egom2p.tokenizers.base import Tokenizer
 from egom2p.tokenizers.cosmos import CosmosTokenizer
 from egom2p.tokenizers.motion import MotionTokenizer
 from egom2p.tokenizers.video import VideoTokenizer
+from egom2p.tokenizers.vidtok import VidTokTokenizer
 
 # Every tokenizer class by the `kind` in its exports. Adding one means adding it here.
-KINDS: dict[str, type[Tokenizer]] = {c.kind: c for c in (MotionTokenizer, VideoTokenizer, CosmosTokenizer)}
+KINDS: dict[str, type[Tokenizer]] = {c.kind: c for c in (MotionTokenizer, VideoTokenizer, CosmosTokenizer,
+                                                                 VidTokTokenizer)}
 
 
 def load(source: str | Path, device: str = "cpu") -> Tokenizer:

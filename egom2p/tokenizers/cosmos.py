@@ -2,9 +2,9 @@
 
 encoder.jit takes (B, 3, T, H, W) in [-1, 1] and returns int32 ids (B, t, h, w), bfloat16 codes (B, 6, t, h, w) and a
 loss; decoder.jit takes ids and returns the video, not clamped (seen by tracing NVIDIA's own code at small width,
-NVIDIA/Cosmos-Tokenizer 3584ae75; their published files could not be fetched here). As in their wrapper, each window of 17
-frames is padded to 1 + 8k frames by repeating its edges (half before, half after), and at the sides with black, centred,
-to multiples of 16. Licence of the weights: NVIDIA Open Model License; some repositories are gated.
+NVIDIA/Cosmos-Tokenizer 3584ae75; their published files could not be fetched here). As in their wrapper, each window of
+17 frames is padded to 1 + 8k frames by repeating its edges (half before, half after), and at the sides with black,
+centred, to multiples of 16. Licence of the weights: NVIDIA Open Model License; some repositories are gated.
 """
 
 import json
