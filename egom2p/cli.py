@@ -214,7 +214,9 @@ def _train(args) -> None:
 
 
 def _add_submit(commands) -> None:
-    parser = commands.add_parser("submit", help="freeze a run's code and configuration and send it to SLURM")
+    parser = commands.add_parser("submit", help="freeze a run's code and configuration and send it to SLURM",
+                                 epilog="Another command than train goes after two dashes: egom2p submit --nodes 1 -- "
+                                        "tokenizer encode ... (also: tokenizer train, eval).")
     _add_config(parser)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8,
@@ -240,7 +242,7 @@ def _add_submit(commands) -> None:
 
 
 def _submit(args) -> None:
-    from egom2p.submit import TEMPLATE, JobArgs, submit
+    from egom2p.submit import TEMPLATE, JobArgs, submit, submit_command
 
     if min(args.nodes, args.chain) < 1 or args.gpus_per_node < 0:
         raise UserError("--nodes and --chain must be at least 1, --gpus-per-node at least 0")
@@ -253,9 +255,33 @@ def _submit(args) -> None:
     variables = {"PROCESSES": args.processes or args.gpus_per_node or 1, "VENV": args.venv, "CONTAINER": args.container,
                  "MOUNTS": args.mounts}
     job = JobArgs(options, {k: str(v) for k, v in variables.items() if v}, args.chain, args.unchecked)
-    script, numbers = submit(args.config, args.overrides, job, args.template or TEMPLATE, not args.dry_run)
+    words = [str(args.config), *args.overrides]
+    verbs = next((list(v) for v in SHARED_COMMANDS if words[: len(v)] == list(v)), None)
+    if verbs:
+        rest = words[len(verbs) :]
+        sent = submit_command(verbs, rest, _output_of(words), job, args.template or TEMPLATE, not args.dry_run)
+    else:
+        sent = submit(args.config, args.overrides, job, args.template or TEMPLATE, not args.dry_run)
+    script, numbers = sent
     for number in numbers or [f"not sent; `bash {shlex.quote(str(script))}` sends it"]:
         print(number)
+
+
+# Commands besides train whose processes share the work.
+SHARED_COMMANDS = (("tokenizer", "encode"), ("tokenizer", "train"), ("eval",))
+
+
+def _output_of(words: Sequence[str]) -> Path:
+    """Where a command will write, once its arguments are known to be right."""
+    from egom2p.config import load
+    from egom2p.training.tokenizer_training import TokenizerConfig
+
+    args = _parser().parse_args(words)
+    if hasattr(args, "config") and hasattr(args, "overrides"):
+        return Path(load(TokenizerConfig, args.config, args.overrides).run.dir)
+    if args.out is None:
+        raise UserError("give the command an --out: what the job runs is frozen there")
+    return args.out
 
 
 def _add_shards(commands) -> None:

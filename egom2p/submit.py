@@ -1,4 +1,4 @@
-"""`egom2p submit`: freeze the code and the configuration of a run, fill in the SLURM script and send it.
+"""`egom2p submit`: freeze the code and the configuration of a run, or another command, fill in the SLURM script, send it.
 
 `RUN/frozen/` gets the package as it is now, the resolved configuration and the filled script, so that a job that waits,
 is requeued or goes on next week runs what was submitted, whatever happens to the checkout.
@@ -55,9 +55,26 @@ def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path 
     environment = {**job.environment, "FROZEN": str((run_dir / FROZEN).resolve())}
     frozen = freeze(run_dir, dump(resolved),
                     fill(template.read_text(), {"job-name": run_dir.name, **job.options}, environment))
-    command = ["sbatch", "--parsable"]
+    return _dispatch(frozen, [str((frozen / "config.yaml").resolve())], job, send)
+
+
+def submit_command(verbs: Sequence[str], arguments: Sequence[str], folder: Path, job: JobArgs,
+                   template: Path = TEMPLATE, send: bool = True) -> tuple[Path, list[str]]:
+    """The same for another command that shares its work among processes, `egom2p VERBS... ARGUMENTS...`, whose output
+    goes to `folder`. A stopped job goes on where it was, as the command itself does."""
+    template = resources.locate(template)
+    if not template.is_file():
+        raise UserError(f"no SLURM script {template}; name one with --template")
+    _check_limits(job)
+    environment = {**job.environment, "FROZEN": str((folder / FROZEN).resolve()), "COMMAND": " ".join(verbs)}
+    script = fill(template.read_text(), {"job-name": folder.name, **job.options}, environment)
+    frozen = freeze(folder, f"# egom2p {shlex.join([*verbs, *arguments])}\n", script)
+    return _dispatch(frozen, list(arguments), job, send)
+
+
+def _dispatch(frozen: Path, arguments: list[str], job: JobArgs, send: bool) -> tuple[Path, list[str]]:
     chained = ["--dependency=singleton"] if job.chain > 1 else []
-    command += [*chained, str(frozen / "train.sbatch"), str((frozen / "config.yaml").resolve())]
+    command = ["sbatch", "--parsable", *chained, str(frozen / "train.sbatch"), *arguments]
     script = frozen / "submit.sh"
     script.write_text(shlex.join(command) + "\n")
     return script, [_send(command) for _ in range(job.chain)] if send else []
@@ -68,18 +85,22 @@ def _check_job(config: PretrainConfig, job: JobArgs) -> None:
     nodes, processes = job.options.get("nodes", "1"), job.environment.get("PROCESSES", "1")
     if nodes.isdigit() and processes.isdigit():
         config.train.micro_batch(int(nodes) * int(processes))
-    limit = job.options.get("time", "")
-    if limit and not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)", limit):
-        raise UserError(f"--time {limit}: write minutes, HH:MM:SS or D-HH:MM:SS")
-    venv = job.environment.get("VENV", "").replace("%m", platform.machine())
-    if venv and not (Path(venv) / "bin/activate").is_file() and "CONTAINER" not in job.environment:
-        log.warning("--venv %s: no environment there on this machine (%s)", venv, platform.machine())
+    _check_limits(job)
     try:
         _check_data(config)
     except UserError as error:
         if "CONTAINER" not in job.environment and not job.unchecked:
             raise UserError(f"{error}. If only the job's nodes see the data: --unchecked") from error
         log.warning("on this machine: %s", error)
+
+
+def _check_limits(job: JobArgs) -> None:
+    limit = job.options.get("time", "")
+    if limit and not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)", limit):
+        raise UserError(f"--time {limit}: write minutes, HH:MM:SS or D-HH:MM:SS")
+    venv = job.environment.get("VENV", "").replace("%m", platform.machine())
+    if venv and not (Path(venv) / "bin/activate").is_file() and "CONTAINER" not in job.environment:
+        log.warning("--venv %s: no environment there on this machine (%s)", venv, platform.machine())
 
 
 def _check_data(config: PretrainConfig) -> None:

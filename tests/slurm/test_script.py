@@ -73,3 +73,9 @@ def test_a_stopped_job_goes_back_to_the_queue_and_a_failed_one_does_not(tmp_path
     (tmp_path / "again").mkdir()
     done, calls = run_script(tmp_path / "again", "c.yaml", CODE="1")
     assert done.returncode == 1 and "scontrol" not in calls
+
+
+def test_another_command_than_train(tmp_path):
+    _, calls = run_script(tmp_path, "tok", "--clips", "a b/*.tar", COMMAND="tokenizer encode")
+    words = calls["python"][0].split("|")
+    assert words[-8:-1] == ["-m", "egom2p", "tokenizer", "encode", "tok", "--clips", "a b/*.tar"]

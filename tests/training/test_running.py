@@ -219,3 +219,19 @@ def test_a_longer_run_says_what_its_learning_rate_does(debug_tokens, tmp_path, c
     # lr 1e-3 after 5 steps of warm-up: at step 10 of 20 the cosine stands at a third, where it had ended at 0
     assert "planned for 10 steps and now has 20: from step 10 on" in caplog.text
     assert "is 0.00075 there, where the old schedule has 0" in caplog.text
+
+
+def test_submit_of_another_command(finished, tmp_path):
+    """Its arguments are checked before anything is frozen, and the script runs it."""
+    tokenizer = finished[0] / "tokenizers/cam"
+    words = ("tokenizer", "encode", tokenizer, "--clips", "clips/*.tar", "--out", tmp_path / "tokens")
+    run_cli("submit", "--nodes", 2, "--gpus-per-node", 4, "--dry-run", "--", *words)
+    frozen = tmp_path / "tokens/frozen"
+    script = (frozen / "train.sbatch").read_text()
+    assert "#SBATCH --nodes=2" in script and "export COMMAND='tokenizer encode'" in script
+    sent = shlex.split((frozen / "submit.sh").read_text())
+    assert sent[:3] == ["sbatch", "--parsable", str(frozen / "train.sbatch")]
+    assert sent[3:] == [str(w) for w in words[2:]]
+    with pytest.raises(SystemExit):  # argparse's own line: a missing --clips
+        run_cli("submit", "--dry-run", "--", "tokenizer", "encode", "x", "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
