@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_world(commands)
     _add_prepare(commands)
+    _add_tokens(commands)
     _add_depth(commands)
     _add_tokenizer(commands)
     _add_shards(commands)
@@ -90,13 +91,17 @@ def _world(args) -> None:
 
 
 def _add_prepare(commands) -> None:
+    parser = commands.add_parser("prepare", help="real recordings -> clips, a card and a contact sheet")
+    _add_recordings(parser, "folder for the clips; a second run does what is missing")
+    parser.set_defaults(run=_prepare)
+
+
+def _add_recordings(parser, out: str) -> None:
     from egom2p.datasets import ADAPTERS
 
-    parser = commands.add_parser("prepare", help="real recordings -> clips, a card and a contact sheet")
     parser.add_argument("dataset", help=f"one of {', '.join(ADAPTERS)} (docs/data.md says how to get them)")
     parser.add_argument("--root", type=Path, required=True, help="folder of the raw data as its authors publish it")
-    parser.add_argument("--out", type=Path, required=True,
-                        help="folder for the clips; a second run does what is missing")
+    parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--size", type=int, default=256, help="side of the stored frames")
     parser.add_argument("--limit", type=int, default=0, help="at most so many clips a sequence")
     parser.add_argument("--sequences", nargs="*", default=[], help="only these")
@@ -110,19 +115,50 @@ def _add_prepare(commands) -> None:
     parser.add_argument("--store", default="", choices=("npy", "mp4"),
                         help="frames and depth as arrays (npy), or as H.264 (visually lossless) and FFV1 "
                              "(lossless), a tenth of the size (default: mp4 above 128 pixels)")
-    parser.set_defaults(run=_prepare)
+
+
+def _prepare_args(args, store: str):
+    from egom2p.datasets.prepare import PrepareArgs
+
+    if args.size < 8 or min(args.limit, args.workers) < 0:
+        raise UserError("--size must be at least 8, --limit and --workers not below 0")
+    return PrepareArgs(args.size, args.limit, args.workers, args.split, args.gaze_units, args.depth_with_wearer, store)
 
 
 def _prepare(args) -> int:
     from egom2p.datasets.card import describe
-    from egom2p.datasets.prepare import PrepareArgs, prepare
+    from egom2p.datasets.prepare import prepare
 
-    if args.size < 8 or min(args.limit, args.workers) < 0:
-        raise UserError("--size must be at least 8, --limit and --workers not below 0")
-    asked = PrepareArgs(args.size, args.limit, args.workers, args.split, args.gaze_units, args.depth_with_wearer,
-                        args.store)
-    card = prepare(args.dataset, args.root, args.out, asked, tuple(args.sequences))
+    card = prepare(args.dataset, args.root, args.out, _prepare_args(args, args.store), tuple(args.sequences))
     print(f"{describe(card)}\ncard: {args.out / 'card.json'}, contact sheet: {args.out / 'contact_sheet.png'}")
+    return 0 if card["clips"] and not card["failed"] else 1
+
+
+def _add_tokens(commands) -> None:
+    parser = commands.add_parser("tokens", help="real recordings -> token shards in one pass, no clips kept")
+    _add_recordings(parser, "root of the token shards; a second run goes on where it was")
+    parser.add_argument("--tokenizers", nargs="+", required=True, help="tokenizer folders or Hub names")
+    parser.add_argument("--group", type=int, default=32, help="sequences a shard")
+    parser.add_argument("--batch", type=int, default=0, help="clips that a network takes at once")
+    _add_device(parser)
+    parser.set_defaults(run=_tokens)
+
+
+def _tokens(args) -> int:
+    from egom2p.datasets.card import describe
+    from egom2p.datasets.tokenise import prepared_beside, tokenise
+    from egom2p.distributed import environment_world
+    from egom2p.tokenizers import load
+    from egom2p.tokenizers.encode import EncodeArgs
+
+    if args.group < 1:
+        raise UserError("--group must be at least 1")
+    device = environment_world(args.device).device
+    card = tokenise(args.dataset, args.root, args.out, [load(t).to(device) for t in args.tokenizers],
+                    _prepare_args(args, args.store or "npy"), tuple(args.sequences), args.group,
+                    EncodeArgs(batch=args.batch))
+    folder = prepared_beside(args.out)
+    print(f"{describe(card)}\ncard: {folder / 'card.json'}, contact sheet: {folder / 'contact_sheet.png'}")
     return 0 if card["clips"] and not card["failed"] else 1
 
 

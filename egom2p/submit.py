@@ -1,4 +1,4 @@
-"""`egom2p submit`: freeze the code and the configuration of a run, or another command, fill in the SLURM script, send it.
+"""`egom2p submit`: freeze code and configuration of a run, or of another command, fill in the SLURM script and send it.
 
 `RUN/frozen/` gets the package as it is now, the resolved configuration and the filled script, so that a job that waits,
 is requeued or goes on next week runs what was submitted, whatever happens to the checkout.

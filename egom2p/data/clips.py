@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,19 @@ class ClipIndex:
     """
 
     def __init__(self, pattern: str, having: str = "") -> None:
+        self._build([p for p in expand_paths(pattern) if p.suffix == ".tar"], pattern, having)
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> "ClipIndex":
+        """The clips of some tars, in this order."""
+        index = cls.__new__(cls)
+        index._build(paths, str(paths[0].parent) if paths else "no tar", "")
+        return index
+
+    def _build(self, paths: Sequence[Path], pattern: str, having: str) -> None:
         self.rows: list[tuple[str, TarEntry, dict[str, tuple[int, int]]]] = []
         sizes = []
-        for entry in index_tars([p for p in expand_paths(pattern) if p.suffix == ".tar"]):
+        for entry in index_tars(list(paths)):
             clips: dict[str, dict[str, tuple[int, int]]] = {}
             places = zip(entry.offsets.tolist(), entry.sizes.tolist(), strict=True)
             for key, suffix, place in zip(entry.keys, entry.suffixes, places, strict=True):

@@ -68,6 +68,12 @@ class Job:
 
 def prepare(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str, ...] = ()) -> dict[str, Any]:
     """Prepare every sequence (or those in `only`) of data set `name`. Returns the card."""
+    return write_card(out, set_name(name), prepare_sequences(name, root, out, args, only))
+
+
+def sequences_of(name: str, root: Path, args: PrepareArgs, only: tuple[str, ...] = ()) -> list[str]:
+    """What there is to prepare, in order. Raises UserError for a folder that is not there and names that are not in
+    it."""
     adapter = make_adapter(name, args)
     if not root.is_dir():
         raise UserError(f"no folder {root}; expected {adapter.layout}")
@@ -76,6 +82,13 @@ def prepare(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str
     if missing:
         raise UserError(f"{root} has no sequence '{sorted(missing)[0]}'; there are {len(sequences)}, the first "
                         f"{', '.join(sequences[:3])}")
+    return sequences
+
+
+def prepare_sequences(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str, ...] = ()) -> list[str]:
+    """Prepare what is missing; returns a line for everything below `root` that is part of no sequence."""
+    adapter = make_adapter(name, args)
+    sequences = sequences_of(name, root, args, only)
     names = file_names(sequences)
     chosen = [s for s in sequences if not only or s in only]
     splits = None if args.split else adapter.splits(root, chosen)
@@ -91,7 +104,7 @@ def prepare(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str
     for record in _run(name, root, out, args, waiting, len(jobs)):
         for line in said_of(record):
             log.warning("%s", line)
-    return write_card(out, set_name(name), skipped)
+    return skipped
 
 
 def said_of(record: dict[str, Any]) -> list[str]:

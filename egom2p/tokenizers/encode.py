@@ -80,16 +80,22 @@ def encode_clips(tokenizers: list[Tokenizer], pattern: str, root: Path, args: En
     clips have changed since, their shard is written anew. torch's threads become the cores that the reading processes
     leave. Raises UserError for clips that a tokenizer is not for.
     """
+    index = ClipIndex(pattern)
+    return encode_shards(tokenizers, index, shards_of(index, args.dataset), root, pattern, args, world)
+
+
+def encode_shards(tokenizers: list[Tokenizer], index: ClipIndex, plan: list[Shard], root: Path, source: str,
+                  args: EncodeArgs = EncodeArgs(), world: World | None = None) -> dict[str, dict]:
+    """`encode_clips` for shards of one's own making. source: where the clips are from, in words; a folder's shards must
+    all say the same."""
     world = world or environment_world()
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     workers = args.workers if args.workers >= 0 else min(MAX_WORKERS, max(0, cores - 1))
     torch.set_num_threads(max(1, cores - workers))
-    index = ClipIndex(pattern)
-    plan = shards_of(index, args.dataset)
     folders = {(t.modality.name, name): Origin(root / t.modality.name / name)
                for t in tokenizers for name in {shard.dataset for shard in plan}}
     for (name, _), origin in folders.items():
-        origin.claim(next(t for t in tokenizers if t.modality.name == name).fingerprint(), pattern)
+        origin.claim(next(t for t in tokenizers if t.modality.name == name).fingerprint(), source)
     work = _Work(tokenizers, index, folders)
     first = world.rank * len(plan) // world.size
     left = [*plan[first:], *plan[:first]]
