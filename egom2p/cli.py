@@ -178,7 +178,7 @@ def _depth(args) -> None:
 
 
 def _add_tokenizer(commands) -> None:
-    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, encode clips, measure reconstruction")
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer, encode clips, measure and compare")
     verbs = tokenizer.add_subparsers(dest="verb", required=True, metavar="VERB")
     train = verbs.add_parser("train", help="train from a config")
     _add_config(train)
@@ -200,6 +200,24 @@ def _add_tokenizer(commands) -> None:
     reconstruct.add_argument("--limit", type=int, default=200, help="at most so many clips (0 = all)")
     _add_device(reconstruct)
     reconstruct.set_defaults(run=_tokenizer_reconstruct)
+    compare = verbs.add_parser("compare", help="tokenizers of one signal side by side: errors, bits, ids in use, speed")
+    compare.add_argument("tokenizers", nargs="+", help="tokenizer folders or Hub names")
+    compare.add_argument("--clips", required=True, help="pattern of clip tars")
+    compare.add_argument("--limit", type=int, default=200, help="at most so many clips (0 = all)")
+    _add_device(compare)
+    compare.set_defaults(run=_tokenizer_compare)
+
+
+def _tokenizer_compare(args) -> None:
+    from egom2p.distributed import environment_world
+    from egom2p.evaluation.run import comparison_table
+    from egom2p.tokenizers import load
+
+    device = environment_world(args.device).device
+    names = [Path(t).name for t in args.tokenizers]
+    labels = names if len(set(names)) == len(names) else args.tokenizers
+    made = {label: load(t).to(device) for label, t in zip(labels, args.tokenizers, strict=True)}
+    print(comparison_table(made, args.clips, args.limit))
 
 
 def _tokenizer_train(args) -> None:

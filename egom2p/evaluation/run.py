@@ -11,6 +11,8 @@ evaluation that was stopped goes on where it was, and the figures do not depend 
 import hashlib
 import json
 import logging
+import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -278,24 +280,70 @@ def _digest(plain: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def reconstruction_table(tokenizer: Tokenizer, data: str, limit: int = 0) -> str:
-    """Mean, median and worst error of encoding and decoding, one line a metric, and how many ids are in use."""
+@dataclass
+class Reconstruction:
+    """Of encoding and decoding clips: errors by metric, one a clip; the ids that came up; and what it took."""
+
+    errors: dict[str, list[float]]
+    used: set[int]
+    clips: int
+    encode_s: float
+    decode_s: float
+
+
+def reconstruct(tokenizer: Tokenizer, data: str, limit: int = 0) -> Reconstruction:
+    """Encode and decode the clips that have the tokenizer's signal, at most `limit` (0 = all), spread evenly. Raises
+    UserError when none has it."""
     source = tokenizer.modality.clip_signal
     measure = MEASURES[tokenizer.modality.signal](MeasureArgs())
-    rows, used = TaskRows(), set()
+    rows, used, seconds = TaskRows(), set(), [0.0, 0.0]
     for clip in tqdm(_limited(data, limit, {source}), desc="reconstruct", unit="clip"):
         if source in clip.signals and np.any(tokenizer.observed(clip.signals[source])):
+            started = time.perf_counter()
             ids = tokenizer.encode(clip.signals[source])
+            encoded = time.perf_counter()
+            back = tokenizer.decode(ids)
+            seconds = [seconds[0] + encoded - started, seconds[1] + time.perf_counter() - encoded]
             used.update(ids.reshape(-1).tolist())
             rows.keys.append(clip.key)
-            rows.add("ceiling", measure.metrics(tokenizer.decode(ids), clip.signals[source], clip.meta))
+            rows.add("ceiling", measure.metrics(back, clip.signals[source], clip.meta))
     if not rows.keys:
         raise UserError(f"{data}: no clip there has a usable '{source}'")
+    return Reconstruction(rows.rows["ceiling"], used, len(rows.keys), *seconds)
+
+
+def reconstruction_table(tokenizer: Tokenizer, data: str, limit: int = 0) -> str:
+    """Mean, median and worst error of encoding and decoding, one line a metric, and how many ids are in use."""
+    made = reconstruct(tokenizer, data, limit)
     lines = [f"{'metric':10} {'mean':>10} {'median':>10} {'worst':>10}"]
-    for metric, values in rows.rows["ceiling"].items():
+    for metric, values in made.errors.items():
         worst = np.nanmin(values) if is_better(metric, 1, 0) else np.nanmax(values)
         lines.append(f"{metric:10} {np.nanmean(values):10.5f} {np.nanmedian(values):10.5f} {worst:10.5f}")
-    return "\n".join([*lines, f"{len(rows.keys)} clips, {len(used)} of {tokenizer.modality.vocab_size} ids used"])
+    return "\n".join([*lines, f"{made.clips} clips, {len(made.used)} of {tokenizer.modality.vocab_size} ids used"])
+
+
+def comparison_table(named: dict[str, Tokenizer], data: str, limit: int = 0) -> str:
+    """Tokenizers of one signal side by side on the same clips: mean errors, what a clip costs, what of the codebook is
+    used, and speed one clip at a time. Raises UserError for tokenizers of different signals."""
+    signals = {t.modality.clip_signal for t in named.values()}
+    if len(signals) > 1:
+        raise UserError(f"these tokenizers are for different signals ({', '.join(sorted(signals))}); compare those of "
+                        f"one")
+    made = {name: reconstruct(t, data, limit) for name, t in named.items()}
+    rows: dict[str, list[str]] = {}
+    for metric in next(iter(made.values())).errors:
+        rows[metric] = [f"{np.nanmean(m.errors[metric]):.5f}" for m in made.values()]
+    modalities = [t.modality for t in named.values()]
+    rows["tokens a clip"] = [f"{m.num_tokens}" for m in modalities]
+    rows["bits a clip"] = [f"{m.num_tokens * math.log2(m.vocab_size):.0f}" for m in modalities]
+    rows["ids used"] = [f"{len(r.used)} of {m.vocab_size}" for r, m in zip(made.values(), modalities, strict=True)]
+    rows["parameters"] = [f"{sum(p.numel() for p in t.parameters()):,}" for t in named.values()]
+    rows["encode, clips/s"] = [f"{r.clips / r.encode_s:.1f}" for r in made.values()]
+    rows["decode, clips/s"] = [f"{r.clips / r.decode_s:.1f}" for r in made.values()]
+    width = max(20, *map(len, named))
+    table = [f"{'':16} " + " ".join(f"{name:>{width}}" for name in named)]
+    table += [f"{row:16} " + " ".join(f"{value:>{width}}" for value in values) for row, values in rows.items()]
+    return "\n".join([*table, f"{next(iter(made.values())).clips} clips, {next(iter(named.values())).device}"])
 
 
 def predict(model: EgoM2P, tokenizer: Tokenizer, condition: dict[str, np.ndarray], target: str, recipe: TargetArgs,

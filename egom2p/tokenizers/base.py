@@ -40,6 +40,7 @@ class Tokenizer(Exportable):
     kind: str
     modality: Modality
     signal: NetworkUnits
+    only_for_training: tuple[str, ...] = ()  # arguments that the tokens do not depend on
     encode_batch = 16  # clips at once, when many are encoded
     trusted = True  # whether programs (TorchScript) that came with it may be run; see `tokenizers.load_for`
 
@@ -105,7 +106,9 @@ class Tokenizer(Exportable):
 
     def fingerprint(self) -> str:
         """Hash of the configuration and the weights: equal fingerprints make equal tokens."""
-        digest = hashlib.sha256(json.dumps(self.to_config(), sort_keys=True).encode())
+        config = self.to_config()
+        config["args"] = {k: v for k, v in config["args"].items() if k not in self.only_for_training}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -7,6 +7,7 @@ Patches are projected linearly, mixed by causal convolutions on the latent grid,
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,13 +22,18 @@ from egom2p.tokenizers.quantize import FiniteScalar
 
 @dataclass(frozen=True)
 class VideoArgs:
-    """num_frames: frames of the raw clip; those short of 1 + k * patch[0] are filled by repeating the edges."""
+    """num_frames: frames of the raw clip; those short of 1 + k * patch[0] are filled by repeating the edges. loss: mean
+    absolute or squared error of pixels in [-1, 1]. edge_weight: of the same error of the differences between
+    neighbouring pixels, which keeps edges, those of objects in depth above all (the gradient term of Eigen and Fergus,
+    ICCV 2015)."""
 
     num_frames: int = 16
     patch: tuple[int, ...] = (4, 8, 8)
     dim: int = 128
     depth: int = 2
     levels: tuple[int, ...] = (8, 8, 8)
+    loss: Literal["l1", "l2"] = "l2"
+    edge_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.patch) != 3:
@@ -38,6 +44,7 @@ class VideoTokenizer(Tokenizer):
     """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) ids -> (B, 3, T, H, W)."""
 
     kind = "video"
+    only_for_training = ("loss", "edge_weight")
 
     def __init__(self, modality: Modality, args: VideoArgs) -> None:
         super().__init__(modality, args)
@@ -100,11 +107,16 @@ class VideoTokenizer(Tokenizer):
         return video[:, :, start : start + self.args.num_frames]
 
     def training_loss(self, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """MSE of pixels in [-1, 1]; figures: error, ids."""
+        """The error that `loss` and `edge_weight` say; figures: error (MSE of pixels), ids."""
         codes, ids, _ = self.quantizer(self.latents(self._pad(video)))
         out = self.decode_codes(codes, self._grid(video))
-        error = F.mse_loss(self._unpad_sides(out, video.shape[-2:]), video)
-        return error, {"error": error.detach(), "ids": ids}
+        off = self._unpad_sides(out, video.shape[-2:]) - video
+        distance = torch.abs if self.args.loss == "l1" else torch.square
+        loss = distance(off).mean()
+        if self.args.edge_weight:
+            edges = distance(off.diff(dim=-1)).mean() + distance(off.diff(dim=-2)).mean()
+            loss = loss + self.args.edge_weight * edges
+        return loss, {"error": off.detach().square().mean(), "ids": ids}
 
     def _time_padding(self, frames: int) -> tuple[int, int]:
         """Frames to add before and after, half each, so that 1 + k * patch[0] remain."""

@@ -176,3 +176,16 @@ def test_a_device_that_is_not_there_is_one_line(finished, tmp_path):
     done = run_cli("tokenizer", "encode", finished[0] / "tokenizers/cam", "--clips", finished[0] / "clips/test/*.tar",
                    "--out", tmp_path, "--device", "cuda:7", check=False)
     assert done.returncode == 2 and "--device cuda:7" in done.stderr
+
+
+def test_compare_puts_tokenizers_side_by_side(finished):
+    out = finished[0]
+    both = (out / "tokenizers/cam", out / "tokenizers/cam/checkpoints/latest")
+    table = run_cli("tokenizer", "compare", *both, "--clips", out / "clips/test/*.tar").stdout
+    rows = {line[:16].strip(): line[16:].split() for line in table.splitlines()}
+    assert rows[""] == ["cam", "latest"]
+    assert rows["ate_m"][0] == rows["ate_m"][1] and float(rows["ate_m"][0]) > 0
+    assert rows["bits a clip"] == ["237", "237"]  # 30 ids of 240: 30 log2(240) = 237.2
+    other = run_cli("tokenizer", "compare", out / "tokenizers/cam", out / "tokenizers/gaze", "--clips",
+                    out / "clips/test/*.tar", check=False)
+    assert other.returncode == 2 and "different signals" in other.stderr

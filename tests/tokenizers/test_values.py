@@ -178,3 +178,21 @@ def test_statistics_are_measured_where_the_configuration_says_auto(kind, rng):
     assert with_statistics(made, modality, []) == made
     with pytest.raises(ValueError, match="no clip carries a measurement"):
         with_statistics(args, modality, [])
+
+
+def test_losses_of_the_video_tokenizer_by_hand(monkeypatch):
+    """Of a reconstruction that is off by a known picture; the tokens' fingerprint does not depend on the loss."""
+    modality, prints = Modality("v", 64, (1, 2, 2), "rgb"), set()
+    off = torch.arange(2 * 3 * 1 * 4 * 4, dtype=torch.float32).reshape(2, 3, 1, 4, 4) ** 2 / 1000
+    rows, columns = off[..., 1:, :] - off[..., :-1, :], off[..., :, 1:] - off[..., :, :-1]
+    for loss, of in (("l1", torch.abs), ("l2", torch.square)):
+        torch.manual_seed(0)
+        made = VideoTokenizer(modality, VideoArgs(1, (1, 2, 2), 8, 1, (4, 4, 4), loss=loss, edge_weight=0.5))
+        video = torch.rand(2, 3, 1, 4, 4)
+        monkeypatch.setattr(made, "decode_codes", lambda *_, video=video: video + off)
+        value, figures = made.training_loss(video)
+        expected = of(off).mean() + 0.5 * (of(rows).mean() + of(columns).mean())
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert figures["error"].item() == pytest.approx(off.square().mean().item(), rel=1e-5)
+        prints.add(made.fingerprint())
+    assert len(prints) == 1
