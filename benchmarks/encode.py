@@ -3,8 +3,8 @@
     python -m benchmarks.encode [--count 400] [--rounds 3]
 
 Stages: reading and decoding clips (arrays and films), the networks alone (the world's tokenizers at 48 x 48, a
-TorchScript stand-in with the convolutions of a Cosmos encoder at 256 x 256), and the whole command's function with 0 and
-1 reading processes (torch's threads get the cores that are left). Medians over rounds; the peak memory is this process's.
+TorchScript stand-in with the convolutions of a Cosmos encoder at 256 x 256), and the whole command's function with 0
+and 1 reading processes (torch's threads get the cores that are left). Medians over rounds; memory: the peak here.
 """
 
 import argparse

@@ -1,25 +1,37 @@
-"""AdamW, its parameter groups and the learning-rate schedule."""
+"""AdamW or Muon, their parameter groups, and the learning-rate schedules."""
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
+
+from egom2p.model.blocks import DecoderBlock, EncoderBlock
 
 
 @dataclass(frozen=True)
 class OptimArgs:
-    """lr: peak learning rate; with lr_batch > 0 it is multiplied by batch_size / lr_batch (MAE's rule).
-    Linear warm-up for warmup_steps (or warmup_tokens), then cosine to final_lr_share of the peak."""
+    """name: adamw, or muon (Jordan et al. 2024; torch's) for the matrices of the blocks and AdamW for tables, heads and
+    vectors, both at the same lr (Muon's steps are scaled to AdamW's size). lr: peak learning rate; with lr_batch > 0 it
+    is multiplied by batch_size / lr_batch (MAE's rule). Linear warm-up for warmup_steps (or warmup_tokens), then the
+    schedule, down to final_lr_share of the peak: cosine; wsd: constant, and a straight line down over the last
+    decay_share of the steps; inverse_sqrt: with the root of the step after warm-up, and the same line at the end.
+    clip_norm: of the gradient, 0 = none."""
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4
     lr_batch: int = 0
     betas: tuple[float, ...] = (0.9, 0.95)
+    momentum: float = 0.95
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     warmup_steps: int = 0
     warmup_tokens: int = 0
+    schedule: Literal["cosine", "wsd", "inverse_sqrt"] = "cosine"
+    decay_share: float = 0.2
     final_lr_share: float = 0.0
 
     def __post_init__(self) -> None:
@@ -27,12 +39,50 @@ class OptimArgs:
             raise ValueError("betas must be two numbers and lr above 0")
         if self.warmup_steps and self.warmup_tokens:
             raise ValueError("give warmup_steps or warmup_tokens, not both")
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError("decay_share must lie in 0 .. 1")
 
 
-def make_optimizer(model: nn.Module, args: OptimArgs) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices and tables, not on vectors (norms, biases, modality embeddings)."""
+def make_optimizer(model: nn.Module, args: OptimArgs) -> "torch.optim.AdamW | MuonAndAdamW":
+    """Weight decay on matrices and tables, not on vectors (norms, biases, modality embeddings). Fused AdamW."""
     groups = param_groups_weight_decay(model, args.weight_decay)
+    if args.name == "muon":
+        return MuonAndAdamW(model, groups, args)
+    return _adamw(groups, args)
+
+
+def _adamw(groups: list[dict[str, Any]], args: OptimArgs) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=tuple(args.betas), fused=True)
+
+
+class MuonAndAdamW:
+    """Two optimisers that look like one: Muon for the 2-D weights inside blocks, AdamW for everything else.
+
+    As fused AdamW does by itself, a step with `found_inf` = 1 leaves everything as it is; for Muon the host has to look
+    at the flag.
+    """
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], args: OptimArgs) -> None:
+        inside = [p for m in model.modules() if isinstance(m, (EncoderBlock, DecoderBlock)) for p in m.parameters()]
+        chosen = {id(p) for p in inside if p.ndim == 2}
+        matrices = [{**g, "params": [p for p in g["params"] if id(p) in chosen]} for g in groups]
+        others = [{**g, "params": [p for p in g["params"] if id(p) not in chosen]} for g in groups]
+        self.muon = torch.optim.Muon([g for g in matrices if g["params"]] or [{"params": []}], lr=args.lr,
+                                     momentum=args.momentum, adjust_lr_fn="match_rms_adamw")
+        self.adamw = _adamw(others, args)
+        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        self.muon.state = self.adamw.state = self.state
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        self.found_inf: Tensor | None = None
+
+    def step(self) -> None:
+        if self.found_inf is None or not bool(self.found_inf):
+            self.muon.step()
+            self.adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
 
 
 @dataclass(frozen=True)
@@ -43,16 +93,25 @@ class Schedule:
     warmup: int
     total: int
     final_share: float
+    kind: str = "cosine"
+    decay_share: float = 0.2
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.total - self.warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.peak * (self.final_share + (1 - self.final_share) * cosine)
+        length = max(1, self.total - self.warmup)
+        progress = min(1.0, (step - self.warmup) / length)
+        if self.kind == "cosine":
+            return self._between(0.5 * (1 + math.cos(math.pi * progress)))
+        level = math.sqrt(max(1, self.warmup) / max(1, self.warmup, step)) if self.kind == "inverse_sqrt" else 1.0
+        tail = min(1.0, (1 - progress) / self.decay_share) if self.decay_share else 1.0
+        return self._between(level * tail)
+
+    def _between(self, share: float) -> float:
+        return self.peak * (self.final_share + (1 - self.final_share) * share)
 
 
 def make_schedule(args: OptimArgs, batch_size: int, total_steps: int, tokens_per_step: int) -> Schedule:
     peak = args.lr * batch_size / args.lr_batch if args.lr_batch else args.lr
     warmup = args.warmup_steps or round(args.warmup_tokens / tokens_per_step)
-    return Schedule(peak, warmup, total_steps, args.final_lr_share)
+    return Schedule(peak, warmup, total_steps, args.final_lr_share, args.schedule, args.decay_share)

@@ -1,0 +1,97 @@
+"""Muon and the other schedules: their arithmetic, and the promises that AdamW with cosine keeps."""
+
+import copy
+
+import pytest
+import torch
+
+from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.training.optim import MuonAndAdamW, OptimArgs, make_optimizer, make_schedule
+from tests.model.test_attention import MODALITIES
+from tests.training.test_reliability import _torchrun, forget_after, same_weights
+from tests.training.test_training import curve, train
+
+MUON = ("optim.name=muon", "optim.schedule=wsd")
+
+
+def test_wsd_by_hand():
+    """Warm-up over 4, constant at the peak, a straight line over the last fifth of the rest, down to a share."""
+    rate = make_schedule(OptimArgs(lr=1.0, warmup_steps=4, schedule="wsd", final_lr_share=0.1), 1, 24, 1)
+    assert [rate(i) for i in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert [rate(i) for i in range(4, 21)] == pytest.approx([1.0] * 17)
+    assert [rate(i) for i in (21, 22, 23, 24)] == pytest.approx([0.1 + 0.9 * share for share in (0.75, 0.5, 0.25, 0)])
+
+
+def test_inverse_square_root_by_hand():
+    rate = make_schedule(OptimArgs(lr=2.0, warmup_steps=4, schedule="inverse_sqrt", decay_share=0.5), 1, 104, 1)
+    assert [rate(i) for i in (4, 16, 36)] == pytest.approx([2.0, 1.0, 2 / 3])
+    assert rate(79) == pytest.approx(2 * (4 / 79) ** 0.5 * 0.5)  # half of the tail is left
+    assert rate(104) == 0
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return EgoM2P(MODALITIES, ModelArgs(24, 4, 1, 1, variant="swiglu"))
+
+
+def with_gradients(model, seed):
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+
+def test_matrices_of_the_blocks_go_to_muon_and_the_rest_to_adamw():
+    """Against torch's two optimisers, run by hand on the two halves."""
+    args = OptimArgs(name="muon", lr=0.01, weight_decay=0.2, betas=(0.8, 0.9), momentum=0.9)
+    ours, theirs = small_model(), small_model()
+    optimizer = make_optimizer(ours, args)
+    assert isinstance(optimizer, MuonAndAdamW)
+    named = dict(theirs.named_parameters())
+    matrices = [n for n, p in named.items() if p.ndim == 2 and n.startswith(("encoder.", "decoder."))]
+    assert {n.split(".")[0] for n in matrices} == {"encoder", "decoder"} and len(matrices) >= 10
+    by_hand = [torch.optim.Muon([named[n] for n in matrices], lr=0.01, weight_decay=0.2, momentum=0.9,
+                                adjust_lr_fn="match_rms_adamw"),
+               torch.optim.AdamW([{"params": [p for n, p in named.items() if n not in matrices and p.ndim > 1],
+                                   "weight_decay": 0.2},
+                                  {"params": [p for n, p in named.items() if p.ndim < 2], "weight_decay": 0.0}],
+                                 lr=0.01, betas=(0.8, 0.9))]
+    for step in range(3):
+        with_gradients(ours, step)
+        with_gradients(theirs, step)
+        optimizer.step()
+        for one in by_hand:
+            one.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_is_left_out_changes_nothing(name):
+    model = small_model()
+    optimizer = make_optimizer(model, OptimArgs(name=name, lr=0.01))
+    with_gradients(model, 0)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    weights = copy.deepcopy(model.state_dict())
+    state = {id(p): {k: v.clone() for k, v in optimizer.state[p].items()} for p in model.parameters()}
+    with_gradients(model, 1)
+    next(model.parameters()).grad.fill_(float("nan"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, state[id(p)][k]) for p in model.parameters() for k, v in optimizer.state[p].items())
+
+
+@pytest.mark.slow
+def test_muon_resumes_exactly_and_on_other_numbers_of_processes(debug_tokens, tmp_path):
+    """From step 10 on one process: the same bits; on two, replicated and sharded: the same losses."""
+    train(debug_tokens, tmp_path / "whole", *MUON, "checkpoint.keep_last=9")
+    train(debug_tokens, tmp_path / "run", *MUON, "checkpoint.keep_last=9")
+    forget_after(tmp_path / "run", 10)
+    train(debug_tokens, tmp_path / "run", *MUON, "checkpoint.keep_last=9")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    for parallel in ("ddp", "fsdp"):
+        _torchrun(debug_tokens, tmp_path / parallel, 2, *MUON, f"train.parallel={parallel}")
+        for ours, theirs in zip(curve(tmp_path / parallel), curve(tmp_path / "whole"), strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-3), (parallel, ours["step"])
