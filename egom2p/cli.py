@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_submit(commands)
     _add_generate(commands)
     _add_eval(commands)
+    _add_ablate(commands)
+    _add_compare(commands)
     _add_export(commands)
     _add_import(commands)
     _add_configs(commands)
@@ -517,6 +519,50 @@ def _eval(args) -> None:
                                  args.trust_torchscript)
         if world.is_main:
             print(f"{table(evaluation.summary)}\nresults: {out / 'results.json'}")
+
+
+def _add_ablate(commands) -> None:
+    parser = commands.add_parser("ablate", help="train every combination of a sweep, and compare")
+    parser.add_argument("sweep", type=Path, help="YAML: base, axes, seeds (cfgs/ablations/)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the sweep, for instance out=runs/a")
+    parser.add_argument("--submit", metavar="OPTIONS", help="send every run to SLURM with these options of `egom2p "
+                                                            "submit`, in one word: --submit='--nodes 1 --time 2:00:00'")
+    parser.add_argument("--dry-run", action="store_true", help="only list the runs")
+    parser.set_defaults(run=_ablate)
+
+
+def _ablate(args) -> None:
+    from egom2p.ablate import SweepConfig, ablate, combinations
+    from egom2p.config import load
+
+    sweep = load(SweepConfig, args.sweep, args.overrides)
+    if args.dry_run:
+        for run in combinations(sweep):
+            print(f"{run.folder}\t{shlex.join(run.overrides)}")
+        return
+
+    def send(words: list[str]) -> None:
+        given = _parser().parse_args(["submit", *words, *shlex.split(args.submit)])
+        given.run(given)
+
+    ablate(sweep, send if args.submit is not None else None)
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser("compare", help="runs and evaluations side by side, and which differences are real")
+    parser.add_argument("folders", nargs="+", type=Path, help="runs or folders of `egom2p eval`, the reference first")
+    parser.add_argument("--figures", default="", help="only these, comma-separated: eval/loss,rgb2cam/ate_m")
+    parser.add_argument("--out", type=Path, help="folder for compare.csv, compare.json and compare.png")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(args) -> None:
+    from egom2p.compare import compare, comparison_text, write_comparison
+
+    rows, groups = compare(args.folders, [f for f in args.figures.split(",") if f])
+    print(comparison_text(rows))
+    if args.out:
+        write_comparison(args.out, rows, groups)
 
 
 def _protocol(args):

@@ -1,0 +1,134 @@
+"""`egom2p ablate SWEEP.yaml`: a base configuration, axes of changes, seeds; every combination trained, then compared.
+
+Runs go one after the other, each `egom2p train` in a process of its own, below `out` in a folder that says its values.
+A run that is finished is not run again, one that was stopped goes on, one that fails is named and harms no other.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from egom2p.compare import Row, compare, comparison_text, write_comparison
+from egom2p.config import load, read_json
+from egom2p.errors import UserError
+from egom2p.training.pretraining import PretrainConfig
+
+log = logging.getLogger(__name__)
+
+FINISHED = "ablation.json"
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """base: a train YAML; out: folder of the runs; axes: {key: [values]} or {name: {label: [overrides]}}; overrides: of
+    every run; seeds: of every combination; figures: that are compared (all when empty); protocol, data: an evaluation
+    of every finished run (a YAML below cfgs/eval, and clips instead of its own)."""
+
+    base: str
+    out: str
+    axes: dict[str, Any]
+    overrides: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    figures: tuple[str, ...] = ()
+    protocol: str = ""
+    data: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("give at least one seed")
+        for name, axis in self.axes.items():
+            if not axis or not isinstance(axis, (list, dict)):
+                raise ValueError(f"axes.{name} must be a list of values, or labels with lists of overrides")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One run to make: its folder and the overrides of the base."""
+
+    folder: Path
+    overrides: list[str]
+
+
+def combinations(sweep: SweepConfig) -> list[Combination]:
+    """Every combination of the axes with every seed, in order."""
+    found = []
+    for parts in product(*(list(_choices(name, axis)) for name, axis in sweep.axes.items())):
+        for seed in sweep.seeds:
+            labels = [label for label, _ in parts] + ([f"seed={seed}"] if len(sweep.seeds) > 1 else [])
+            folder = Path(sweep.out) / (",".join(labels) or "base")
+            changes = [change for _, changes in parts for change in changes]
+            found.append(Combination(folder, [*sweep.overrides, *changes, f"train.seed={seed}", f"run.dir={folder}"]))
+    return found
+
+
+def _choices(name: str, axis: Any) -> Iterator[tuple[str, list[str]]]:
+    """(label, overrides) of each value of an axis."""
+    if isinstance(axis, dict):
+        for label, changes in axis.items():
+            yield f"{name}={label}", [str(c) for c in changes or []]
+    else:
+        for value in axis:
+            yield f"{name.rpartition('.')[2]}={value}", [f"{name}={json.dumps(value)}"]
+
+
+def ablate(sweep: SweepConfig, send: Callable[[list[str]], Any] | None = None) -> list[Row]:
+    """Train (or hand to `send`, as arguments of `egom2p submit`) what is not finished, evaluate, and compare what is.
+
+    Every configuration is checked before the first run starts. Raises UserError when nothing could be compared.
+    """
+    runs = combinations(sweep)
+    folders = [run.folder for run in runs]
+    if len(set(folders)) < len(folders):
+        raise UserError("two combinations have the same name; label them differently")
+    for run in runs:
+        load(PretrainConfig, sweep.base, run.overrides)
+        known = _finished(run.folder)
+        if known and known != run.overrides:
+            raise UserError(f"{run.folder} was run with {known}, now {run.overrides}; choose another out or remove it")
+    failed = []
+    for number, run in enumerate(runs, 1):
+        if _finished(run.folder):
+            continue
+        if send:
+            send([sweep.base, *run.overrides])
+            continue
+        print(f"--- run {number} of {len(runs)}: {run.folder.name}", flush=True)
+        if not _run(sweep, run):
+            failed.append(run.folder)
+    if send:
+        return []
+    done = [f for f in folders if f not in failed]
+    for folder in failed:
+        log.warning("%s failed; it is left out of the comparison, and tried again next time", folder)
+    if not done:
+        raise UserError("no run of the sweep succeeded; the output above says why")
+    rows, groups = compare(done, sweep.figures)
+    write_comparison(Path(sweep.out), rows, groups)
+    print(comparison_text(rows))
+    return rows
+
+
+def _run(sweep: SweepConfig, run: Combination) -> bool:
+    """Train and evaluate one combination. Whether that went well."""
+    commands = [["train", sweep.base, *run.overrides]]
+    if sweep.protocol:
+        data = ["--data", sweep.data] if sweep.data else []
+        out = ["--out", str(run.folder / "eval")]
+        commands.append(["eval", str(run.folder), "--protocol", sweep.protocol, *data, *out])
+    for command in commands:
+        if subprocess.run([sys.executable, "-m", "egom2p", *command]).returncode:
+            return False
+    (run.folder / FINISHED).write_text(json.dumps(run.overrides, indent=1))
+    return True
+
+
+def _finished(folder: Path) -> list[str]:
+    """The overrides a finished run was made with; [] when it is not finished."""
+    path = folder / FINISHED
+    return read_json(path) if path.exists() else []

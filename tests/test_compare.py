@@ -1,0 +1,146 @@
+"""Sweeps and comparisons: what is run, what is not run again, and which differences are called real."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from egom2p.ablate import SweepConfig, combinations
+from egom2p.compare import compare, comparison_text
+from tests.conftest import run_cli
+
+
+def write_eval(folder, values, metric="ate_m"):
+    """An evaluation of one task as `egom2p eval` leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+    rows = {"keys": [f"c{i:03d}" for i in range(len(values))], "rows": {"model": {metric: list(values)}}}
+    (folder / "clips.json").write_text(json.dumps({"rgb2cam": rows}))
+    return folder
+
+
+def test_paired_differences_are_found_where_means_alone_would_not_tell(tmp_path, rng):
+    """Clips differ by 1.0, models by 0.02 with the same sign on nearly every clip."""
+    hard = rng.normal(3, 1.0, 100)
+    first = write_eval(tmp_path / "first", hard)
+    better = write_eval(tmp_path / "better", hard - 0.02 + rng.normal(0, 0.01, 100))
+    same = write_eval(tmp_path / "same", hard + rng.normal(0, 0.05, 100))
+    rows, _ = compare([first, better, same])
+    by_group = {r.group: r for r in rows}
+    assert by_group["better"].verdict == "better" and by_group["same"].verdict == "same"
+    assert by_group["better"].difference == pytest.approx(-0.02, abs=0.005)
+    low, high = by_group["better"].low, by_group["better"].high
+    assert low < -0.02 < high and high - low == pytest.approx(2 * 1.96 * 0.01 / 10, rel=0.3)
+    assert by_group["first"].verdict == ""
+
+
+def test_higher_is_better_where_it_is(tmp_path, rng):
+    values = rng.normal(20, 1, 50)
+    folders = [write_eval(tmp_path / name, values + more, "psnr_db") for name, more in (("a", 0), ("b", 1))]
+    rows, _ = compare(folders)
+    assert rows[1].verdict == "better"
+
+
+def test_seeds_make_a_group_and_count_in_the_interval(tmp_path, rng):
+    """Two seeds that differ by more than the groups do: no difference is real."""
+    clips = rng.normal(3, 1.0, 200)
+    folders = [write_eval(tmp_path / f"{name},seed={seed}", clips + shift)
+               for name, shifts in (("lr=1", (0.0, 0.4)), ("lr=2", (0.1, 0.5))) for seed, shift in enumerate(shifts)]
+    rows, groups = compare(folders)
+    assert {k: len(v) for k, v in groups.items()} == {"lr=1": 2, "lr=2": 2}
+    assert rows[1].seeds == 2 and rows[1].spread == pytest.approx(0.4 / np.sqrt(2))
+    assert rows[1].difference == pytest.approx(0.1) and rows[1].verdict == "same"
+    assert "sd" in comparison_text(rows)
+
+
+def write_run(folder, losses):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("train: {batch_size: 8}\n")
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step, loss in enumerate(losses, 1):
+            file.write(json.dumps({"step": step, "loss": loss, "samples_per_s": 8.0}) + "\n")
+            file.write(json.dumps({"step": step, "eval/loss/cam": loss, "eval/loss/rgb": loss + 2}) + "\n")
+    return folder
+
+
+def test_runs_are_compared_over_seeds_and_one_seed_tells_nothing(tmp_path):
+    """Welch's interval by hand for two and two: t of 2 degrees of freedom is 4.303."""
+    folders = [write_run(tmp_path / f"{n},seed={s}", [9.0, v]) for n, vs in (("a", (1.0, 1.2)), ("b", (2.0, 2.2)))
+               for s, v in enumerate(vs)]
+    rows, groups = compare(folders, ["eval/loss"])
+    row = rows[1]
+    assert row.mean == pytest.approx(2.1 + 1) and row.difference == pytest.approx(1.0)
+    half = 4.303 * np.sqrt(2 * 0.02 / 2)
+    assert (row.low, row.high) == (pytest.approx(1 - half, rel=1e-3), pytest.approx(1 + half, rel=1e-3))
+    assert row.verdict == "worse"
+    np.testing.assert_allclose(groups["a"][0].curve, [[1, 1, 10], [2, 2, 2]])  # 8 samples a step, 8 samples a second
+    alone, _ = compare([folders[0], folders[2]], ["eval/loss"])
+    assert alone[1].verdict == "?" and "one seed" in comparison_text(alone)
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path):
+    done = run_cli("compare", tmp_path, check=False)
+    assert done.returncode == 2 and "neither a run" in done.stderr
+    run = write_run(tmp_path / "a", [1.0])
+    done = run_cli("compare", run, "--figures", "eval/loss/hands", check=False)
+    assert done.returncode == 2 and "no figure 'eval/loss/hands'; there are" in done.stderr
+
+
+def test_names_and_overrides_of_a_sweep():
+    sweep = SweepConfig("b.yaml", "runs/s", {"optim.lr": [1e-3, 2e-3], "masks": {"few": ["masking.input_tokens=8"],
+                                                                                "usual": []}}, ("x=1",), (0, 1))
+    runs = combinations(sweep)
+    assert [r.folder.name for r in runs[:3]] == ["lr=0.001,masks=few,seed=0", "lr=0.001,masks=few,seed=1",
+                                                 "lr=0.001,masks=usual,seed=0"]
+    assert len(runs) == 8
+    assert runs[1].overrides == ["x=1", "optim.lr=0.001", "masking.input_tokens=8", "train.seed=1",
+                                 "run.dir=runs/s/lr=0.001,masks=few,seed=1"]
+
+
+@pytest.fixture
+def sweep(debug_tokens, tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"""
+base: cfgs/train/debug.yaml
+out: {tmp_path}/runs
+overrides: [data.root={debug_tokens}, train.steps=4, optim.warmup_steps=0, eval.every=2, checkpoint.every=0]
+axes:
+  optim.lr: [1.0e-3, 1.0e+30]
+  limit: {{short: ["train.max_skipped=1", "optim.clip_norm=0"]}}
+figures: [eval/loss, loss]
+""")
+    return path
+
+
+def test_a_sweep_runs_what_is_missing_names_what_fails_and_compares(sweep, tmp_path, caplog):
+    listed = run_cli("ablate", sweep, "--dry-run").stdout.splitlines()
+    assert len(listed) == 2 and not (tmp_path / "runs").exists()
+    done = run_cli("ablate", sweep)
+    good, bad = tmp_path / "runs/lr=0.001,limit=short", tmp_path / "runs/lr=1e+30,limit=short"
+    assert "eval/loss" in done.stdout and f"{bad} failed" in caplog.text
+    stamp = (good / "metrics.jsonl").stat().st_mtime_ns
+    with (tmp_path / "runs/compare.csv").open() as file:
+        assert [r["group"] for r in csv.DictReader(file)] == [good.name] * 2
+    assert (tmp_path / "runs/compare.png").stat().st_size > 5000
+    again = run_cli("ablate", sweep)
+    assert "run 1 of 2" not in again.stdout and "run 2 of 2" in again.stdout  # only the one that failed
+    assert (good / "metrics.jsonl").stat().st_mtime_ns == stamp
+    other = run_cli("ablate", sweep, "overrides=[train.steps=5]", check=False)
+    assert other.returncode == 2 and "was run with" in other.stderr
+
+
+def test_a_sweep_goes_to_slurm_run_by_run(sweep, tmp_path):
+    done = run_cli("ablate", sweep, "--submit=--dry-run --gpus-per-node 0 --time 2:00:00")
+    assert done.stdout.count("sends it") == 2
+    frozen = tmp_path / "runs/lr=0.001,limit=short/frozen"
+    assert "#SBATCH --time=2:00:00" in (frozen / "train.sbatch").read_text()
+    assert "lr: 0.001" in (frozen / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("axes", ["{}", "{optim.lr: 3}", "{x: []}"])
+def test_a_sweep_without_values_is_refused(axes, tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(f"base: cfgs/train/debug.yaml\nout: {tmp_path}/runs\naxes: {axes}\n")
+    done = run_cli("ablate", path, "--dry-run", check=False)
+    assert done.returncode == (0 if axes == "{}" else 2)
