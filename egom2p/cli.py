@@ -518,7 +518,7 @@ def _eval(args) -> None:
         evaluation = evaluate_to(out, EgoM2P.from_pretrained(args.model, str(world.device)), protocol, world,
                                  args.trust_torchscript)
         if world.is_main:
-            print(f"{table(evaluation.summary)}\nresults: {out / 'results.json'}")
+            print(f"{table(evaluation.summary, protocol.published)}\nresults: {out / 'results.json'}")
 
 
 def _add_ablate(commands) -> None:

@@ -51,23 +51,25 @@ def rotation_angle_deg(rotation: np.ndarray) -> np.ndarray:
     return np.degrees(np.arctan2(np.linalg.norm(skew, axis=-1), trace - 1))
 
 
-def align(points: np.ndarray, reference: np.ndarray, with_scale: bool = False) -> np.ndarray:
+def align(points: np.ndarray, reference: np.ndarray, with_scale: bool = False, fitted_on: int = 0) -> np.ndarray:
     """Move (N, D) `points` onto `reference` by the least-squares rigid (or similarity) transform.
 
     Umeyama, "Least-squares estimation of transformation parameters between two point patterns", PAMI 1991.
-    Both sets are centred first. Returns the moved points; degenerate sets (all points equal) are only centred.
+    Both sets are centred first. fitted_on: only the first so many points decide the transform (0 = all). Returns the
+    moved points; degenerate sets (all points equal) are only centred.
     """
     points, reference = np.asarray(points, np.float64), np.asarray(reference, np.float64)
-    mean_p, mean_r = points.mean(0), reference.mean(0)
-    centred = points - mean_p
-    u, singular, vt = np.linalg.svd((reference - mean_r).T @ centred)
+    known, target = points[: fitted_on or None], reference[: fitted_on or None]
+    mean_p, mean_r = known.mean(0), target.mean(0)
+    centred = known - mean_p
+    u, singular, vt = np.linalg.svd((target - mean_r).T @ centred)
     sign = np.ones(points.shape[1])
     if np.linalg.det(u) * np.linalg.det(vt) < 0:
         sign[-1] = -1
     rotation = u @ np.diag(sign) @ vt
     spread = (centred**2).sum()
     scale = (singular * sign).sum() / spread if with_scale and spread > 0 else 1.0
-    return scale * centred @ rotation.T + mean_r
+    return scale * (points - mean_p) @ rotation.T + mean_r
 
 
 def chordal_mean(matrices: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from egom2p.ablate import SweepConfig, combinations
 from egom2p.config import dump, load, to_plain
 from egom2p.errors import UserError
 from egom2p.generation.schedule import RecipeConfig
@@ -20,6 +21,7 @@ TOKENIZERS = sorted((ROOT / "tokenizers").glob("*/config.yaml"))
 QUICKSTARTS = sorted((ROOT / "cfgs").glob("*.yaml"))
 PROTOCOLS = sorted((ROOT / "cfgs/eval").glob("*.yaml"))
 RECIPES = sorted((ROOT / "cfgs/generate").glob("*.yaml"))
+SWEEPS = sorted((ROOT / "cfgs/ablations").glob("*.yaml"))
 FRAGMENTS = sorted(p for kind in ("model", "data", "modalities") for p in (ROOT / "cfgs" / kind).glob("*.yaml"))
 
 
@@ -28,7 +30,7 @@ def name(path: Path) -> str:
 
 
 def test_no_yaml_is_left_out():
-    known = {*PROTOCOLS, *TRAIN, *TOKENIZERS, *QUICKSTARTS, *RECIPES, *FRAGMENTS}
+    known = {*PROTOCOLS, *TRAIN, *TOKENIZERS, *QUICKSTARTS, *RECIPES, *FRAGMENTS, *SWEEPS}
     assert {*(ROOT / "cfgs").rglob("*.yaml"), *(ROOT / "tokenizers").rglob("*.yaml")} == known
 
 
@@ -53,6 +55,13 @@ def test_quickstart_config_builds(path):
         for tokenizer in lane:
             load(TokenizerConfig, ROOT / tokenizer, config.tokenizer_overrides)
     load(PretrainConfig, ROOT / config.training, config.train_overrides)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=name)
+def test_sweep_builds(path):
+    sweep = load(SweepConfig, path)
+    for run in combinations(sweep):
+        load(PretrainConfig, ROOT / sweep.base, run.overrides)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)

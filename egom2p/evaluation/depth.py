@@ -48,11 +48,13 @@ def align_inverse_depth(predicted: np.ndarray, reference: np.ndarray) -> np.ndar
 
 
 def depth_errors(metres: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """abs_rel, rmse_m and delta_1.25^k (share of pixels whose ratio is below) over pixels with a reading."""
+    """abs_rel, rmse_m, delta_1.25^k (share of pixels whose ratio is below) and silog (scale-invariant error of the
+    natural logarithm, Eigen et al. equation 1 with lambda 1: the spread of the log ratio), over pixels with a
+    reading."""
     seen = reference > 0
     if not seen.any():
-        return dict.fromkeys(("abs_rel", "rmse_m", "delta1", "delta2", "delta3"), float("nan"))
+        return dict.fromkeys(("abs_rel", "rmse_m", "delta1", "delta2", "delta3", "silog"), float("nan"))
     p, r = metres[seen].astype(np.float64), reference[seen].astype(np.float64)
     ratio = np.maximum(p / r, r / p)
     return {"abs_rel": float((np.abs(p - r) / r).mean()), "rmse_m": float(np.sqrt(((p - r) ** 2).mean())),
-            **{f"delta{k}": float((ratio < 1.25**k).mean()) for k in (1, 2, 3)}}
+            **{f"delta{k}": float((ratio < 1.25**k).mean()) for k in (1, 2, 3)}, "silog": float(np.log(p / r).std())}

@@ -17,8 +17,8 @@ def gaze_distance(predicted: np.ndarray, reference: np.ndarray) -> float:
                                 axis=1).mean()) if valid.any() else float("nan")
 
 
-def gaze_angle_deg(predicted: np.ndarray, reference: np.ndarray, intrinsics: np.ndarray, side: int) -> float:
-    """Mean angle in degrees between predicted and true gaze rays over valid frames; intrinsics in pixels of a `side`
+def gaze_angles_deg(predicted: np.ndarray, reference: np.ndarray, intrinsics: np.ndarray, side: int) -> np.ndarray:
+    """Angles in degrees between predicted and true gaze rays, one a valid frame; intrinsics in pixels of a `side`
     square."""
     valid = reference[:, 2] > 0
     inverse = np.linalg.inv(intrinsics)
@@ -27,5 +27,17 @@ def gaze_angle_deg(predicted: np.ndarray, reference: np.ndarray, intrinsics: np.
         ray = np.c_[gaze[valid, :2] * side, np.ones(valid.sum())] @ inverse.T
         return ray / np.linalg.norm(ray, axis=1, keepdims=True)
 
-    cosine = np.clip((rays(predicted) * rays(reference)).sum(1), -1, 1)
-    return float(np.degrees(np.arccos(cosine)).mean()) if valid.any() else float("nan")
+    return np.degrees(np.arccos(np.clip((rays(predicted) * rays(reference)).sum(1), -1, 1)))
+
+
+def gaze_angle_deg(predicted: np.ndarray, reference: np.ndarray, intrinsics: np.ndarray, side: int) -> float:
+    """Mean of `gaze_angles_deg`; nan without a valid frame."""
+    angles = gaze_angles_deg(predicted, reference, intrinsics, side)
+    return float(angles.mean()) if len(angles) else float("nan")
+
+
+def gaze_hits(predicted: np.ndarray, reference: np.ndarray, intrinsics: np.ndarray, side: int,
+              degrees: float) -> float:
+    """Share of valid frames whose gaze is off by at most so many degrees; nan without a valid frame."""
+    angles = gaze_angles_deg(predicted, reference, intrinsics, side)
+    return float((angles <= degrees).mean()) if len(angles) else float("nan")

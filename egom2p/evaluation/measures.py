@@ -1,6 +1,7 @@
 """What to measure for each kind of signal, and the trivial predictions to measure against.
 
-Adding a metric means adding one entry here. `MeasureArgs` fixes what papers leave open: alignments and units.
+Adding a metric means adding one entry here. `MeasureArgs` fixes what papers leave open: alignments and units. A name
+with an `@` (ate_m@sim3, rte_m@1s, gaze_hit@5deg) is a variant: in results.json, and not in the short tables.
 """
 
 from collections.abc import Callable
@@ -11,22 +12,26 @@ from typing import Any, Literal
 import numpy as np
 
 from egom2p import geometry
-from egom2p.evaluation.camera import ate, rre, rte
+from egom2p.data.clips import RATES
+from egom2p.evaluation.camera import ate, degenerate, horizons, rre, rte
 from egom2p.evaluation.depth import DEPTH_ALIGNMENTS, align_depth, depth_errors
-from egom2p.evaluation.gaze import gaze_angle_deg, gaze_distance, gaze_mse
+from egom2p.evaluation.gaze import gaze_angle_deg, gaze_distance, gaze_hits, gaze_mse
 from egom2p.evaluation.video import psnr_db, ssim
 from egom2p.signals.kind import Statistics
 
 POSE_ALIGNMENTS = {"se3": "a centred rigid SE(3) fit", "sim3": "a Sim(3) fit", "none": "no fit"}
-HIGHER_IS_BETTER = {"psnr_db", "ssim", "delta1", "delta2", "delta3"}
+HIGHER_IS_BETTER = {"psnr_db", "ssim", "delta1", "delta2", "delta3", "gaze_hit"}
+VARIANT = "@"
+ALL_ALIGNMENTS = ("none", "se3", "sim3", "sim3_first_s")
+HIT_DEGREES = (2, 5, 10)
 
 
 @dataclass(frozen=True)
 class MeasureArgs:
-    """pose_alignment: before ATE: se3 (centred rigid), sim3 (with scale) or none. pose_delta: frames between the poses
-    of
-    RTE and RRE. depth_alignment: none (prediction is metric inverse depth), median (of depth) or scale_shift (least
-    squares in inverse depth); depth_per: what is aligned together, a clip or a frame."""
+    """pose_alignment: before ate_m: se3 (centred rigid), sim3 (with scale) or none; the others stand beside it.
+    pose_delta: frames between the poses of rte_m and rre_deg. depth_alignment: none (the prediction is metric inverse
+    depth), median (of depth) or scale_shift (least squares in inverse depth); depth_per: what is aligned together, a
+    clip or a frame."""
 
     pose_alignment: Literal["se3", "sim3", "none"] = "se3"
     pose_delta: int = 1
@@ -38,7 +43,8 @@ class MeasureArgs:
 class Measure:
     """metrics(prediction, truth, meta) -> {metric: value}, meta being the clip's; baselines(statistics, truth) ->
     {name: prediction}; over_time(prediction, truth) -> (T,) error of each frame, named by `curve`; alignment: what is
-    fitted before the errors are taken. `main` is the metric that ranks clips."""
+    fitted before the errors are taken; `main` is the metric that ranks clips; doubt(truth): why some of them mean
+    little on a clip, "" if they do not."""
 
     metrics: Callable[[np.ndarray, np.ndarray, dict[str, Any]], dict[str, float]]
     baselines: Callable[[Statistics, np.ndarray], dict[str, np.ndarray]]
@@ -46,19 +52,31 @@ class Measure:
     curve: str
     main: str
     alignment: str
+    doubt: Callable[[np.ndarray], str] = lambda truth: ""
 
 
 def pose_measure(args: MeasureArgs) -> Measure:
     text = f"ATE after {POSE_ALIGNMENTS[args.pose_alignment]}; RTE and RRE at delta {args.pose_delta}"
     return Measure(partial(_pose_metrics, args=args), _pose_baselines, partial(_pose_over_time, args=args),
                    "position error, m",
-                   "ate_m", text)
+                   "ate_m", text, degenerate)
 
 
 def _pose_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any],
                   args: MeasureArgs) -> dict[str, float]:
-    return {"ate_m": ate(predicted, truth, args.pose_alignment), "rte_m": rte(predicted, truth, args.pose_delta),
-            "rre_deg": rre(predicted, truth, args.pose_delta)}
+    """The published three, ATE after every alignment, relative errors at every horizon. Fits with scale are nan where
+    the true motion is degenerate. Both trajectories start at their own first pose, which matters without a fit."""
+    predicted, truth = (geometry.relative_to_first(poses.astype(np.float64)) for poses in (predicted, truth))
+    rate = meta.get("rates", {}).get("cam", RATES["cam"])
+    found = {"ate_m": ate(predicted, truth, args.pose_alignment), "rte_m": rte(predicted, truth, args.pose_delta),
+             "rre_deg": rre(predicted, truth, args.pose_delta)}
+    scaleless = degenerate(truth)
+    for alignment in ALL_ALIGNMENTS:
+        meaningless = scaleless and alignment.startswith("sim3")
+        found[f"ate_m@{alignment}"] = float("nan") if meaningless else ate(predicted, truth, alignment, rate)
+    for name, delta in horizons(len(truth), rate).items():
+        found[f"rte_m@{name}"], found[f"rre_deg@{name}"] = rte(predicted, truth, delta), rre(predicted, truth, delta)
+    return found
 
 
 def _pose_over_time(predicted: np.ndarray, truth: np.ndarray, args: MeasureArgs) -> np.ndarray:
@@ -91,6 +109,7 @@ def _gaze_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any]
         if "intrinsics" in meta:
             matrix = np.array(meta["intrinsics"], np.float64)
             found["gaze_deg"] = gaze_angle_deg(predicted, truth, matrix, meta["side"])
+            found |= {f"gaze_hit@{d}deg": gaze_hits(predicted, truth, matrix, meta["side"], d) for d in HIT_DEGREES}
     return found
 
 
@@ -177,4 +196,4 @@ MEASURES: dict[str, Callable[[MeasureArgs], Measure]] = {
 
 def is_better(metric: str, a: float, b: float) -> bool:
     """Whether value `a` of the metric is better than `b`."""
-    return a > b if metric in HIGHER_IS_BETTER else a < b
+    return a > b if metric.partition(VARIANT)[0] in HIGHER_IS_BETTER else a < b

@@ -1,6 +1,7 @@
 """What an evaluation leaves: rows of single clips, their summary with intervals, tables and files."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from egom2p.config import read_json
 from egom2p.data.clips import Clip
 from egom2p.errors import UserError
-from egom2p.evaluation.measures import is_better
+from egom2p.evaluation.measures import VARIANT, is_better
 
 BOOTSTRAP = 2000
 RESULTS = "results.json"
@@ -19,11 +20,14 @@ RESULTS = "results.json"
 @dataclass
 class TaskRows:
     """Per-clip figures of one task: rows[source][metric] is a list over clips; source is `model`, `shuffled`,
-    `ceiling` or `baseline: NAME`. curves[source] (clips, T): error of each frame."""
+    `ceiling` or `baseline: NAME`. curves[source] (clips, T): error of each frame. doubts: of each clip, why some
+    figures mean little on it. asked: clips that were chosen, of which `keys` could be predicted and measured."""
 
     keys: list[str] = field(default_factory=list)
     rows: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+    asked: int = 0
 
     def add(self, source: str, metrics: dict[str, float]) -> None:
         for metric, value in metrics.items():
@@ -45,19 +49,27 @@ def summarise(rows: TaskRows) -> dict[str, dict]:
     """Means over clips, the strongest baseline of each metric, and 95 % paired bootstrap intervals of the gains."""
     summary = {}
     for metric, values in rows.rows["model"].items():
-        baselines = {s.removeprefix("baseline: "): np.nanmean(m[metric]) for s, m in rows.rows.items()
+        higher = is_better(metric, 1, 0)
+        baselines = {s.removeprefix("baseline: "): _mean(m[metric]) for s, m in rows.rows.items()
                      if s.startswith("baseline")}
-        best = min(baselines, key=lambda n: -baselines[n] if is_better(metric, 1, 0) else baselines[n])
+        known = {n: v for n, v in baselines.items() if np.isfinite(v)} or baselines
+        best = min(known, key=lambda n: -baselines[n] if higher else baselines[n])
         mine, shuffled = np.array(values), np.array(rows.rows["shuffled"][metric])
         trivial = np.array(rows.rows[f"baseline: {best}"][metric])
-        summary[metric] = {"value": float(np.nanmean(mine)), "baseline": float(baselines[best]),
-                           "shuffled": float(np.nanmean(shuffled)),
-                           "ceiling": float(np.nanmean(rows.rows["ceiling"][metric])), "baseline_name": best,
-                           "clips": len(mine), "better": "higher" if is_better(metric, 1, 0) else "lower",
-                           "baselines": {k: float(v) for k, v in baselines.items()},
+        summary[metric] = {"value": _mean(mine), "baseline": baselines[best], "shuffled": _mean(shuffled),
+                           "ceiling": _mean(rows.rows["ceiling"][metric]), "baseline_name": best,
+                           "clips": len(mine), "coverage": len(mine) / max(rows.asked, len(mine)),
+                           "doubtful": dict(Counter(filter(None, rows.doubts))),
+                           "better": "higher" if higher else "lower", "baselines": baselines,
                            "ci95": bootstrap(mine), "shuffled_minus_value_ci95": bootstrap(shuffled - mine),
                            "baseline_minus_value_ci95": bootstrap(trivial - mine)}
     return summary
+
+
+def _mean(values: Any) -> float:
+    """Over the clips where there is a number; nan when there is none."""
+    values = np.asarray(values, np.float64)
+    return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
 
 
 def bootstrap(values: np.ndarray, resamples: int = BOOTSTRAP) -> list[float]:
@@ -75,7 +87,7 @@ def write_results(out: Path, evaluation: Evaluation, extra: dict | None = None) 
     out.mkdir(parents=True, exist_ok=True)
     told = {**evaluation.summary, "about": evaluation.about, **(extra or {})}
     (out / RESULTS).write_text(json.dumps(told, indent=1))
-    rows = {name: {"keys": r.keys, "rows": r.rows} for name, r in evaluation.rows.items()}
+    rows = {name: {"keys": r.keys, "rows": r.rows, "doubts": r.doubts} for name, r in evaluation.rows.items()}
     (out / "clips.json").write_text(json.dumps(rows))
 
 
@@ -88,12 +100,26 @@ def check_same_model(out: Path, about: dict[str, Any]) -> None:
                         f"another --out or remove it")
 
 
-def table(summary: dict[str, dict[str, dict]]) -> str:
-    """The summary as text: one line a task and metric."""
+def table(summary: dict[str, dict[str, dict]], published: dict[str, dict[str, float]] | None = None) -> str:
+    """The summary as text: one line a task and metric, variants left out; beside it what was published, if anything."""
     lines = [f"{'task':12} {'metric':9} {'model':>9} {'baseline':>9} {'shuffled':>9} {'ceiling':>9}  clips  strongest "
              f"baseline"]
+    variants = 0
     for task, metrics in summary.items():
         for metric, f in metrics.items():
+            if VARIANT in metric:
+                variants += 1
+                continue
             figures = " ".join(f"{f[k]:9.4f}" for k in ("value", "baseline", "shuffled", "ceiling"))
-            lines.append(f"{task:12} {metric:9} {figures}  {f['clips']:5}  {f['baseline_name']}")
+            theirs = (published or {}).get(task, {}).get(metric)
+            told = f"  (published: {theirs:g})" if theirs is not None else ""
+            lines.append(f"{task:12} {metric:9} {figures}  {f['clips']:5}  {f['baseline_name']}{told}")
+        first = next(iter(metrics.values()))
+        if first.get("coverage", 1) < 1:
+            lines.append(f"{task:12} answers for {first['coverage']:.1%} of the clips that were chosen")
+        if first.get("doubtful"):
+            kinds = ", ".join(f"{n} {kind}" for kind, n in first["doubtful"].items())
+            lines.append(f"{task:12} {kinds} clips: fits with scale mean nothing there and leave them out")
+    if variants:
+        lines.append(f"and {variants} variants (other alignments, horizons, thresholds) in {RESULTS}")
     return "\n".join(lines)

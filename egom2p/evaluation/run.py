@@ -39,12 +39,14 @@ from egom2p.visualize import plots
 log = logging.getLogger(__name__)
 
 BATCH = 16
+ROWS_VERSION = 2  # of what a row holds: older ones are measured anew
 
 
 @dataclass(frozen=True)
 class ProtocolConfig:
     """A YAML below cfgs/eval/: everything that makes two evaluations comparable. data: pattern of clip tars; limit: at
-    most so many clips, spread evenly over the data (0 = all); recipes {target modality: TargetArgs}."""
+    most so many clips, spread evenly over the data (0 = all); recipes {target modality: TargetArgs}; published {task:
+    {metric: value}}: which columns are the published ones, and what was published."""
 
     tasks: tuple[str, ...]
     data: str
@@ -52,6 +54,7 @@ class ProtocolConfig:
     seed: int = 0
     recipes: dict[str, TargetArgs] = field(default_factory=dict)
     measures: MeasureArgs = MeasureArgs()
+    published: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ class _Runner:
         asked = {t.target: to_plain(self.recipes[t.target]) for t in self.tasks}
         weights, stamps = model.fingerprint(), self.clips.stamps()
         prints = {name: t.fingerprint() for name, t in self.loaded.items()}
-        self.identity = _digest([task_names, asked, seed, to_plain(measures), chosen, stamps, weights, prints, BATCH])
+        self.identity = _digest([task_names, asked, seed, to_plain(measures), chosen, stamps, weights, prints, BATCH,
+                                 ROWS_VERSION])
         self.about = {"model": str(_home(model)), "step": _step(model), "weights": weights,
                       "commit": resources.commit(), "torch": torch.__version__, "data": data, "clips": len(chosen),
                       "data_fingerprint": _digest([chosen, stamps]), "tokenizers": prints, "recipes": asked,
@@ -202,7 +206,8 @@ class _Runner:
             figures = {s: measure.metrics(g, truth, clip.meta) for s, g in guesses.items() if g is not None}
             figures.setdefault("shuffled", dict.fromkeys(figures["model"], float("nan")))
             curve = {"model": [round(float(x), 6) for x in measure.over_time(mine, truth)]}
-            rows.append({"task": task.name, "key": clip.key, "rows": figures, "curves": curve})
+            rows.append({"task": task.name, "key": clip.key, "rows": figures, "curves": curve,
+                         "doubt": measure.doubt(truth)})
             if len(self.pictures[task.name]) < self.shown:
                 self.pictures[task.name].append((clip, {task.target: mine, "ceiling": ceiling}))
         return rows
@@ -225,11 +230,12 @@ class _Runner:
                        self.recipes[task.target], self.seed, keys)
 
     def _gather(self, task: Task) -> TaskRows:
-        rows = TaskRows()
+        rows = TaskRows(asked=len(self.chosen))
         for number in self.chosen:
             row = self.done.get((task.name, self.clips.keys[number]), {})
             if "rows" in row:
                 rows.keys.append(row["key"])
+                rows.doubts.append(row["doubt"])
                 for source, metrics in row["rows"].items():
                     rows.add(source, metrics)
                 for source, curve in row["curves"].items():

@@ -20,6 +20,7 @@ from egom2p.data.masking import MaskArgs
 from egom2p.data.tokens import TokenDataset
 from egom2p.distributed import World, sum_over_ranks
 from egom2p.errors import UserError
+from egom2p.evaluation.measures import VARIANT
 from egom2p.evaluation.run import evaluate
 from egom2p.generation.schedule import TargetArgs
 from egom2p.modalities import ModalityArgs, ModalitySet
@@ -182,7 +183,8 @@ class PretrainTask:
                 log.warning("eval.tasks: %s left out, eval.max_s=%g s are used up", task, args.max_s)
                 continue
             done = evaluate(self.model, [task], args.clips, args.recipes, args.task_clips, shown=1)
-            figures |= {f"eval/{task}/{metric}": f["value"] for metric, f in done.summary[task].items()}
+            figures |= {f"eval/{task}/{metric}": f["value"] for metric, f in done.summary[task].items()
+                        if VARIANT not in metric}
             if self.world.is_main:
                 clip, predicted = done.shown[task][0]
                 frames = clip.signals.get("rgb", np.full((16, 48, 48, 3), 40, np.uint8))

@@ -125,6 +125,8 @@ def _result_table(summary: dict) -> str:
     rows = []
     for task, metrics in summary.items():
         for metric, f in metrics.items():
+            if "@" in metric:  # variants stay in results.json
+                continue
             tone = "good" if _gain(f) > 0 else "bad"
             low, high = f["ci95"]
             cells = [_number(f["value"]), f"[{_number(low)}, {_number(high)}]", _number(f["baseline"])]

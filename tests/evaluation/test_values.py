@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from egom2p.evaluation.camera import ate, rre, rte
+from egom2p.evaluation.camera import ate, degenerate, horizons, rre, rte
 from egom2p.evaluation.depth import align_depth, depth_errors
-from egom2p.evaluation.measures import HIGHER_IS_BETTER, MEASURES, MeasureArgs, is_better
-from egom2p.evaluation.results import TaskRows, bootstrap, summarise
+from egom2p.evaluation.gaze import gaze_hits
+from egom2p.evaluation.measures import HIGHER_IS_BETTER, MEASURES, MeasureArgs, is_better, pose_measure
+from egom2p.evaluation.results import TaskRows, bootstrap, summarise, table
 
 
 def rows_of(metric: str, **sources: list[float]) -> TaskRows:
@@ -104,3 +105,85 @@ def test_pose_measure_passes_its_alignment_and_delta_on():
     figures = measure.metrics(guess, truth, {})
     assert figures["ate_m"] == ate(guess, truth, "none") and figures["rte_m"] == rte(guess, truth, 3)
     assert figures["rre_deg"] == rre(guess, truth, 3)
+
+
+def turning_walk(frames=60, rate=30.0):
+    """A walk at 1 m/s along a quarter circle, the camera looking ahead."""
+    poses = np.tile(np.eye(4), (frames, 1, 1))
+    angle = np.linspace(0, np.pi / 2, frames)
+    radius = (frames - 1) / rate / (np.pi / 2)
+    poses[:, 0, 3], poses[:, 2, 3] = radius * (1 - np.cos(angle)), radius * np.sin(angle)
+    poses[:, :3, :3] = Rotation.from_euler("y", angle[:, None]).as_matrix()
+    return poses
+
+
+def test_every_alignment_of_known_transformations():
+    """A trajectory of another scale, moved and turned: what each fit can undo, by hand."""
+    truth = turning_walk()
+    move = np.eye(4)
+    move[:3, :3], move[:3, 3] = Rotation.from_euler("xyz", [0.3, -0.7, 0.2]).as_matrix(), [3, -2, 5]
+    scaled = truth.copy()
+    scaled[:, :3, 3] *= 1.5
+    moved = move @ scaled
+    places = truth[:, :3, 3]
+    spread = np.sqrt(((places - places.mean(0)) ** 2).sum(1).mean())
+    assert ate(moved, truth, "sim3") == pytest.approx(0, abs=1e-9)
+    assert ate(moved, truth, "sim3_first_s") == pytest.approx(0, abs=1e-6)
+    assert ate(moved, truth, "se3") == pytest.approx(0.5 * spread)
+    unfitted = pose_measure(MeasureArgs()).metrics(moved, truth, {})["ate_m@none"]  # both from their own first pose
+    assert unfitted == pytest.approx(0.5 * np.sqrt(((places - places[0]) ** 2).sum(1).mean()))
+    late = scaled.copy()  # the scale is right in the first second and drifts afterwards
+    late[:30, :3, 3] = truth[:30, :3, 3]
+    late[30:, :3, 3] = truth[30:, :3, 3] + 0.5 * (truth[30:, :3, 3] - truth[29, :3, 3])
+    off = 0.5 * (truth[30:, :3, 3] - truth[29, :3, 3])
+    assert ate(late, truth, "sim3_first_s") == pytest.approx(np.sqrt((off**2).sum() / 60), rel=1e-6)
+    assert ate(late, truth, "sim3") < ate(late, truth, "sim3_first_s")
+
+
+def test_relative_errors_at_horizons_by_hand():
+    """A constant drift of 1 mm and 0.1 degrees a frame along and about the viewing axis adds up over the horizon."""
+    truth = np.tile(np.eye(4), (60, 1, 1))
+    made = truth.copy()
+    made[:, 2, 3] = 0.001 * np.arange(60)
+    made[:, :3, :3] = Rotation.from_euler("z", np.radians(0.1) * np.arange(60)[:, None]).as_matrix()
+    found = pose_measure(MeasureArgs()).metrics(made, truth, {})
+    for name, delta in (("0.5s", 15), ("1s", 30), ("2s", 59)):
+        assert found[f"rte_m@{name}"] == pytest.approx(0.001 * delta)
+        assert found[f"rre_deg@{name}"] == pytest.approx(0.1 * delta, rel=1e-6)
+    assert "rte_m@5s" not in found
+    long = horizons(301, 30.0)
+    assert long["5s"] == 150 and long["10s"] == 300
+
+
+def test_motion_by_which_a_scale_means_nothing_is_marked():
+    still, line, walk = np.tile(np.eye(4), (60, 1, 1)), np.tile(np.eye(4), (60, 1, 1)), turning_walk()
+    still[:, 0, 3] = 0.02 * np.sin(np.arange(60))
+    line[:, 2, 3] = np.arange(60) / 30
+    assert [degenerate(t) for t in (still, line, walk)] == ["static", "straight", ""]
+    found = pose_measure(MeasureArgs()).metrics(walk, line, {})
+    assert np.isnan(found["ate_m@sim3"]) and np.isfinite(found["ate_m@se3"]) and np.isfinite(found["ate_m"])
+
+
+def test_gaze_hits_and_silog_by_hand():
+    matrix, side = np.array([[100.0, 0, 50], [0, 100, 50], [0, 0, 1]]), 100
+    truth = np.tile([0.5, 0.5, 1.0], (4, 1))
+    truth[3, 2] = 0
+    made = truth.copy()
+    made[:, 0] += np.tan(np.radians([1.0, 4.0, 12.0, 90 - 1e-3]))  # 100 pixels of focal length, 100 of side
+    assert [gaze_hits(made, truth, matrix, side, d) for d in (2, 5, 10, 15)] == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
+    depth, ratio = np.array([[[1.0, 2.0], [4.0, 0.0]]]), np.array([[[1.1, 1.1], [1.1, 5.0]]])
+    assert depth_errors(depth * ratio, depth)["silog"] == pytest.approx(0, abs=1e-12)  # a scale costs nothing
+    off = depth_errors(depth * [[[np.e, 1.0], [1.0, 1.0]]], depth)["silog"]
+    assert off == pytest.approx(np.std([1, 0, 0]))
+
+
+def test_the_table_says_what_is_covered_doubted_and_published():
+    rows = TaskRows(keys=["a", "b"], doubts=["static", ""], asked=4)
+    for source in ("model", "shuffled", "ceiling", "baseline: x"):
+        for value in (1.0, 2.0):
+            rows.add(source, {"ate_m": value, "ate_m@sim3": float("nan")})
+    summary = {"rgb2cam": summarise(rows)}
+    assert summary["rgb2cam"]["ate_m"]["coverage"] == 0.5
+    text = table(summary, {"rgb2cam": {"ate_m": 0.032}})
+    assert "answers for 50.0%" in text and "1 static clips" in text and "(published: 0.032)" in text
+    assert "@sim3" not in text and "and 1 variants" in text
