@@ -64,16 +64,16 @@ def pose_measure(args: MeasureArgs) -> Measure:
 
 def _pose_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any],
                   args: MeasureArgs) -> dict[str, float]:
-    """The published three, ATE after every alignment, relative errors at every horizon. Fits with scale are nan where
-    the true motion is degenerate. Both trajectories start at their own first pose, which matters without a fit."""
-    predicted, truth = (geometry.relative_to_first(poses.astype(np.float64)) for poses in (predicted, truth))
+    """The published three, ATE after every alignment (without a fit: both from their own first pose), relative errors
+    at every horizon. Fits with scale are nan where the true motion is degenerate."""
     rate = meta.get("rates", {}).get("cam", RATES["cam"])
     found = {"ate_m": ate(predicted, truth, args.pose_alignment), "rte_m": rte(predicted, truth, args.pose_delta),
              "rre_deg": rre(predicted, truth, args.pose_delta)}
     scaleless = degenerate(truth)
+    ours, theirs = (geometry.relative_to_first(poses.astype(np.float64)) for poses in (predicted, truth))
     for alignment in ALL_ALIGNMENTS:
         meaningless = scaleless and alignment.startswith("sim3")
-        found[f"ate_m@{alignment}"] = float("nan") if meaningless else ate(predicted, truth, alignment, rate)
+        found[f"ate_m@{alignment}"] = float("nan") if meaningless else ate(ours, theirs, alignment, rate)
     for name, delta in horizons(len(truth), rate).items():
         found[f"rte_m@{name}"], found[f"rre_deg@{name}"] = rte(predicted, truth, delta), rre(predicted, truth, delta)
     return found
