@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_ablate(commands)
     _add_compare(commands)
+    _add_features(commands)
+    _add_probe(commands)
     _add_export(commands)
     _add_import(commands)
     _add_configs(commands)
@@ -324,7 +326,7 @@ def _submit(args) -> None:
 
 
 # Commands besides train whose processes share the work.
-SHARED_COMMANDS = (("tokenizer", "encode"), ("tokenizer", "train"), ("eval",))
+SHARED_COMMANDS = (("tokenizer", "encode"), ("tokenizer", "train"), ("eval",), ("features",))
 
 
 def _output_of(words: Sequence[str]) -> Path:
@@ -563,6 +565,49 @@ def _compare(args) -> None:
     print(comparison_text(rows))
     if args.out:
         write_comparison(args.out, rows, groups)
+
+
+def _add_features(commands) -> None:
+    parser = commands.add_parser("features", help="the encoder's features of clips, for other work")
+    parser.add_argument("model", help="run, export folder or Hub name")
+    parser.add_argument("--clips", required=True, help="pattern of clip tars")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the features; a second run goes on")
+    parser.add_argument("--inputs", default="rgb", help="modalities that are shown, comma-separated")
+    parser.add_argument("--layer", type=int, default=-1, help="encoder blocks to run (default: all, and the last norm)")
+    parser.add_argument("--pool", default="mean", choices=("mean", "none"), help="over the tokens of a clip")
+    parser.add_argument("--label", default="", help="entry of the clips' json that goes into OUT/labels.csv")
+    _add_device(parser)
+    parser.set_defaults(run=_features)
+
+
+def _features(args) -> None:
+    from egom2p.distributed import environment_world
+    from egom2p.features import FeatureArgs, write_features
+    from egom2p.model.egom2p import EgoM2P
+
+    world = environment_world(args.device)
+    asked = FeatureArgs(tuple(args.inputs.split(",")), args.layer, args.pool, args.label)
+    count = write_features(EgoM2P.from_pretrained(args.model, str(world.device)), args.clips, args.out, asked, world)
+    if world.is_main:
+        print(f"features of {count} clips in {args.out}")
+
+
+def _add_probe(commands) -> None:
+    parser = commands.add_parser("probe", help="how much of a label is in features")
+    parser.add_argument("features", type=Path, help="folder that `egom2p features` wrote")
+    parser.add_argument("--labels", type=Path, required=True, help="CSV with the columns key and label")
+    parser.add_argument("--kind", default="linear", choices=("linear", "attentive"))
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_probe)
+
+
+def _probe(args) -> None:
+    from egom2p.probe import probe
+
+    if args.folds < 2:
+        raise UserError("--folds must be at least 2")
+    print(probe(args.features, args.labels, args.kind, args.folds, args.seed))
 
 
 def _protocol(args):

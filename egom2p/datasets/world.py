@@ -91,6 +91,13 @@ class Walk:
         return world_from_camera
 
 
+def activity(walk: Walk) -> str:
+    """What the wearer does, in a word: standing, turning (faster than 30 degrees a second) or walking."""
+    if abs(walk.path_turn + walk.head_turn) > np.radians(30):
+        return "turning"
+    return "walking" if walk.speed > 0 else "standing"
+
+
 def intrinsics(size: int) -> np.ndarray:
     """(3, 3) pinhole matrix of a size x size image, pixels; pixel centres are at half-integers."""
     return np.array([[size / 2, 0, size / 2], [0, size / 2, size / 2], [0, 0, 1.0]])
@@ -109,7 +116,7 @@ def make_clip(seed: int, number: int, size: int = 64, dataset: str = "world", wi
     absent = set(without) | {name for name, share in SHARE_WITHOUT.items() if rng.random() < share}
     meta = {"source": f"world-{seed}", "start": number * CLIP_SECONDS, "rates": RATES,
             "intrinsics": intrinsics(size).tolist(), "side": size, "balls": scene.balls.tolist(),
-            "fixated": fixated.tolist()}
+            "fixated": fixated.tolist(), "activity": activity(walk)}
     return Clip(f"{seed:03d}-{number:06d}", dataset, {k: v for k, v in signals.items() if k not in absent}, meta)
 
 

@@ -174,15 +174,16 @@ class EgoM2P(Exportable):
         hidden_D = self._decode(batch, self.mask_token + self._place(batch.targets), context_ED, context_lengths)
         return permute_rows(hidden_D, batch.targets.by_modality, batch.targets.to_pack)
 
-    def encode_packed(self, batch: PackedBatch, place_E: Tensor | None = None) -> Tensor:
-        """Encoder features (E, dim) of the visible tokens, in pack order."""
+    def encode_packed(self, batch: PackedBatch, place_E: Tensor | None = None, layers: int | None = None) -> Tensor:
+        """Encoder features (E, dim) of the visible tokens, in pack order. layers: only the first so many blocks, and
+        then no norm, as that is the last block's."""
         place_E = self._place(batch.inputs) if place_E is None else place_E
         x_ED = self._embed_tokens(batch.inputs) + place_E
         lengths = batch.inputs.lengths.sum(1)
         segments = Segments(lengths, lengths, x_ED.device)
-        for block in self.encoder:
+        for block in self.encoder[:layers]:
             x_ED = self._run(block, x_ED, segments)
-        return self.encoder_norm(x_ED)
+        return self.encoder_norm(x_ED) if layers is None else x_ED
 
     def loss(self, hidden_D: Tensor, batch: PackedBatch, scale_D: Tensor) -> tuple[Tensor, Tensor]:
         """sum of scale * CE over the targets, and each target's CE (D,), both sorted by modality.
@@ -230,8 +231,8 @@ class EgoM2P(Exportable):
         return out
 
     @torch.no_grad()
-    def encode(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Encoder features of whole grids, for downstream tasks.
+    def encode(self, tokens: dict[str, Tensor], layers: int | None = None) -> dict[str, Tensor]:
+        """Encoder features of whole grids, for downstream tasks; layers: after the first so many blocks.
 
         tokens {modality: (B, *grid) ids}, negative ids (65535 in uint16, as shards store it) are unknown and left out
         -> {modality: (B, n, dim)}, zeros at unknown positions. Raises UserError for a name the model does not have.
@@ -244,7 +245,8 @@ class EgoM2P(Exportable):
                   for name, ids in tokens.items()}
         shown = {n: torch.as_tensor(t).flatten(1).cpu() >= 0 for n, t in tokens.items()}
         batch = pack(samples_from_grids(self.modalities, tokens, shown, {}), len(self.modalities)).to(self.device)
-        features = permute_rows(self.encode_packed(batch), batch.inputs.by_modality, batch.inputs.to_pack)
+        packed = self.encode_packed(batch, layers=layers)
+        features = permute_rows(packed, batch.inputs.by_modality, batch.inputs.to_pack)
         out = {}
         for modality, rows in zip(self.modalities, features.split(batch.inputs.modality_counts), strict=True):
             if modality.name in tokens:

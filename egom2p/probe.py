@@ -1,0 +1,156 @@
+"""`egom2p probe`: how much of a label is in features, by a linear or an attentive probe and cross-validation.
+
+Labels come from a CSV of `key,label`. Words are classes (balanced cross-entropy; figure: balanced accuracy, the mean of
+the classes' recalls), numbers are regressed (figure: R2). Every clip is predicted once, by the probe that was trained
+on the other folds; the 95 % interval is a bootstrap over clips. The baseline is what a probe without features reaches.
+"""
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from egom2p.errors import UserError
+from egom2p.features import read_features
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """figure: balanced accuracy or R2, with its 95 % interval and what no features give; recalls {class: recall}."""
+
+    name: str
+    figure: float
+    low: float
+    high: float
+    baseline: float
+    clips: int
+    recalls: dict[str, float]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} {self.figure:.3f} [{self.low:.3f}, {self.high:.3f}], without features "
+                 f"{self.baseline:.3f}; {self.clips} clips"]
+        return "\n".join([*lines, *(f"  {name:20} {recall:.3f}" for name, recall in self.recalls.items())])
+
+
+class Linear(nn.Module):
+    """(n, dim), or the mean over tokens of (n, tokens, dim) -> (n, outputs)."""
+
+    def __init__(self, dim: int, outputs: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(dim, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x.mean(1) if x.ndim == 3 else x)
+
+
+class Attentive(nn.Module):
+    """One learned query over the tokens, then linear (as in V-JEPA, Bardes et al. 2024, without the MLP)."""
+
+    def __init__(self, dim: int, outputs: int) -> None:
+        super().__init__()
+        self.query, self.out = nn.Linear(dim, 1), nn.Linear(dim, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out((self.query(x).softmax(1) * x).sum(1))
+
+
+def probe(folder: Path, labels: Path, kind: Literal["linear", "attentive"] = "linear", folds: int = 5, seed: int = 0,
+          steps: int = 300) -> ProbeResult:
+    """Cross-validate a probe. Raises UserError for labels that do not fit, or features without tokens for an attentive
+    one."""
+    keys, features = read_features(folder)
+    known = _read_labels(labels)
+    kept = [i for i, key in enumerate(keys) if key in known]
+    if len(kept) < 2 * folds:
+        raise UserError(f"{labels}: {len(kept)} of {len(keys)} clips with features have a label; {folds} folds need at "
+                        f"least {2 * folds}")
+    if kind == "attentive" and features.ndim != 3:
+        raise UserError(f"{folder} holds pooled features; an attentive probe needs `egom2p features ... --pool none`")
+    x, words = torch.from_numpy(features[kept]), [known[keys[i]] for i in kept]
+    numbers = _numbers(words)
+    target, outputs, classes = _targets(words, numbers)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(kept)))
+    predicted = torch.zeros(len(kept), outputs)
+    for fold in range(folds):
+        test = order[fold::folds]
+        train = torch.tensor(sorted(set(order.tolist()) - set(test.tolist())))
+        mean, std = x[train].flatten(0, -2).mean(0), x[train].flatten(0, -2).std(0) + 1e-6
+        torch.manual_seed(seed)
+        network = {"linear": Linear, "attentive": Attentive}[kind](x.shape[-1], outputs)
+        _fit(network, (x[train] - mean) / std, target[train], bool(classes), steps)
+        with torch.no_grad():
+            predicted[test] = network((x[test] - mean) / std)
+    if classes:
+        hits = (predicted.argmax(1) == target).numpy()
+        return _summary("balanced accuracy", lambda i: _recalls(hits[i], target.numpy()[i], classes)[0], len(kept),
+                        1 / len(classes), _recalls(hits, target.numpy(), classes)[1])
+    off, truth = (predicted[:, 0] - target).numpy(), target.numpy()
+    return _summary("R2", lambda i: 1 - (off[i] ** 2).mean() / max(truth[i].var(), 1e-12), len(kept), 0.0, {})
+
+
+def _read_labels(path: Path) -> dict[str, str]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    if not rows or not {"key", "label"} <= rows[0].keys():
+        raise UserError(f"{path}: expected a CSV with the columns key and label")
+    return {row["key"]: row["label"] for row in rows if row["label"] not in (None, "")}
+
+
+def _numbers(words: list[str]) -> np.ndarray | None:
+    """The labels as numbers, None when one is a word or they are a few whole numbers, which are classes."""
+    try:
+        numbers = np.array([float(w) for w in words])
+    except ValueError:
+        return None
+    whole = np.all(numbers == numbers.round()) and len(set(words)) <= 20
+    return None if whole or not np.isfinite(numbers).all() else numbers
+
+
+def _targets(words: list[str], numbers: np.ndarray | None) -> tuple[Tensor, int, list[str]]:
+    """(n,) targets, outputs of the probe, names of the classes."""
+    if numbers is not None:
+        return torch.from_numpy((numbers - numbers.mean()) / max(numbers.std(), 1e-12)).float(), 1, []
+    classes = sorted(set(words))
+    if len(classes) < 2:
+        raise UserError(f"all labels are '{classes[0]}'; there is nothing to tell apart")
+    return torch.tensor([classes.index(w) for w in words]), len(classes), classes
+
+
+def _fit(network: nn.Module, x: Tensor, target: Tensor, is_class: bool, steps: int) -> None:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    if is_class:
+        counts = torch.bincount(target, minlength=int(target.max()) + 1).clamp(min=1)
+        weight = F.pad(len(target) / counts / len(counts), (0, network.out.out_features - len(counts)))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out = network(x)
+        loss = F.cross_entropy(out, target, weight) if is_class else F.mse_loss(out[:, 0], target)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _recalls(hits: np.ndarray, target: np.ndarray, classes: list[str]) -> tuple[float, dict[str, float]]:
+    """(mean, by class) share of each class's clips that were told rightly."""
+    found = {name: float(hits[target == i].mean()) for i, name in enumerate(classes) if (target == i).any()}
+    return float(np.mean(list(found.values()))), found
+
+
+def _summary(name: str, figure: Callable[[np.ndarray], float], clips: int, baseline: float,
+             recalls: dict[str, float]) -> ProbeResult:
+    rng = np.random.default_rng(0)
+    drawn = [figure(rng.integers(0, clips, clips)) for _ in range(RESAMPLES)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return ProbeResult(name, float(figure(np.arange(clips))), float(low), float(high), baseline, clips, recalls)
