@@ -39,7 +39,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["egom2p", "egom2p.*"]),
-    package_data={"egom2p": ["py.typed"]},
+    package_data={"egom2p": ["py.typed", "visualize/viewer.js"]},
     cmdclass={"build_py": BuildWithShippedFiles},
     install_requires=requirements,
     extras_require={

@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_ablate(commands)
     _add_compare(commands)
+    _add_view(commands)
     _add_features(commands)
     _add_probe(commands)
     _add_export(commands)
@@ -565,6 +566,37 @@ def _compare(args) -> None:
     print(comparison_text(rows))
     if args.out:
         write_comparison(args.out, rows, groups)
+
+
+def _add_view(commands) -> None:
+    parser = commands.add_parser("view", help="look at clips, predictions and evaluations in 3-D")
+    parser.add_argument("path", help="clips, a folder of generate or eval, or a quickstart")
+    parser.add_argument("--model", default="", help="predict the clips with this run, export folder or Hub name")
+    parser.add_argument("--targets", default="", help="what is predicted, comma-separated (default: everything)")
+    parser.add_argument("--limit", type=int, default=3, help="at most so many clips, spread over them")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--save", type=Path, metavar="FILE.rrd", help="a rerun recording")
+    shown.add_argument("--web", action="store_true", help="serve the rerun viewer to browsers")
+    shown.add_argument("--html", type=Path, metavar="FILE", help="one page that needs neither rerun nor a network")
+    parser.set_defaults(run=_view)
+
+
+def _view(args) -> None:
+    from egom2p.view import takes_of
+    from egom2p.visualize.page import write_page
+    from egom2p.visualize.rerun_view import serve, show
+
+    if args.limit < 1:
+        raise UserError("--limit must be at least 1")
+    takes = takes_of(args.path, args.limit, args.model, [t for t in args.targets.split(",") if t])
+    if args.html:
+        write_page(args.html, takes, f"egom2p view {args.path}")
+    elif args.web:
+        serve(takes)
+    else:
+        show(takes, args.save)
+    if args.html or args.save:
+        print(args.html or args.save)
 
 
 def _add_features(commands) -> None:

@@ -28,6 +28,7 @@ from egom2p.datasets.world import write_world
 from egom2p.errors import UserError
 from egom2p.evaluation.results import table, write_results
 from egom2p.evaluation.run import evaluate
+from egom2p.evaluation.takes import take_of
 from egom2p.generation.pipeline import Pipeline
 from egom2p.generation.recordings import GenerateArgs, generate_files
 from egom2p.generation.schedule import TargetArgs
@@ -262,11 +263,13 @@ def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, 
              ("samples seen", f"{steps * training.train.batch_size:,}"),
              ("device", f"{environment['device']}, {environment['threads']} threads"),
              ("torch", environment["torch"]), ("commit", (environment["commit"] or "none")[:10])]
-    sheets = _sheets(_merge_shown(evaluation.shown), kinds)
+    shown = _merge_shown(evaluation.shown)
+    sheets = _sheets(shown, kinds)
+    takes = [take_of(clip, kinds, predicted) for clip, predicted in shown]
     write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds,
                  facts, pictures,
                  [(f"{p.stem} at step {int(p.parent.name[5:])}", p)
-                  for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]], mine)
+                  for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]], mine, takes)
 
 
 def _merge_shown(shown: dict) -> list[tuple]:

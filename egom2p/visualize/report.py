@@ -3,13 +3,16 @@
 import base64
 import html
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
+from egom2p.visualize import page as viewer
 from egom2p.visualize import plots
+from egom2p.visualize.scene import Take
 
 STYLE = """
 :root { --ink: #1d2433; --soft: #6b7486; --line: #e3e6ec; --good: #15803d; --bad: #b42318; --accent: #00798c; }
@@ -46,10 +49,10 @@ def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], me
                  sheets: list[tuple[str, plt.Figure]],
                  seconds: dict[str, float], facts: list[tuple[str, str]],
                  pictures: list[tuple[str, Path]] | None = None, during: list[tuple[str, Path]] | None = None,
-                 mine: OwnPart | None = None) -> None:
+                 mine: OwnPart | None = None, takes: Sequence[Take] = ()) -> None:
     """Write the page. sheets: (caption, figure); facts: (name, value); pictures, during (training): (caption, PNG
-    file); mine: the user's own recordings."""
-    parts = [f"<h1>{html.escape(title)}</h1>", _lead(facts), _cards(summary),
+    file); mine: the user's own recordings; takes: clips to turn and play, before everything else."""
+    parts = [f"<h1>{html.escape(title)}</h1>", _lead(facts), _cards(summary), *_viewers(takes),
              "<h2>Results on held-out clips</h2>", _RESULT_NOTE, _result_table(summary),
              "<h2>Training</h2>", _image(plots.loss_curves(metrics)),
              *(f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}'
@@ -67,8 +70,10 @@ def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], me
                   for caption, file in pictures]
     parts += ["<h2>What each stage cost</h2>", _cost_table(seconds)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    page = (f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title><style>{STYLE}</style>'
-            f"<body>{''.join(parts)}</body></html>")
+    style = STYLE + (viewer.VIEWER_STYLE if takes else "")
+    script = f"<script>{viewer.script()}</script>" if takes else ""
+    page = (f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title><style>{style}</style>'
+            f"<body>{''.join(parts)}{script}</body></html>")
     path.write_text(page)
 
 
@@ -81,6 +86,10 @@ SE(3) fit, depth errors after a scale-and-shift fit in inverse depth per clip.</
 _CLIP_NOTE = """<p>Held-out clips, not chosen: the first of the set. White ring: true gaze, cyan cross: predicted. Depth
 is relative inverse depth, bright is near. Trajectory, gaze and depth are predicted from rgb; rgb is predicted from
 depth.</p>"""
+
+
+def _viewers(takes: Sequence[Take]) -> list[str]:
+    return [f"<h2>Predictions to look at</h2>{viewer.LEGEND}", *map(viewer.viewer_html, takes)] if takes else []
 
 
 def _own_part(mine: OwnPart) -> list[str]:

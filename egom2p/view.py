@@ -1,0 +1,89 @@
+"""`egom2p view PATH`: clips, predictions and evaluations, to look at.
+
+PATH is a clip tar, a folder or a pattern of them (with --model: predicted, too), a recording's folder that `egom2p
+generate` wrote, a folder that `egom2p eval` wrote (its model on its clips), or a quickstart (on its test clips).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from egom2p.config import read_json
+from egom2p.data.clips import RATES, Clip, ClipIndex
+from egom2p.data.video import FrameStream
+from egom2p.errors import UserError
+from egom2p.evaluation.run import predict
+from egom2p.evaluation.takes import place_depth, take_of
+from egom2p.generation.pipeline import Pipeline
+from egom2p.model.egom2p import EgoM2P
+from egom2p.signals import KINDS
+from egom2p.visualize.scene import Take
+
+GENERATED = "generated.json"
+CLIP_KINDS = {"rgb": "rgb", "depth": "depth", "cam": "pose", "gaze": "gaze"}
+
+
+def takes_of(path: str, limit: int = 3, model: str = "", targets: Sequence[str] = ()) -> list[Take]:
+    """At most `limit` takes of what lies at `path`, spread over it. model: predicts them, where PATH does not say
+    which; targets: what is predicted, all that is not the input when empty. Raises UserError when nothing can be
+    shown."""
+    folder = Path(path)
+    if (folder / GENERATED).exists():
+        return [_generated(folder)]
+    if not model and (folder / "results.json").exists() and (folder / "clips").is_dir():
+        return _of_clips(str(folder / "clips/test"), limit, str(folder / "model"), targets)
+    if not model and (folder / "results.json").exists():
+        about = read_json(folder / "results.json").get("about", {})
+        if not {"model", "data"} <= about.keys():
+            raise UserError(f"{folder / 'results.json'} does not say which model and clips it is about; evaluate again")
+        return _of_clips(about["data"], limit, about["model"], targets)
+    return _of_clips(path, limit, model, targets)
+
+
+def _of_clips(pattern: str, limit: int, model: str, targets: Sequence[str]) -> list[Take]:
+    index = ClipIndex(pattern)
+    chosen = np.unique(np.linspace(0, len(index) - 1, max(1, min(limit, len(index)))).astype(int))
+    clips = [index.read(int(number)) for number in chosen]
+    if not model:
+        return [take_of(clip, {n: CLIP_KINDS.get(n, "motion") for n in clip.signals}, {}) for clip in clips]
+    pipeline = Pipeline(EgoM2P.from_pretrained(model))
+    return [_predicted(pipeline, clip, targets) for clip in clips]
+
+
+def _predicted(pipeline: Pipeline, clip: Clip, targets: Sequence[str]) -> Take:
+    """A clip with what the model makes of its film."""
+    modalities = {m.name: m for m in pipeline.model.modalities}
+    shown = next((n for n, m in modalities.items() if m.kind.is_picture and m.clip_signal in clip.signals), "")
+    if not shown:
+        raise UserError(f"clip {clip.key} has no picture that the model could be shown")
+    wanted = targets or [n for n in modalities if n != shown]
+    if strangers := [n for n in wanted if n not in modalities]:
+        raise UserError(f"the model has no modality '{strangers[0]}'; there are {', '.join(modalities)}")
+    condition = {shown: pipeline.tokenizer(shown).encode(clip.signals[modalities[shown].clip_signal])[None]}
+    recipes = pipeline.recipes(None)
+    made = {n: predict(pipeline.model, pipeline.tokenizer(n), condition, n, recipes[n], 0, [clip.key])[0]
+            for n in wanted}
+    signals = {n: clip.signals[m.clip_signal] for n, m in modalities.items() if m.clip_signal in clip.signals}
+    renamed = Clip(clip.key, clip.dataset, signals, clip.meta)
+    return take_of(renamed, {n: m.signal for n, m in modalities.items()}, made)
+
+
+def _generated(folder: Path) -> Take:
+    """The files of one recording that `egom2p generate` wrote, with the film where it still is."""
+    note = read_json(folder / GENERATED)
+    predicted = {p.stem: np.load(p) for p in sorted(folder.glob("*.npy"))
+                 if not p.stem.endswith(("_tokens", "_spread"))}
+    kinds = {n: CLIP_KINDS.get(n, "motion") for n in predicted}
+    source, truth, notes = Path(note.get("source", "")), {}, []
+    seconds = note["seconds"]
+    rates = {n: len(signal) / seconds for n, signal in predicted.items()}
+    if source.is_file() and source.suffix not in (".npy", ".npz") and kinds.get("rgb") is None:
+        side = next((s.shape[1] for n, s in predicted.items() if KINDS[kinds[n]].is_picture), 128)
+        truth["rgb"] = np.stack(list(FrameStream(source, RATES["rgb"], side)))
+        kinds, rates = {"rgb": "rgb", **kinds}, {**rates, "rgb": RATES["rgb"]}
+    elif not source.is_file():
+        notes.append(f"The recording {source} is not there any more; its frames cannot be shown.")
+    take = Take(folder.name, kinds, rates, truth, predicted, notes=notes)
+    place_depth(take)
+    return take
