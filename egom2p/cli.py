@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _set_up_logging() -> None:
     level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "matplotlib", "PIL", "fsspec"):
+    for noisy in ("httpx", "httpx2", "matplotlib", "PIL", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_features(commands)
     _add_probe(commands)
     _add_export(commands)
+    _add_push(commands)
     _add_import(commands)
     _add_configs(commands)
     _add_quickstart(commands)
@@ -702,6 +703,26 @@ def _export(args) -> None:
     from egom2p.generation.bundle import export_bundle
 
     print(export_bundle(args.model, args.out))
+
+
+def _add_push(commands) -> None:
+    for name, what, text in (("push", "source", "a model with its tokenizers and a card -> the Hugging Face Hub"),
+                             ("push-data", "pattern", "clips or token shards -> the Hugging Face Hub")):
+        parser = commands.add_parser(name, help=text)
+        parser.add_argument(what, help={"source": "run or export folder", "pattern": "folder or pattern of tars"}[what])
+        parser.add_argument("repo", help="OWNER/NAME on the Hub")
+        parser.add_argument("--private", action="store_true")
+        parser.add_argument("--licence", default="other", help="as the Hub names it, for instance apache-2.0")
+        parser.set_defaults(run=_push)
+
+
+def _push(args) -> None:
+    from egom2p.hub import push_data, push_model
+
+    if args.command == "push":
+        print(push_model(args.source, args.repo, args.private, args.licence))
+    else:
+        print(push_data(args.pattern, args.repo, args.private, args.licence))
 
 
 def _add_configs(commands) -> None:

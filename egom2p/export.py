@@ -17,7 +17,14 @@ from typing import Any, Self
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -71,11 +78,23 @@ class Exportable(nn.Module):
         return module.to(device).eval()
 
     def push_to_hub(self, repo: str, private: bool = True) -> str:
-        """Upload the export to the Hub repository `owner/name`; returns its address."""
+        """Upload the export to the Hub repository `owner/name`; returns its address. `egom2p push` also brings the
+        tokenizers and a model card."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            huggingface_hub.create_repo(repo, private=private, exist_ok=True)
-            return huggingface_hub.upload_folder(repo_id=repo, folder_path=folder)
+            return upload(Path(folder), repo, private)
+
+
+def upload(folder: Path, repo: str, private: bool, kind: str = "model") -> str:
+    """Put the files of a folder into a Hub repository, which is made if needed; returns its address. Files that are
+    there already, unchanged, are not sent again. Raises UserError when the Hub does not let one."""
+    try:
+        huggingface_hub.create_repo(repo, private=private, exist_ok=True, repo_type=kind)
+        return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=folder, repo_type=kind))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:150]
+        raise UserError(f"{repo}: the Hub does not take it ({reason}); check the name and `hf auth login` with a token "
+                        f"that may write") from error
 
 
 def export_in(path: Path) -> Path | None:
@@ -120,12 +139,32 @@ def resolve_folder(source: str | Path) -> Path:
     if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         hint = "; a released .pth is converted by `egom2p import-released`" if path.suffix in (".pth", ".pt") else ""
         raise UserError(f"{source}: no export or checkpoint there (expected {CONFIG} and {WEIGHTS}){hint}")
+    return from_hub(str(source), ["*.json", "*.safetensors", "*.jit"])
+
+
+def from_hub(name: str, patterns: list[str], kind: str = "model") -> Path:
+    """A Hub repository `OWNER/NAME`, or `OWNER/NAME@REVISION`, in the local cache, fetched as far as it is not there.
+
+    Without a network the cached snapshot serves. Raises UserError, in one line that names the fix, when it cannot be
+    had.
+    """
+    repo, _, revision = name.partition("@")
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jit"]))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise UserError(f"{source}: neither a folder here nor a Hub repository that can be fetched "
-                        f"({type(error).__name__}); "
-                        "check the name, the network, and for gated repositories `hf auth login`") from error
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns,
+                                                      repo_type=kind))
+    except GatedRepoError as error:
+        raise UserError(f"{name} is gated: accept its conditions on {huggingface_hub.constants.ENDPOINT}/{repo}, then "
+                        f"`hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repo} has no revision '{revision}'; leave it out, or name a branch, tag or "
+                        f"commit") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{name}: neither a folder here nor a Hub repository that you can see (there is none of this "
+                        f"name, or it is private: `hf auth login`)") from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(f"{name}: neither a folder here nor a Hub repository that can be fetched "
+                        f"({type(error).__name__}); check the name, the network, and for gated repositories "
+                        f"`hf auth login`") from error
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:

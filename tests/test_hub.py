@@ -1,0 +1,89 @@
+"""Models and data to a Hub and back, through huggingface_hub's own client and a small server that speaks its API."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from egom2p.hub import model_card
+from tests.conftest import ROOT, run_cli
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """(environment for the client, folder of the server)."""
+    folder = tmp_path_factory.mktemp("hub")
+    process = subprocess.Popen([sys.executable, "-m", "tests.hub_server", "0", str(folder / "server")], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)
+    port = process.stdout.readline().strip()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(folder / "home"), "HF_TOKEN": "good",
+           "HF_HUB_DISABLE_XET": "1"}, folder / "server"
+    process.kill()
+
+
+def command(hub, *words, code=0, **more):
+    """`egom2p WORDS` in a process of its own, since the client reads its address when it is imported."""
+    done = subprocess.run([sys.executable, "-m", "egom2p", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **hub[0], **more}, timeout=200)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, finished):
+    printed = command(hub, "push", finished[0] / "model", "me/walker", "--licence", "apache-2.0").stdout
+    assert "me/walker" in printed
+    return hub
+
+
+def test_a_pushed_model_decodes_on_the_other_side(pushed, finished, tmp_path):
+    """Tokenizers come along; the same predictions as from the run; then without any network, from the cache."""
+    folder = pushed[1] / "models/me/walker"
+    assert (folder / "tokenizers/cam/config.json").is_file()
+    assert "license: apache-2.0" in (folder / "README.md").read_text()
+    words = ("--inputs", finished[2], "--targets", "cam,gaze", "--out")
+    for number, more in enumerate(({}, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})):
+        command(pushed, "generate", "me/walker", *words, tmp_path / str(number), **more)
+    run_cli("generate", finished[0] / "model", *words, tmp_path / "own")
+    for name in ("cam.npy", "gaze.npy"):
+        assert len({(tmp_path / n / "walk" / name).read_bytes() for n in ("0", "1", "own")}) == 1
+
+
+def test_revisions_are_pinned_and_unknown_ones_refused(pushed, finished, tmp_path):
+    words = ("features", "--clips", finished[0] / "clips/test/*.tar", "--out")
+    command(pushed, words[0], "me/walker@main", *words[1:], tmp_path / "a")
+    done = command(pushed, words[0], "me/walker@v9", *words[1:], tmp_path / "b", code=2)
+    assert "has no revision 'v9'" in done.stderr
+
+
+@pytest.mark.parametrize(("repo", "words"), [("me/nothing", "neither a folder here nor a Hub repository that you can"),
+                                             ("me/private-one", "or it is private: `hf auth login`"),
+                                             ("me/gated-one", "is gated: accept its conditions")])
+def test_what_cannot_be_had_is_one_line(pushed, repo, words, tmp_path):
+    if repo != "me/nothing":
+        (pushed[1] / "models" / repo).mkdir(parents=True, exist_ok=True)
+        (pushed[1] / "models" / repo / "config.json").write_text("{}")
+    done = command(pushed, "generate", repo, "--inputs", "x.mp4", "--targets", "cam", "--out", tmp_path, code=2,
+                   HF_TOKEN="")
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_without_a_token_nothing_is_pushed(hub, finished):
+    done = command(hub, "push", finished[0] / "model", "me/other", code=2, HF_TOKEN="bad")
+    assert "me/other: the Hub does not take it" in done.stderr and not (hub[1] / "models/me/other").exists()
+
+
+def test_token_shards_go_up_with_their_notes(hub, finished):
+    command(hub, "push-data", f"{finished[0]}/tokens/[cam,gaze]/*/*.tar", "me/steps")
+    folder = hub[1] / "datasets/me/steps"
+    for name in ("cam/rooms/shard-000000.tar", "gaze/walks/encode.json", "cam/held_out/index.json"):
+        assert (folder / name).read_bytes() == (finished[0] / "tokens" / name).read_bytes()
+    assert "hf://datasets/me/steps" in (folder / "README.md").read_text()
+
+
+def test_the_card_says_what_was_trained_and_measured(finished):
+    card = model_card(str(finished[0] / "model"), "me/walker", "mit")
+    for words in ("license: mit", "rooms (weight 0.56)", "12 steps of 4 samples", "| rgb2cam | ate_m |",
+                  "| depth | depth |", 'from_pretrained("me/walker")', "without a scale"):
+        assert words in card, words
