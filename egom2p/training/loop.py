@@ -64,6 +64,8 @@ class Task(Protocol):
         sample's own loss is not finite."""
     def figures(self, sums: Tensor) -> dict[str, float]:
         """Sums over all ranks -> logged figures; must hold `loss`."""
+    def learns(self, name: str, step: int) -> bool:
+        """Whether a parameter is changed in `step` (counted from 0); its gradient is dropped otherwise."""
     def after_step(self, step: int, skipped: Tensor) -> None:
         """After the optimiser; skipped: 1.0 on the device when the step was left out."""
     def evaluate(self) -> dict[str, float]: ...
@@ -228,6 +230,9 @@ class Loop:
             sums = part if sums is None else sums + part
             losses.append(loss.detach())
             suspects.append(doubtful)
+        for name, parameter in self.model.named_parameters():
+            if not self.task.learns(name, self.step):
+                parameter.grad = None
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or float("inf")))
         skipped = self.guard.judge(self.step, grad_norm, losses, suspects,

@@ -48,12 +48,23 @@ class InitArgs:
     """from: export, run or Hub repository whose weights to start from. Modalities are matched by name; what the
     source lacks starts fresh, what it has more is left out. codes: start token tables and heads from the code
     vectors of the modalities' tokenizers (see EgoM2P.start_from_codes). freeze: nothing, the trunk (everything
-    but the modalities' embeddings and heads), or all but those of the modalities in `unfreeze`."""
+    but the modalities' embeddings and heads), or all but those of the modalities in `unfreeze`. unfreeze_at: the step
+    from which everything learns (0 = never); the frozen parts then wait with their gradients computed."""
 
     from_: str = ""
     codes: bool = False
     freeze: Literal["none", "trunk", "all"] = "none"
     unfreeze: tuple[str, ...] = ()
+    unfreeze_at: int = 0
+
+    def __post_init__(self) -> None:
+        if self.unfreeze_at < 0 or (self.unfreeze_at and self.freeze == "none"):
+            raise ValueError("unfreeze_at must not be below 0, and needs freeze: trunk or all")
+
+    def learns(self, name: str) -> bool:
+        """Whether a parameter of that name is not frozen at the start."""
+        modality = name.split(".")[1] if name.startswith(("embeddings.", "heads.")) else ""
+        return self.freeze == "none" or (bool(modality) if self.freeze == "trunk" else modality in self.unfreeze)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +148,9 @@ class PretrainTask:
         sums_m, counts = rest[: len(self.modalities)], rest[len(self.modalities) :]
         by_modality = {f"loss/{m.name}": s / n for m, s, n in zip(self.modalities, sums_m, counts, strict=True) if n}
         return {"loss": total, **by_modality, "tokens": tokens, "flops": flops}
+
+    def learns(self, name: str, step: int) -> bool:
+        return not 0 <= step < self.config.init.unfreeze_at or self.config.init.learns(name)
 
     def after_step(self, step: int, skipped: Tensor) -> None:
         """Nothing to do."""
@@ -262,6 +276,4 @@ def start_model(model: EgoM2P, args: InitArgs, seed: int) -> None:
     if unknown:
         raise UserError(f"init.unfreeze names an unknown modality '{sorted(unknown)[0]}'")
     for name, parameter in model.named_parameters():
-        modality = name.split(".")[1] if name.startswith(("embeddings.", "heads.")) else ""
-        parameter.requires_grad = args.freeze == "none" or (bool(modality)
-                                                            if args.freeze == "trunk" else modality in args.unfreeze)
+        parameter.requires_grad = args.learns(name) or args.unfreeze_at > 0

@@ -175,6 +175,9 @@ class TokenizerTask:
         """A tokenizer predicts nothing."""
         return {}
 
+    def learns(self, name: str, step: int) -> bool:
+        return True
+
     def after_step(self, step: int, skipped: Tensor) -> None:
         self.model.after_step(self.config.train.seed, step, bool(skipped))
 

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.training.optim import MuonAndAdamW, OptimArgs, make_optimizer, make_schedule
 from tests.model.test_attention import MODALITIES
 from tests.training.test_reliability import _torchrun, forget_after, same_weights
-from tests.training.test_training import curve, train
+from tests.training.test_training import curve, reference, train  # noqa: F401
 
 MUON = ("optim.name=muon", "optim.schedule=wsd")
 
@@ -80,6 +81,24 @@ def test_a_step_that_is_left_out_changes_nothing(name):
     optimizer.step()
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(v, state[id(p)][k]) for p in model.parameters() for k, v in optimizer.state[p].items())
+
+
+def test_frozen_parts_wait_until_they_are_let_go(debug_tokens, reference, tmp_path):  # noqa: F811
+    """Before step 3 only the heads and tables move, from then on everything; a resumed run is the same one."""
+    start = load_file(reference / "checkpoints/latest/model.safetensors")
+    options = (f"init.from={reference}", "init.freeze=trunk", "init.unfreeze_at=3", "eval.every=0", "train.steps=6",
+               "checkpoint.every=1", "checkpoint.keep_last=9", "optim.warmup_steps=0")
+    train(debug_tokens, tmp_path / "run", *options)
+    for step in (3, 4):
+        now = load_file(tmp_path / f"run/checkpoints/step_{step:08d}/model.safetensors")
+        moved = {name.split(".")[0] for name in start if not torch.equal(start[name], now[name])}
+        assert moved >= {"embeddings", "heads"} and ("encoder" in moved) == (step > 3), step
+    whole = curve(tmp_path / "run")
+    forget_after(tmp_path / "run", 2)
+    train(debug_tokens, tmp_path / "run", *options)
+    assert curve(tmp_path / "run") == whole
+    done = train(debug_tokens, tmp_path / "x", "init.unfreeze_at=3", check=False)
+    assert done.returncode == 2 and "needs freeze" in done.stderr
 
 
 @pytest.mark.slow
