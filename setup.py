@@ -13,6 +13,7 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 # No wheel exists for aarch64 Linux.
+DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 ARIA = ['projectaria-tools>=1.5; platform_machine == "x86_64" or sys_platform == "darwin"']
 SHIPPED = ("cfgs", "tokenizers", "scripts/slurm")
 
@@ -45,8 +46,9 @@ setup(
     extras_require={
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "moto[server]>=5", "s3fs>=2024.6",
                 "aiohttp>=3.9", "ruff>=0.6", "mypy>=1.11", "mutmut>=3.8", "hypothesis>=6", "evo>=1.28",
-                "pre-commit>=3", *ARIA],
+                "pre-commit>=3", *DOCS, *ARIA],
         "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],
+        "docs": DOCS,
         "viewer": ["rerun-sdk>=0.18"],
         "aria": ARIA,
     },
