@@ -17,7 +17,7 @@ import hashlib
 import json
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class Tokenizer(Exportable):
     modality: Modality
     signal: NetworkUnits
     only_for_training: tuple[str, ...] = ()  # arguments that the tokens do not depend on
+    later_arguments: ClassVar[dict[str, Any]] = {}  # newer than exports there are: with these values, as if not there
     encode_batch = 16  # clips at once, when many are encoded
     trusted = True  # whether programs (TorchScript) that came with it may be run; see `tokenizers.load_for`
 
@@ -107,7 +108,8 @@ class Tokenizer(Exportable):
     def fingerprint(self) -> str:
         """Hash of the configuration and the weights: equal fingerprints make equal tokens."""
         config = self.to_config()
-        config["args"] = {k: v for k, v in config["args"].items() if k not in self.only_for_training}
+        config["args"] = {k: v for k, v in config["args"].items() if k not in self.only_for_training
+                          and not (k in self.later_arguments and self.later_arguments[k] == v)}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())

@@ -8,7 +8,7 @@ configs); `quantizer: fsq` swaps the EMA codebook for finite scalar quantisation
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ class MotionArgs:
 
     mean, std: `auto` in a training's configuration: measured on its clips, and then numbers in what it exports.
     channel_weights: empty for plain MSE in network units.
+    bands: 0 for the network of patches in time. K for one MLP (of `depth` residual blocks; num_heads, stride and kernel
+    unused) over the signal's start and K smooth bands of its motion, a ramp and K - 1 sines: what it decodes is smooth,
+    and every token says something of the whole clip.
+    loss: `pose` compares rotations as rotations, and motion between frames 1, 5 and 15 apart (nine numbers only).
     """
 
     num_frames: int
@@ -47,6 +51,8 @@ class MotionArgs:
     levels: tuple[int, ...] = (8, 6, 5)
     channel_weights: tuple[float, ...] = ()
     commitment_weight: float = 1.0
+    bands: int = 0
+    loss: Literal["mse", "pose"] = "mse"
 
     def __post_init__(self) -> None:
         if self.num_frames % self.stride or self.dim % self.num_heads or (self.kernel - self.stride) % 2:
@@ -62,35 +68,53 @@ class MotionTokenizer(Tokenizer):
     """(B, T, C) -> (B, N) ids -> (B, T, C); signals with validity carry it as a last input channel."""
 
     kind = "motion"
+    only_for_training = ("loss",)
+    later_arguments: ClassVar = {"bands": 0}
     encode_batch = 1024
 
     def __init__(self, modality: Modality, args: MotionArgs) -> None:
         super().__init__(modality, args)
         self.signal = series_units(modality, args.mean, args.std)
         self.channels = len(args.mean)
-        padding = (args.kernel - args.stride) // 2
-        self.conv = nn.Conv1d(self.channels, args.dim, args.kernel, args.stride, padding)
-        self.encoder = _Trunk(args)
         latent = len(args.levels) if args.quantizer == "fsq" else args.latent_dim
-        self.to_latent = nn.Linear(args.dim, latent)
+        if args.bands and self.signal.has_validity:
+            raise ValueError("bands are for signals without gaps")
+        if args.bands:
+            self.bands = _Bands(args.num_frames, args.bands)
+            self.num_tokens, size = modality.num_tokens, (args.bands + 1) * self.channels
+            self.encoder = nn.Sequential(nn.Linear(size, args.dim), *_residual_mlp(args))
+        else:
+            self.num_tokens, size = 1, args.stride * self.channels
+            padding = (args.kernel - args.stride) // 2
+            self.conv = nn.Conv1d(self.channels, args.dim, args.kernel, args.stride, padding)
+            self.encoder = _Trunk(args)
+        self.to_latent = nn.Linear(args.dim, self.num_tokens * latent)
         self.quantizer = make_quantizer(args.quantizer, modality.vocab_size, latent, args.levels)
         if self.quantizer.codebook_size != modality.vocab_size:
             raise ValueError(f"levels {list(args.levels)} make {self.quantizer.codebook_size} codes, "
                              f"but modality '{modality.name}' has vocab_size {modality.vocab_size}")
-        self.from_latent = nn.Linear(latent, args.dim)
-        self.decoder = _Trunk(args)
-        self.out = nn.Linear(args.dim, args.stride * self.channels)
+        self.from_latent = nn.Linear(self.num_tokens * latent, args.dim)
+        self.decoder = nn.Sequential(*_residual_mlp(args)) if args.bands else _Trunk(args)
+        self.out = nn.Linear(args.dim, size)
         weights = args.channel_weights or (1.0,) * self.channels
         self.register_buffer("channel_weights", torch.tensor(weights), persistent=False)
+        self.register_buffer("mean", torch.tensor(args.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(args.std), persistent=False)
         self.apply(init_weights)
-        if args.quantizer == "fsq":
-            with torch.no_grad():
-                self.to_latent.weight.mul_(FSQ_INIT_SCALE)
+        with torch.no_grad():
+            if args.quantizer == "fsq":
+                self.to_latent.weight.mul_(BANDS_INIT_SCALE if args.bands else FSQ_INIT_SCALE)
+            for module in self.modules():
+                if isinstance(module, _ResidualMLP):
+                    module.fc2.weight.zero_()
 
     def latents(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C[+1]) network units -> (B, N, L) before quantisation."""
         if self.signal.has_validity:
             x_BTC = x_BTC[..., :-1] * x_BTC[..., -1:]
+        if self.args.bands:
+            latents = self.to_latent(self.encoder(self.bands.analyse(x_BTC).flatten(1)))
+            return latents.unflatten(1, (self.num_tokens, -1))
         tokens_BND = self.conv(x_BTC.transpose(1, 2)).transpose(1, 2)
         return self.to_latent(self.encoder(tokens_BND))
 
@@ -107,13 +131,20 @@ class MotionTokenizer(Tokenizer):
         return self.quantizer.codes()
 
     def decode_codes(self, codes_BNL: Tensor) -> Tensor:
+        if self.args.bands:
+            bands = self.out(self.decoder(self.from_latent(codes_BNL.flatten(1))))
+            return self.bands.synthesise(bands.unflatten(1, (-1, self.channels)))
         out = self.out(self.decoder(self.from_latent(codes_BNL)))
         return out.unflatten(-1, (self.channels, self.args.stride)).transpose(2, 3).flatten(1, 2)
 
     def training_loss(self, x_BTC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted MSE over observed frames plus the commitment term; figures: error, ids (B, N)."""
         codes, ids, commitment = self.quantizer(self.latents(x_BTC))
-        error = (self.decode_codes(codes) - x_BTC[..., : self.channels]) ** 2 * self.channel_weights
+        decoded = self.decode_codes(codes)
+        if self.args.loss == "pose":
+            error = pose_loss(decoded * self.std + self.mean, x_BTC * self.std + self.mean)
+            return error + self.args.commitment_weight * commitment, {"error": error.detach(), "ids": ids}
+        error = (decoded - x_BTC[..., : self.channels]) ** 2 * self.channel_weights
         if self.signal.has_validity:
             valid = x_BTC[..., -1:]
             error = (error * valid).sum() / (valid.sum() * self.channels).clamp(min=1)
@@ -186,3 +217,76 @@ class _Trunk(nn.Module):
             x = block(x, segments)
         x = x + self.fc2(torch.tanh(self.fc1(self.norm(x))))
         return x.unflatten(0, x_BND.shape[:2])
+
+
+# Of the projection to the latents of bands.
+BANDS_INIT_SCALE = 0.5
+# Metres and radians at which a term of `pose_loss` costs 1, by how many frames apart the compared poses are (0: the
+# poses themselves).
+POSE_SCALES = {0: (0.02, 0.02), 1: (0.003, 0.003), 5: (0.01, 0.01), 15: (0.02, 0.02)}
+
+
+class _Bands(nn.Module):
+    """(B, T, C) <-> (B, 1 + K, C): the first frame, and the motion from it in an orthonormal basis made of a ramp and
+    K - 1 sines that vanish at both ends. Divided by (2 k + 1) ** -1.75, so that all bands of head motion are of about
+    one size."""
+
+    def __init__(self, num_frames: int, bands: int) -> None:
+        super().__init__()
+        times = np.linspace(0, 1, num_frames)
+        basis, _ = np.linalg.qr(np.stack([times, *(np.sin(np.pi * k * times) for k in range(1, bands))], 1))
+        size = np.sqrt(num_frames) * (2.0 * np.arange(bands) + 1) ** -1.75
+        self.register_buffer("basis", torch.tensor(basis, dtype=torch.float32), persistent=False)
+        self.register_buffer("size", torch.tensor(size, dtype=torch.float32)[:, None], persistent=False)
+
+    def analyse(self, x_BTC: Tensor) -> Tensor:
+        start = x_BTC[:, :1]
+        return torch.cat([start, self.basis.T @ (x_BTC - start) / self.size], 1)
+
+    def synthesise(self, bands_BKC: Tensor) -> Tensor:
+        return bands_BKC[:, :1] + self.basis @ (bands_BKC[:, 1:] * self.size)
+
+
+class _ResidualMLP(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+def _residual_mlp(args: MotionArgs) -> list[nn.Module]:
+    blocks = [_ResidualMLP(args.dim, int(args.dim * args.mlp_ratio)) for _ in range(args.depth)]
+    return [*blocks, nn.LayerNorm(args.dim, eps=1e-6)]
+
+
+def pose_loss(predicted: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared error of (B, T, 9) poses in units of POSE_SCALES: of the poses, and of the motion between poses some
+    frames apart, as `evaluation.camera` measures it (rotations by their chordal distance)."""
+    p_rotation, r_rotation = rotations(predicted), rotations(reference)
+    p_centre, r_centre = predicted[..., 6:], reference[..., 6:]
+    total = predicted.new_zeros(())
+    for apart, (metres, radians) in POSE_SCALES.items():
+        if apart:
+            p_turn, p_move = _motions(p_rotation, p_centre, apart)
+            r_turn, r_move = _motions(r_rotation, r_centre, apart)
+        else:
+            p_turn, p_move, r_turn, r_move = p_rotation, p_centre, r_rotation, r_centre
+        total = total + ((p_move - r_move) ** 2).sum(-1).mean() / metres**2
+        total = total + ((p_turn - r_turn) ** 2).sum((-1, -2)).mean() / (2 * radians**2)
+    return total / 100
+
+
+def rotations(nine: Tensor) -> Tensor:
+    """(..., 9) -> (..., 3, 3), as `geometry.nine_to_pose`."""
+    first = F.normalize(nine[..., :3], dim=-1, eps=1e-6)
+    second = nine[..., 3:6]
+    second = F.normalize(second - (first * second).sum(-1, keepdim=True) * first, dim=-1, eps=1e-6)
+    return torch.stack([first, second, torch.linalg.cross(first, second)], -1)
+
+
+def _motions(rotation: Tensor, centre: Tensor, apart: int) -> tuple[Tensor, Tensor]:
+    """Rotation and translation from each frame to the one `apart` frames later, in the earlier frame's axes."""
+    back = rotation[:, :-apart].transpose(-1, -2)
+    return back @ rotation[:, apart:], (back @ (centre[:, apart:] - centre[:, :-apart])[..., None])[..., 0]

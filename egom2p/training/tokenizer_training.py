@@ -21,17 +21,20 @@ from egom2p.modalities import Modality, ModalityArgs
 from egom2p.tokenizers.base import Tokenizer
 from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer, with_statistics
 from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
+from egom2p.tokenizers.widen import widen
 from egom2p.training.arguments import TrainingConfig
 from egom2p.training.loop import run_training
 
+KEPT = 20_000
 STATISTICS_CLIPS = 1000  # the trivial predictions are averages over so many
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipsArgs(SourceArgs):
-    """clips: pattern of the clip tars."""
+    """clips: pattern of the clip tars. widen: train on head motion made wider (`tokenizers.widen`; signal pose)."""
 
     clips: str
+    widen: bool = False
     shuffle_shards: int = 4
 
 
@@ -91,8 +94,11 @@ class SignalBatch:
 class SignalSteps(torch.utils.data.Dataset):
     """Step -> this rank's micro-batches of normalised signals, in the data order of one data set."""
 
-    def __init__(self, clips: ClipIndex, tokenizer: Tokenizer, plan: BatchPlan, order: PassOrder | None) -> None:
+    def __init__(self, clips: ClipIndex, tokenizer: Tokenizer, plan: BatchPlan, order: PassOrder | None,
+                 widen_seed: int | None = None) -> None:
         self.clips, self.tokenizer, self.plan, self.order = clips, tokenizer, plan, order
+        self.widen_seed = widen_seed
+        self.kept: dict[int, np.ndarray] = {}  # series are small and are read once, as far as KEPT clips go
 
     def __getitem__(self, step: int) -> StepBatch:
         micro, damaged = [], []
@@ -101,24 +107,31 @@ class SignalSteps(torch.utils.data.Dataset):
             for number in numbers:
                 try:
                     element = self.order.element(number) if self.order else number % len(self.clips)
-                    x = self._read(element)
-                    if x is not None:
-                        rows.append(x)
+                    raw = self._read(element)
+                    if raw is not None:
+                        rows.append(raw)
                         read.append(number)
                 except UserError as error:
                     damaged.append(f"sample {number}: {error}")
-            micro.append(SignalBatch(torch.stack(rows or [self._stand_in()]), np.array(read or [-1]), len(rows)))
+            raws = rows or [self._stand_in()]
+            if self.widen_seed is not None:
+                raws = widen(np.stack(raws), self.widen_seed, np.array(read or [0]))
+            x = torch.from_numpy(np.stack([self.tokenizer.signal.normalize(raw) for raw in raws]))
+            micro.append(SignalBatch(x, np.array(read or [-1]), len(rows)))
         return StepBatch(step, micro, damaged)
 
-    def _read(self, element: int) -> Tensor | None:
-        """One clip's signal in the network's units, None when it carries no measurement. Raises UserError when it is
-        damaged or not what the tokenizer is for."""
-        raw = self.clips.read_signal(element, self.tokenizer.modality.clip_signal)
-        self.tokenizer.check(raw, self.clips.keys[element])
-        signal = self.tokenizer.signal
-        return torch.from_numpy(signal.normalize(raw)) if np.any(signal.is_observed(raw)) else None
+    def _read(self, element: int) -> np.ndarray | None:
+        """One clip's raw signal, None when it carries no measurement. Raises UserError when it is damaged or not what
+        the tokenizer is for."""
+        raw = self.kept.get(element)
+        if raw is None:
+            raw = self.clips.read_signal(element, self.tokenizer.modality.clip_signal)
+            self.tokenizer.check(raw, self.clips.keys[element])
+            if not self.tokenizer.modality.kind.is_picture and len(self.kept) < KEPT:
+                self.kept[element] = raw
+        return raw if np.any(self.tokenizer.signal.is_observed(raw)) else None
 
-    def _stand_in(self) -> Tensor:
+    def _stand_in(self) -> np.ndarray:
         """Some readable clip, for a micro-batch that lost all of its own: it counts nothing, but every rank must take
         part."""
         for element in range(len(self.clips)):
@@ -149,7 +162,8 @@ class TokenizerTask:
         return f"{len(self.clips)} clips {self.clips.shard_sizes.tolist()}"
 
     def steps(self, steps: range) -> Iterator[StepBatch]:
-        return step_loader(SignalSteps(self.clips, self.model, self.plan, self.order), steps,
+        seed = self.config.train.seed if self.config.data.widen else None
+        return step_loader(SignalSteps(self.clips, self.model, self.plan, self.order, seed), steps,
                            self.config.data.workers)
 
     def begin_step(self, batch: StepBatch) -> None:
