@@ -46,7 +46,7 @@ setup(
     extras_require={
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "moto[server]>=5", "s3fs>=2024.6",
                 "aiohttp>=3.9", "ruff>=0.6", "mypy>=1.11", "mutmut>=3.8", "hypothesis>=6", "evo>=1.28",
-                "pre-commit>=3", *DOCS, *ARIA],
+                "pre-commit>=3", "nbclient>=0.10", "ipykernel>=6", *DOCS, *ARIA],
         "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],
         "docs": DOCS,
         "viewer": ["rerun-sdk>=0.18"],

@@ -76,6 +76,7 @@ class TokenDataset:
         self.paths: list[Path | RemoteShard] = []
         self.stamps: list[tuple[int, int]] = []
         self.damages: list[tuple[Path, str]] = []
+        self.compressed = False  # whether some token files are .npz, which take longer to read
         shards: dict[str, dict[int, dict[str, tuple[int, int, int]]]] = {}
         for index, paths in files.items():
             for shard, entry in self._entries(paths):
@@ -166,8 +167,10 @@ class TokenDataset:
         self.paths.append(entry.path)
         self.stamps.append((entry.size, 0 if isinstance(entry.path, RemoteShard) else entry.mtime_ns))
         file = len(self.paths) - 1
-        return {key: (file, offset, size) for key, extension, offset, size in entry.token_files()
-                if extension in ("npy", "npz")}
+        found = {key: (extension, file, offset, size) for key, extension, offset, size in entry.token_files()
+                 if extension in ("npy", "npz")}
+        self.compressed |= any(extension == "npz" for extension, *_ in found.values())
+        return {key: place for key, (_, *place) in found.items()}
 
     def _build(self, shards: dict) -> None:
         self.keys: list[str] = []

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.attention
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -38,6 +39,8 @@ from egom2p.training.profile import StepProfiler
 from egom2p.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
+
+WAITS_TOO_LONG = 0.25  # share of a step's time that waiting for data may take before it is said
 
 GARBAGE_STEPS = 50  # steps between two collections
 WAIT_S = 5.0  # between two looks at a checkpoint that is being written
@@ -68,6 +71,8 @@ class Task(Protocol):
         """Whether a parameter is changed in `step` (counted from 0); its gradient is dropped otherwise."""
     def after_step(self, step: int, skipped: Tensor) -> None:
         """After the optimiser; skipped: 1.0 on the device when the step was left out."""
+    def faster_data(self) -> str:
+        """What would make reading faster, in words; "" when nothing is known."""
     def evaluate(self) -> dict[str, float]: ...
     def predict(self, folder: Path) -> dict[str, float]:
         """Figures of `eval.tasks`; pictures go to `folder`. Every rank calls it."""
@@ -119,6 +124,7 @@ class Loop:
             restore_optimizer(folder, self.model, self.optimizer)
         self.step, self.damaged = state.get("step", 0), state.get("damaged", 0)
         self._say_other_length(state.get("total", self.total))
+        self.said_slow = False
         self.guard = Guard(world.device, config.train.max_skipped, state)
         self.metrics = MetricsLog(run_dir, config.log, self.step, self.total, to_plain(config),
                                   world.is_main and not replayed)
@@ -271,6 +277,10 @@ class Loop:
             figures["tflops"] = flops / seconds / 1e12
             peak = peak_flops(torch.cuda.get_device_name()) if self.world.device.type == "cuda" else None
             figures.update({"mfu": flops / seconds / (peak * self.world.size)} if peak else {})
+        if waited > WAITS_TOO_LONG * seconds and self.step > 1 and not self.said_slow and self.world.is_main:
+            self.said_slow = True
+            log.warning("%.0f %% of the time is spent waiting for data%s", 100 * waited / seconds,
+                        self.task.faster_data())
         self.metrics.write({"step": self.step, **figures, "lr": lr, "grad_norm": grad_norm.item(),
                             "skipped": self.guard.skipped,
                             "samples_per_s": batch / seconds, "tokens_per_s": figures.get("tokens", 0) / seconds,
@@ -405,6 +415,22 @@ def _set_up_torch(args: TrainArgs) -> None:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     torch.set_float32_matmul_precision("high")
+    if torch.cuda.is_available():
+        newest_flash_attention()
+
+
+def newest_flash_attention() -> str:
+    """Let torch use FlashAttention 4 or 3 where its package is installed (torch 2.11 and later can be told). Returns
+    which, "" when it stays with its own; says so in the log."""
+    for name in reversed(getattr(torch.nn.attention, "list_flash_attention_impls", list)()):
+        try:
+            torch.nn.attention.activate_flash_attention_impl(name)
+        except (ImportError, RuntimeError, AttributeError) as error:
+            log.info("%s is not used: %s", name, " ".join(str(error).split())[:120])
+        else:
+            log.info("attention by %s", name)
+            return name
+    return ""
 
 
 def _peak_rss() -> int:

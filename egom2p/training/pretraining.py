@@ -152,6 +152,13 @@ class PretrainTask:
     def learns(self, name: str, step: int) -> bool:
         return not 0 <= step < self.config.init.unfreeze_at or self.config.init.learns(name)
 
+    def faster_data(self) -> str:
+        hints = ["data.workers reads ahead in processes"] if not self.config.data.workers else []
+        if any(dataset.compressed for dataset in self.stream.datasets):
+            hints.append("some shards are compressed .npz: `egom2p shards convert` writes them in a form that is read "
+                         "several times faster")
+        return f"; {'; '.join(hints)}" if hints else ""
+
     def after_step(self, step: int, skipped: Tensor) -> None:
         """Nothing to do."""
 

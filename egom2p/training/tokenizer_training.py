@@ -192,6 +192,9 @@ class TokenizerTask:
     def learns(self, name: str, step: int) -> bool:
         return True
 
+    def faster_data(self) -> str:
+        return "" if self.config.data.workers else "; data.workers reads ahead in processes"
+
     def after_step(self, step: int, skipped: Tensor) -> None:
         self.model.after_step(self.config.train.seed, step, bool(skipped))
 

@@ -1,20 +1,25 @@
 """What one rank alone meets must not cost the others: empty micro-batches, a slow disk, a loader with many tensors."""
 
+import io
 import shutil
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from egom2p.config import load
 from egom2p.data.loader import BatchPlan, StepDataset, TokenStream, _Parcel, step_loader
+from egom2p.data.tarindex import index_tars, read_at, write_tar
+from egom2p.data.tokens import load_array
 from egom2p.modalities import ModalitySet
+from egom2p.training import loop
 from egom2p.training.pretraining import PretrainConfig
 from tests.conftest import ROOT, start_cli
 from tests.training.test_reliability import arguments, small_disk  # noqa: F401
-from tests.training.test_training import curve
+from tests.training.test_training import curve, train
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -64,3 +69,32 @@ def test_a_step_travels_as_one_tensor(debug_tokens):
                 for name, value in vars(getattr(a, part)).items():
                     other = getattr(getattr(b, part), name)
                     assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), (part, name)
+
+
+def test_waiting_for_compressed_shards_is_said_once_with_the_cure(debug_tokens, tmp_path, caplog, monkeypatch):
+    """The shards as released (.npz), read in the training process, and a limit that any wait exceeds."""
+    monkeypatch.setattr(loop, "WAITS_TOO_LONG", 0.0)
+    for shard in debug_tokens.rglob("*.tar"):
+        entry = index_tars([shard])[0]
+        rows = []
+        for key, _, offset, size in entry.token_files():
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, load_array(read_at(shard, offset, size)))
+            rows.append({"__key__": key, "npz": buffer.getvalue()})
+        write_tar(tmp_path / "tokens" / shard.relative_to(debug_tokens), rows)
+    train(tmp_path / "tokens", tmp_path / "run", "train.steps=3", "eval.every=0", "optim.warmup_steps=0")
+    said = [line for line in caplog.text.splitlines() if "waiting for data" in line]
+    assert len(said) == 1 and "egom2p shards convert" in said[0] and "data.workers" in said[0]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_newest_flash_attention_that_is_installed_is_used(monkeypatch, installed, caplog):
+    def activate(name):
+        if not installed or name != "FA3":
+            raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"])
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    with caplog.at_level("INFO"):
+        assert loop.newest_flash_attention() == ("FA3" if installed else "")
+    assert ("attention by FA3" in caplog.text) == installed and "FA4 is not used: no FA4" in caplog.text
