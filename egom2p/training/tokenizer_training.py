@@ -150,6 +150,8 @@ class TokenizerTask:
     def __init__(self, config: TokenizerConfig, world: World) -> None:
         self.config, self.world = config, world
         self.source = config.tokenizer.modality.source or config.tokenizer.name
+        if config.data.widen and config.tokenizer.modality.signal != "pose":
+            raise UserError("data.widen is for head motion (signal: pose)")
         self.clips = ClipIndex(config.data.clips, self.source)
         self.model = make_tokenizer(config.tokenizer, self._spread_over_clips())
         self.order = PassOrder(self.clips.shard_sizes, config.data.shuffle_shards, config.train.seed, salt=0)

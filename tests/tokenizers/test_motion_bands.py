@@ -11,6 +11,7 @@ from egom2p.evaluation.camera import rre, rte
 from egom2p.modalities import Modality
 from egom2p.tokenizers.motion import POSE_SCALES, MotionArgs, MotionTokenizer, _Bands, pose_loss, rotations
 from egom2p.tokenizers.widen import widen
+from tests.conftest import run_cli
 
 
 def random_poses(rng, clips=4, frames=60):
@@ -116,3 +117,9 @@ def test_bands_are_refused_where_they_make_no_sense():
     args = MotionArgs(60, (0.5, 0.5), (0.5, 0.5), 16, 1, 2, quantizer="fsq", bands=4)
     with pytest.raises(ValueError, match="without gaps"):
         MotionTokenizer(Modality("gaze", 240, (30,), "gaze"), args)
+
+
+def test_only_head_motion_is_widened(world_clips, tmp_path):
+    done = run_cli("tokenizer", "train", "tokenizers/world_gaze/config.yaml", f"data.clips={world_clips}/*.tar",
+                   f"run.dir={tmp_path}", "data.widen=true", check=False)
+    assert done.returncode == 2 and "data.widen is for head motion" in done.stderr
