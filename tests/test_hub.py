@@ -37,6 +37,7 @@ def pushed(hub, finished):
     return hub
 
 
+@pytest.mark.slow
 def test_a_pushed_model_decodes_on_the_other_side(pushed, finished, tmp_path):
     """Tokenizers come along; the same predictions as from the run; then without any network, from the cache."""
     folder = pushed[1] / "models/me/walker"
@@ -50,6 +51,7 @@ def test_a_pushed_model_decodes_on_the_other_side(pushed, finished, tmp_path):
         assert len({(tmp_path / n / "walk" / name).read_bytes() for n in ("0", "1", "own")}) == 1
 
 
+@pytest.mark.slow
 def test_revisions_are_pinned_and_unknown_ones_refused(pushed, finished, tmp_path):
     words = ("features", "--clips", finished[0] / "clips/test/*.tar", "--out")
     command(pushed, words[0], "me/walker@main", *words[1:], tmp_path / "a")
@@ -57,6 +59,7 @@ def test_revisions_are_pinned_and_unknown_ones_refused(pushed, finished, tmp_pat
     assert "has no revision 'v9'" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("repo", "words"), [("me/nothing", "neither a folder here nor a Hub repository that you can"),
                                              ("me/private-one", "or it is private: `hf auth login`"),
                                              ("me/gated-one", "is gated: accept its conditions")])
@@ -69,11 +72,13 @@ def test_what_cannot_be_had_is_one_line(pushed, repo, words, tmp_path):
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_without_a_token_nothing_is_pushed(hub, finished):
     done = command(hub, "push", finished[0] / "model", "me/other", code=2, HF_TOKEN="bad")
     assert "me/other: the Hub does not take it" in done.stderr and not (hub[1] / "models/me/other").exists()
 
 
+@pytest.mark.slow
 def test_token_shards_go_up_with_their_notes(hub, finished):
     command(hub, "push-data", f"{finished[0]}/tokens/[cam,gaze]/*/*.tar", "me/steps")
     folder = hub[1] / "datasets/me/steps"

@@ -42,6 +42,7 @@ def test_readme_opens_with_the_two_commands():
     assert commands()[:2] == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
 
 
+@pytest.mark.slow
 def test_every_command_runs_in_the_order_of_the_page(finished_alone, places):
     """One after the other: later ones use what earlier ones wrote."""
     added = {**ADDED, "quickstart": ["--config", finished_alone[1]]}

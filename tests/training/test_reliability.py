@@ -276,6 +276,7 @@ def _torchrun(root: Path, run: Path, processes: int, *overrides: str) -> None:
     assert process.returncode == 0, output[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-9),
                                                       pytest.param("float32", 1e-4, marks=pytest.mark.slow)])
 def test_one_two_four_and_one_process_again(debug_tokens, tmp_path, precision, tolerance):
