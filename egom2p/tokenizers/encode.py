@@ -13,7 +13,9 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +79,8 @@ def encode_clips(tokenizers: list[Tokenizer], pattern: str, root: Path, args: En
 
     A clip that lacks a signal, or whose signal is damaged or carries no measurement, is left out of that modality and
     named, with the reason, in `encode.json`. Shards already whole are kept when they are of just these clips; when the
-    clips have changed since, their shard is written anew. torch's threads become the cores that the reading processes
-    leave. Raises UserError for clips that a tokenizer is not for.
+    clips have changed since, their shard is written anew. Meanwhile torch has at most the threads that the reading
+    processes leave. Raises UserError for clips that a tokenizer is not for.
     """
     index = ClipIndex(pattern)
     return encode_shards(tokenizers, index, shards_of(index, args.dataset), root, pattern, args, world)
@@ -91,7 +93,6 @@ def encode_shards(tokenizers: list[Tokenizer], index: ClipIndex, plan: list[Shar
     world = world or environment_world()
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     workers = args.workers if args.workers >= 0 else min(MAX_WORKERS, max(0, cores - 1))
-    torch.set_num_threads(max(1, cores - workers))
     folders = {(t.modality.name, name): Origin(root / t.modality.name / name)
                for t in tokenizers for name in {shard.dataset for shard in plan}}
     for (name, _), origin in folders.items():
@@ -99,12 +100,24 @@ def encode_shards(tokenizers: list[Tokenizer], index: ClipIndex, plan: list[Shar
     work = _Work(tokenizers, index, folders)
     first = world.rank * len(plan) // world.size
     left = [*plan[first:], *plan[:first]]
-    with tqdm(total=len(index) * len(tokenizers), desc="encode", unit="signal", disable=not world.is_main) as bar:
+    with (tqdm(total=len(index) * len(tokenizers), desc="encode", unit="signal", disable=not world.is_main) as bar,
+          _threads(max(1, cores - workers))):
         while left := _encode(work, left, args.batch, workers, bar):
             if not world.is_main:
                 return {}
             time.sleep(POLL_S)  # others are at the rest; should they die, it falls to this one
     return _summary(folders)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """At most so many of torch's threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(number, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def shards_of(index: ClipIndex, dataset: str = "") -> list[Shard]:
@@ -126,8 +139,12 @@ def _dataset_of(index: ClipIndex, number: int) -> str:
 def _encode(work: "_Work", shards: list[Shard], batch: int, workers: int, bar: tqdm) -> list[Shard]:
     """Encode whatever of `shards` nobody else is at; returns those that others are at."""
     held: list[Shard] = []
-    chunks = in_order(_Reader(work.tokenizers, work.index), _tasks(work, shards, held, bar), workers, AHEAD)
+    tasks = _tasks(work, shards, held, bar)
     try:
+        first = next(tasks, None)
+        if first is None:
+            return held
+        chunks = in_order(_Reader(work.tokenizers, work.index), chain([first], tasks), workers, AHEAD)
         with ThreadPoolExecutor(1, "write") as writer:
             waiting: list[Future] = []
             for shard in _shards_of_ids(work, chunks, batch, bar):
