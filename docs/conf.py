@@ -17,6 +17,7 @@ import egom2p  # noqa: E402
 project, author, release = "EgoM2P", "the EgoM2P rebuild", egom2p.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 html_theme = "furo"
+highlight_language = "none"  # of docstrings; fenced blocks name their own
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}

@@ -21,9 +21,13 @@ ONE_AT_A_TIME = ("test_slurm.py", "test_hosts.py", "test_released_sizes_run_whol
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist the slow tests go first, so that no worker waits for one at the end."""
+    """Under pytest-xdist, which gives each worker one stretch of the list to begin with, every stretch has its share
+    of the slow tests, and they come first, so that no worker waits for one at the end."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        quick = [item for item in items if not item.get_closest_marker("slow")]
+        items[:] = [item for worker in range(workers) for item in [*slow[worker::workers], *quick[worker::workers]]]
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,8 @@ def test_every_requirement_is_imported(name):
 
 def test_every_import_is_required_or_optional():
     # Behind one clear line that says what to install.
-    optional = {"projectaria_tools", "rollingdepth", "video_depth_anything", "botocore", "aiohttp"}
+    optional = {"projectaria_tools", "rollingdepth", "video_depth_anything", "botocore", "aiohttp",
+                "rerun"}
     own = set(sys.stdlib_module_names) | {"egom2p"}
     assert imported_modules() - own - {MODULES.get(n, n) for n in requirements()} <= optional
 
