@@ -113,6 +113,7 @@ figures: [eval/loss, loss]
     return path
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_what_is_missing_names_what_fails_and_compares(sweep, tmp_path, caplog):
     listed = run_cli("ablate", sweep, "--dry-run").stdout.splitlines()
     assert len(listed) == 2 and not (tmp_path / "runs").exists()

@@ -64,6 +64,7 @@ def test_the_installed_code_is_not_the_checkout(installed):
     assert str(ROOT / "egom2p") not in where
 
 
+@pytest.mark.slow
 def test_installed_commands_find_their_files(installed):
     assert installed("--version").strip() == run_version()
     assert "cfgs/train/debug.yaml" in installed("configs")

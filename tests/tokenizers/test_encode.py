@@ -153,6 +153,7 @@ def test_clips_written_again_alike_keep_their_shards_and_others_lose_them(tmp_pa
     assert shard.stat().st_mtime_ns != before and "have changed since it was encoded" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_under_torchrun(finished, tmp_path):
     """Two processes, killed while they encode; started again they leave what one undisturbed process does."""
     out = finished[0]

@@ -53,6 +53,7 @@ def test_wrong_ids_are_one_line(world_clips, tmp_path):
             tokenizer.decode(ids)
 
 
+@pytest.mark.slow
 def test_ema_codebook_two_processes_equal_one(world_clips, tmp_path):
     """Codebook statistics cover the global batch: same error curve on one and on two processes."""
     overrides = [f"data.clips={world_clips}/*.tar", *SMALL, "tokenizer.motion.quantizer=ema",

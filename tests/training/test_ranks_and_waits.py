@@ -31,6 +31,7 @@ def test_a_rank_with_an_empty_micro_batch_still_uses_every_parameter(mode):
     assert done.stdout.split("\n")[:3] == ["ok: nothing", "ok: no inputs", "ok: no targets"]
 
 
+@pytest.mark.slow
 def test_ranks_wait_longer_for_a_disk_than_for_each_other(debug_tokens, small_disk, tmp_path):  # noqa: F811
     """Rank 0 tries for 12 seconds to write a checkpoint, where a rank that is silent for 4 counts as lost."""
     run, said = small_disk / "run", tmp_path / "said"

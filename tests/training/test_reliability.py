@@ -62,6 +62,7 @@ def test_a_signal_saves_and_ends_with_75(debug_tokens, reference, tmp_path, numb
     assert same_weights(run, reference)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(debug_tokens, reference, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     process = start_cli(*arguments(debug_tokens, run, "checkpoint.every=0"), torchrun=2)
@@ -217,6 +218,7 @@ def poisoned(tmp_path_factory) -> tuple[Path, Path]:
     return root / "tokens", root / "start/checkpoints/latest"
 
 
+@pytest.mark.slow
 def test_bad_numbers_are_left_out_and_named(poisoned, tmp_path, caplog):
     """Steps that show the poisoned id are skipped, named with their sample, and training goes on; two processes
     agree."""
@@ -309,6 +311,7 @@ def test_four_processes_resume_bitwise(debug_tokens, tmp_path):
     assert same_weights(run, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_sharded_and_replicated_checkpoints_are_the_same_files(debug_tokens, reference, tmp_path):  # noqa: F811
     """FSDP2 on two processes up to step 10 of one run, from step 10 of another: the same losses, names and shapes."""
     _torchrun(debug_tokens, tmp_path / "sharded", 2, "train.parallel=fsdp", "checkpoint.keep_last=9")
