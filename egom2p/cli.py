@@ -464,6 +464,7 @@ def _add_generate(commands) -> None:
 
 
 def _generate(args) -> int:
+    from egom2p.distributed import environment_world
     from egom2p.generation.pipeline import Pipeline
     from egom2p.generation.recordings import GenerateArgs, generate_files
 
@@ -471,7 +472,7 @@ def _generate(args) -> int:
     targets = [t for t in args.targets.split(",") if t] or list(recipe.targets)
     if not targets:
         raise UserError("say what to predict: --targets cam,depth or a --recipe")
-    pipeline = Pipeline.from_pretrained(args.model, _device(), args.trust_torchscript)
+    pipeline = Pipeline.from_pretrained(args.model, str(environment_world().device), args.trust_torchscript)
     if args.compile:
         from egom2p.model.blocks import compile_blocks
 
@@ -666,12 +667,6 @@ def _recipe(path: Path | None):
     from egom2p.generation.schedule import RecipeConfig
 
     return load(RecipeConfig, path) if path else RecipeConfig()
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _add_quickstart(commands) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 from egom2p.config import read_json, read_yaml
 from egom2p.errors import UserError
 from egom2p.evaluation.measures import is_better
-from egom2p.evaluation.results import BOOTSTRAP, RESULTS
-from egom2p.training.log import read_metrics
+from egom2p.evaluation.results import BOOTSTRAP, RESULTS, mean_of_finite
+from egom2p.training.log import HELD_OUT, last_figures, read_metrics
 from egom2p.visualize import plots
 from egom2p.visualize.plots import plt
 
@@ -108,18 +108,18 @@ def read_subject(folder: Path) -> Subject:
 def _read_run(folder: Path, subject: Subject) -> None:
     rows = read_metrics(folder)
     batch = read_yaml(folder / "config.yaml").train.batch_size
-    last: dict[str, float] = {}
     points, seconds, before = [], 0.0, 0
     for row in rows:
-        last.update({k: v for k, v in row.items() if k == "loss" or (k.startswith("eval/") and v is not None)})
         if row.get("samples_per_s"):
             seconds += (row["step"] - before) * batch / row["samples_per_s"]
             before = row["step"]
-        if (losses := [v for k, v in row.items() if k.startswith("eval/loss/")]):
+        if (losses := [v for k, v in row.items() if k.startswith(HELD_OUT)]):
             points.append((row["step"], seconds, float(np.mean(losses))))
-    held_out = [v for k, v in last.items() if k.startswith("eval/loss/")]
+    last = last_figures(rows)
+    held_out = [v for k, v in last.items() if k.startswith(HELD_OUT)]
     subject.figures.update(({"eval/loss": float(np.mean(held_out))} if held_out else {})
-                           | {k: v for k, v in last.items() if isinstance(v, float) and k != "eval/tasks_s"})
+                           | {k: v for k, v in last.items() if (k == "loss" or k.startswith("eval/"))
+                              and isinstance(v, float) and k != "eval/tasks_s"})
     subject.curve = np.array(points or [(r["step"], 0.0, r["loss"]) for r in rows if r.get("loss") is not None])
 
 
@@ -128,7 +128,7 @@ def _read_evaluation(folder: Path, subject: Subject) -> None:
         for metric, values in entry["rows"]["model"].items():
             name = f"{task}/{metric}"
             subject.clips[name] = dict(zip(entry["keys"], values, strict=True))
-            subject.figures[name] = float(np.nanmean(values))
+            subject.figures[name] = mean_of_finite(values)
 
 
 def _group_of(folder: Path, all_folders: Sequence[Path]) -> str:

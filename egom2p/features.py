@@ -104,11 +104,8 @@ def _write_file(path: Path, model: EgoM2P, loaded: dict, index: ClipIndex, group
     usable = list(_readable(index, group, loaded))
     for start in range(0, len(usable), BATCH):
         batch = usable[start : start + BATCH]
-        tokens = {n: torch.from_numpy(t.encode_many([c.signals[t.modality.clip_signal] for c in batch]))
+        tokens = {n: torch.from_numpy(t.encode_observed([c.signals[t.modality.clip_signal] for c in batch]))
                   for n, t in loaded.items()}
-        for name, tokenizer in loaded.items():  # what was not observed is not shown
-            seen = np.stack([tokenizer.observed(c.signals[tokenizer.modality.clip_signal]) for c in batch])
-            tokens[name][~torch.from_numpy(seen)] = -1
         with torch.no_grad():
             made = model.encode(tokens, None if args.layers < 0 else args.layers)
         rows = torch.cat([made[n] for n in args.inputs], 1)

@@ -3,9 +3,9 @@
 What is uploaded is what `egom2p export` writes, so `EgoM2P.from_pretrained("OWNER/NAME")` decodes on the other side.
 """
 
+import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from egom2p import __version__
 from egom2p.config import read_json, read_yaml
@@ -16,7 +16,7 @@ from egom2p.evaluation.measures import VARIANT
 from egom2p.export import upload
 from egom2p.generation.bundle import export_bundle
 from egom2p.model.egom2p import EgoM2P
-from egom2p.training.log import read_metrics
+from egom2p.training.log import HELD_OUT, last_figures, read_metrics
 
 NOTES = ("encode.json", "card.json", "contact_sheet.png", INDEX_FILE)
 
@@ -84,10 +84,8 @@ def _training(folder: Path) -> str:
     config, rows = read_yaml(folder / "config.yaml"), read_metrics(folder)
     sets = ", ".join(f"{name} (weight {entry.get('weight', 1.0):g})" for name, entry in config.data.datasets.items())
     step = max((r["step"] for r in rows), default=0)
-    last: dict[str, Any] = {}
-    for row in rows:
-        last.update({k.removeprefix("eval/loss/"): v for k, v in row.items() if k.startswith("eval/loss/")})
-    losses = ", ".join(f"{name} {loss:.3f}" for name, loss in last.items())
+    held_out = {k: v for k, v in last_figures(rows).items() if k.startswith(HELD_OUT)}
+    losses = ", ".join(f"{name.removeprefix(HELD_OUT)} {loss:.3f}" for name, loss in held_out.items())
     return (f"Data sets: {sets}. {step} steps of {config.train.batch_size} samples."
             + (f" Held-out cross-entropy, nats a token: {losses}." if losses else ""))
 
@@ -117,7 +115,7 @@ def push_data(pattern: str, repo: str, private: bool, licence: str) -> str:
     entries = index_tars(tars)
     if damaged := [e for e in entries if e.damage]:
         raise UserError(f"{damaged[0].path}: {damaged[0].damage}; mend or remove it first, nothing was uploaded")
-    root = Path(*_common([p.resolve().parent.parts for p in tars]))
+    root = os.path.commonpath([p.resolve().parent for p in tars])
     notes = {folder / name for folder in {p.parent for p in tars} for name in NOTES if (folder / name).exists()}
     with tempfile.TemporaryDirectory() as place:
         for path in [*tars, *sorted(notes)]:
@@ -130,12 +128,3 @@ def push_data(pattern: str, repo: str, private: bool, licence: str) -> str:
             f"{len(tars)} WebDataset tars with {files} files, made with EgoM2P {__version__}. In a training "
             f"configuration:\n\n```yaml\ndata: {{root: \"hf://datasets/{repo}\"}}\n```\n")
         return upload(Path(place), repo, private, "dataset")
-
-
-def _common(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
-    shared = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return tuple(shared)

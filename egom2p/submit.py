@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from egom2p import resources
@@ -46,15 +46,10 @@ def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path 
            send: bool = True) -> tuple[Path, list[str]]:
     """Freeze, fill and send. Returns the script that sends the job and the jobs' numbers, none when `send` is
     false."""
-    template = resources.locate(template)
-    if not template.is_file():
-        raise UserError(f"no SLURM script {template}; name one with --template")
+    script = _read_template(template)
     resolved = load(PretrainConfig, config, overrides)
     _check_job(resolved, job)
-    run_dir = Path(resolved.run.dir)
-    environment = {**job.environment, "FROZEN": str((run_dir / FROZEN).resolve())}
-    frozen = freeze(run_dir, dump(resolved),
-                    fill(template.read_text(), {"job-name": run_dir.name, **job.options}, environment))
+    frozen = _freeze_job(Path(resolved.run.dir), dump(resolved), script, job)
     return _dispatch(frozen, [str((frozen / "config.yaml").resolve())], job, send)
 
 
@@ -62,14 +57,24 @@ def submit_command(verbs: Sequence[str], arguments: Sequence[str], folder: Path,
                    template: Path = TEMPLATE, send: bool = True) -> tuple[Path, list[str]]:
     """The same for another command that shares its work among processes, `egom2p VERBS... ARGUMENTS...`, whose output
     goes to `folder`. A stopped job goes on where it was, as the command itself does."""
+    script = _read_template(template)
+    _check_limits(job)
+    job = replace(job, environment={**job.environment, "COMMAND": " ".join(verbs)})
+    frozen = _freeze_job(folder, f"# egom2p {shlex.join([*verbs, *arguments])}\n", script, job)
+    return _dispatch(frozen, list(arguments), job, send)
+
+
+def _read_template(template: Path) -> str:
     template = resources.locate(template)
     if not template.is_file():
         raise UserError(f"no SLURM script {template}; name one with --template")
-    _check_limits(job)
-    environment = {**job.environment, "FROZEN": str((folder / FROZEN).resolve()), "COMMAND": " ".join(verbs)}
-    script = fill(template.read_text(), {"job-name": folder.name, **job.options}, environment)
-    frozen = freeze(folder, f"# egom2p {shlex.join([*verbs, *arguments])}\n", script)
-    return _dispatch(frozen, list(arguments), job, send)
+    return template.read_text()
+
+
+def _freeze_job(folder: Path, config: str, script: str, job: JobArgs) -> Path:
+    """The frozen folder, with the script filled in for it."""
+    environment = {**job.environment, "FROZEN": str((folder / FROZEN).resolve())}
+    return freeze(folder, config, fill(script, {"job-name": folder.name, **job.options}, environment))
 
 
 def _dispatch(frozen: Path, arguments: list[str], job: JobArgs, send: bool) -> tuple[Path, list[str]]:

@@ -68,12 +68,23 @@ class Job:
 
 def prepare(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str, ...] = ()) -> dict[str, Any]:
     """Prepare every sequence (or those in `only`) of data set `name`. Returns the card."""
-    return write_card(out, set_name(name), prepare_sequences(name, root, out, args, only))
+    plan = plan_jobs(name, root, out, args, only)
+    run_jobs(name, root, out, plan, plan.jobs)
+    return write_card(out, set_name(name), plan.skipped)
 
 
-def sequences_of(name: str, root: Path, args: PrepareArgs, only: tuple[str, ...] = ()) -> list[str]:
-    """What there is to prepare, in order. Raises UserError for a folder that is not there and names that are not in
-    it."""
+@dataclass(frozen=True)
+class Plan:
+    """What there is to prepare, in order; the arguments as settled for the folder; a line for everything below the root
+    that is part of no sequence."""
+
+    jobs: list[Job]
+    args: PrepareArgs
+    skipped: list[str]
+
+
+def plan_jobs(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str, ...] = ()) -> Plan:
+    """Look through `root`, once. Raises UserError for a folder that is not there and for names that are not in it."""
     adapter = make_adapter(name, args)
     if not root.is_dir():
         raise UserError(f"no folder {root}; expected {adapter.layout}")
@@ -82,13 +93,6 @@ def sequences_of(name: str, root: Path, args: PrepareArgs, only: tuple[str, ...]
     if missing:
         raise UserError(f"{root} has no sequence '{sorted(missing)[0]}'; there are {len(sequences)}, the first "
                         f"{', '.join(sequences[:3])}")
-    return sequences
-
-
-def prepare_sequences(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str, ...] = ()) -> list[str]:
-    """Prepare what is missing; returns a line for everything below `root` that is part of no sequence."""
-    adapter = make_adapter(name, args)
-    sequences = sequences_of(name, root, args, only)
     names = file_names(sequences)
     chosen = [s for s in sequences if not only or s in only]
     splits = None if args.split else adapter.splits(root, chosen)
@@ -98,13 +102,17 @@ def prepare_sequences(name: str, root: Path, out: Path, args: PrepareArgs, only:
         log.warning("skipped: %s", line)
     args = _settled(out, name, args)
     _forget_renamed(out, names)
-    jobs = [Job(s, args.split or (splits or {}).get(s, ""), names[s], stamp_of(adapter.files(root, s)))
-            for s in chosen if s not in unlisted]
+    return Plan([Job(s, args.split or (splits or {}).get(s, ""), names[s], stamp_of(adapter.files(root, s)))
+                 for s in chosen if s not in unlisted], args, skipped)
+
+
+def run_jobs(name: str, root: Path, out: Path, plan: Plan, jobs: list[Job]) -> list[Job]:
+    """Prepare those of the jobs that are missing, failed or changed; returns them."""
     waiting = [job for job in jobs if not _is_done(out, job)]
-    for record in _run(name, root, out, args, waiting, len(jobs)):
+    for record in _run(name, root, out, plan.args, waiting, len(jobs)):
         for line in said_of(record):
             log.warning("%s", line)
-    return skipped
+    return waiting
 
 
 def said_of(record: dict[str, Any]) -> list[str]:

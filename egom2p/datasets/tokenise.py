@@ -15,7 +15,7 @@ from typing import Any
 from egom2p.config import read_json
 from egom2p.data.clips import ClipIndex, write_clips
 from egom2p.datasets.card import write_card
-from egom2p.datasets.prepare import PrepareArgs, file_names, prepare_sequences, record_path, sequences_of, set_name
+from egom2p.datasets.prepare import PrepareArgs, plan_jobs, record_path, run_jobs, set_name
 from egom2p.errors import UserError
 from egom2p.files import write_whole
 from egom2p.tokenizers.base import Tokenizer
@@ -31,31 +31,27 @@ def tokenise(name: str, root: Path, out: Path, tokenizers: list[Tokenizer], args
              only: tuple[str, ...] = (), group: int = 32, encoding: EncodeArgs | None = None) -> dict[str, Any]:
     """Tokenise every sequence (or those in `only`) of data set `name`, `group` of them a shard. Returns the card."""
     clips = prepared_beside(out)
-    note = clips / NOTE
-    sequences = [s for s in sequences_of(name, root, args, only) if not only or s in only]
-    files = file_names(sequences_of(name, root, args))
+    plan, note = plan_jobs(name, root, clips, args, only), clips / NOTE
     settings = {"group": group, "sequences": list(only)}
     known = read_json(note) if note.exists() else {**settings, "done": []}
     if {k: known[k] for k in settings} != settings:
         begun = {k: known[k] for k in settings}
         raise UserError(f"{out} was begun with {begun}, now {settings}; choose another --out")
-    skipped: list[str] = []
-    for number, start in enumerate(range(0, len(sequences), group)):
-        part = sequences[start : start + group]
-        before = _records(clips, [files[s] for s in part])
-        skipped = prepare_sequences(name, root, clips, args, tuple(part))
+    for number, start in enumerate(range(0, len(plan.jobs), group)):
+        jobs = plan.jobs[start : start + group]
+        files = [job.file for job in jobs]
+        changed = run_jobs(name, root, clips, plan, jobs)
         if number in known["done"]:
-            if _records(clips, [files[s] for s in part]) == before:
+            if not changed:
                 continue
             log.warning("group %d changed since it was encoded; it is prepared and encoded anew", number)
-            _forget(clips, [files[s] for s in part])
-            prepare_sequences(name, root, clips, args, tuple(part))
-        _encode_group(tokenizers, set_name(name), clips, [files[s] for s in part], number, out,
-                      encoding or EncodeArgs())
+            _forget(clips, files)
+            run_jobs(name, root, clips, plan, jobs)
+        _encode_group(tokenizers, set_name(name), clips, files, number, out, encoding or EncodeArgs())
         known["done"] = sorted({*known["done"], number})
         write_whole(note, json.dumps(known))
-        _keep_some(clips, [files[s] for s in part])
-    return write_card(clips, set_name(name), skipped)
+        _keep_some(clips, files)
+    return write_card(clips, set_name(name), plan.skipped)
 
 
 def prepared_beside(out: Path) -> Path:
@@ -72,12 +68,6 @@ def _encode_group(tokenizers: list[Tokenizer], dataset: str, clips: Path, files:
         index = ClipIndex.of(paths)
         shard = Shard(dataset if split == "train" else f"{dataset}_{split}", number, list(range(len(index))))
         encode_shards(tokenizers, index, [shard], out, f"egom2p tokens {dataset}, {split}", encoding)
-
-
-def _records(clips: Path, files: Sequence[str]) -> list[str]:
-    """What is on record of some sequences; "" where nothing is."""
-    paths = [record_path(clips, file) for file in files]
-    return [path.read_text() if path.exists() else "" for path in paths]
 
 
 def _forget(clips: Path, files: Sequence[str]) -> None:

@@ -50,14 +50,15 @@ def summarise(rows: TaskRows) -> dict[str, dict]:
     summary = {}
     for metric, values in rows.rows["model"].items():
         higher = is_better(metric, 1, 0)
-        baselines = {s.removeprefix("baseline: "): _mean(m[metric]) for s, m in rows.rows.items()
+        baselines = {s.removeprefix("baseline: "): mean_of_finite(m[metric]) for s, m in rows.rows.items()
                      if s.startswith("baseline")}
         known = {n: v for n, v in baselines.items() if np.isfinite(v)} or baselines
         best = min(known, key=lambda n: -baselines[n] if higher else baselines[n])
         mine, shuffled = np.array(values), np.array(rows.rows["shuffled"][metric])
         trivial = np.array(rows.rows[f"baseline: {best}"][metric])
-        summary[metric] = {"value": _mean(mine), "baseline": baselines[best], "shuffled": _mean(shuffled),
-                           "ceiling": _mean(rows.rows["ceiling"][metric]), "baseline_name": best,
+        summary[metric] = {"value": mean_of_finite(mine), "baseline": baselines[best],
+                           "shuffled": mean_of_finite(shuffled),
+                           "ceiling": mean_of_finite(rows.rows["ceiling"][metric]), "baseline_name": best,
                            "clips": len(mine), "coverage": len(mine) / max(rows.asked, len(mine)),
                            "doubtful": dict(Counter(filter(None, rows.doubts))),
                            "better": "higher" if higher else "lower", "baselines": baselines,
@@ -66,7 +67,7 @@ def summarise(rows: TaskRows) -> dict[str, dict]:
     return summary
 
 
-def _mean(values: Any) -> float:
+def mean_of_finite(values: Any) -> float:
     """Over the clips where there is a number; nan when there is none."""
     values = np.asarray(values, np.float64)
     return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")

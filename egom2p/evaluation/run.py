@@ -220,9 +220,8 @@ class _Runner:
             if source in clip.signals:
                 tokenizer.check(clip.signals[source], clip.key)
         have = [c for c in clips if source in c.signals and np.any(tokenizer.observed(c.signals[source]))]
-        made = tokenizer.encode_many([c.signals[source] for c in have]) if have else []
-        return {c.key: np.where(tokenizer.observed(c.signals[source]), ids, -1)
-                for c, ids in zip(have, made, strict=True)}
+        made = tokenizer.encode_observed([c.signals[source] for c in have]) if have else []
+        return {c.key: ids for c, ids in zip(have, made, strict=True)}
 
     def _predict(self, task: Task, tokens: list[dict[str, np.ndarray]], keys: list[str]) -> list[np.ndarray]:
         condition = {n: np.stack([t[n] for t in tokens]) for n in task.inputs}

@@ -60,6 +60,10 @@ class Tokenizer(Exportable):
             self.check(signal)
         return self.encode_units(torch.from_numpy(np.stack([self.signal.normalize(signal) for signal in signals])))
 
+    def encode_observed(self, signals: list[np.ndarray]) -> np.ndarray:
+        """Raw signals -> int64 ids (B, *grid), -1 where nothing was observed."""
+        return np.where(np.stack([self.observed(signal) for signal in signals]), self.encode_many(signals), -1)
+
     def encode_units(self, x: Tensor) -> np.ndarray:
         """A batch in the network's units, on any device -> int64 ids (B, *grid)."""
         with torch.no_grad():

@@ -93,10 +93,12 @@ def encode_shards(tokenizers: list[Tokenizer], index: ClipIndex, plan: list[Shar
     world = world or environment_world()
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     workers = args.workers if args.workers >= 0 else min(MAX_WORKERS, max(0, cores - 1))
-    folders = {(t.modality.name, name): Origin(root / t.modality.name / name)
-               for t in tokenizers for name in {shard.dataset for shard in plan}}
-    for (name, _), origin in folders.items():
-        origin.claim(next(t for t in tokenizers if t.modality.name == name).fingerprint(), source)
+    folders: dict[tuple[str, str], Origin] = {}
+    for tokenizer in tokenizers:
+        made_by = tokenizer.fingerprint()
+        for name in {shard.dataset for shard in plan}:
+            folders[tokenizer.modality.name, name] = origin = Origin(root / tokenizer.modality.name / name)
+            origin.claim(made_by, source)
     work = _Work(tokenizers, index, folders)
     first = world.rank * len(plan) // world.size
     left = [*plan[first:], *plan[:first]]
@@ -379,12 +381,13 @@ def _summary(folders: dict[tuple[str, str], Origin]) -> dict[str, dict]:
     """By modality, over its data sets: {clips, left_out {reason: number}}; what was left out is said in the log."""
     found: dict[str, dict] = {}
     for (name, _), origin in folders.items():
-        total = origin.read().get("total", {"clips": 0, "left_out": {}})
+        note = origin.read()
+        total = note.get("total", {"clips": 0, "left_out": {}})
         entry = found.setdefault(name, {"clips": 0, "left_out": Counter()})
         entry["clips"] += total["clips"]
         entry["left_out"].update(total["left_out"])
         for reason, number in total["left_out"].items():
-            keys = [key for record in origin.read()["shards"].values() for key in record["left_out"].get(reason, [])]
+            keys = [key for record in note["shards"].values() for key in record["left_out"].get(reason, [])]
             log.warning("'%s': %d of %d clips go without it: %s (%s%s); all of them in %s", name, number,
                         total["clips"] + sum(total["left_out"].values()), reason, ", ".join(keys[:5]),
                         ", ..." if number > 5 else "", origin.path)

@@ -129,12 +129,7 @@ class Encoder(nn.Module):
             video = torch.cat([video[:, :, :1].expand(-1, -1, front, -1, -1), video], 2)
         x = self.conv_in(video)
         for space, time in zip(self.down, self.down_temporal, strict=True):
-            for over_space, over_time in zip(space.block, time.block, strict=True):
-                x = _along_time(over_time, _frame_by_frame(over_space, x))
-            if hasattr(space, "downsample"):
-                x = _frame_by_frame(space.downsample, x)
-            if hasattr(time, "downsample"):
-                x = time.downsample(x)
+            x = _through_level(space, time, "downsample", x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -166,12 +161,7 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid(self.conv_in(latents))
         for space, time in zip(reversed(self.up), reversed(self.up_temporal), strict=True):
-            for over_space, over_time in zip(space.block, time.block, strict=True):
-                x = _along_time(over_time, _frame_by_frame(over_space, x))
-            if hasattr(space, "upsample"):
-                x = _frame_by_frame(space.upsample, x)
-            if hasattr(time, "upsample"):
-                x = time.upsample(x)
+            x = _through_level(space, time, "upsample", x)
         return self.conv_out(F.silu(self.norm_out(x)))[:, :, self.extra :]
 
 
@@ -311,6 +301,16 @@ def _causal(axes: int, repeats_first: bool) -> Conv:
 
 def _frame_conv(before: int, after: int, kernel: int) -> nn.Module:
     return nn.Conv2d(before, after, kernel, padding=kernel // 2)
+
+
+def _through_level(space: _Level, time: _Level, change: str, x: Tensor) -> Tensor:
+    """The blocks over space and over time in turn, then what changes the sides and the frame count, where there is such
+    (`change`: its published name)."""
+    for over_space, over_time in zip(space.block, time.block, strict=True):
+        x = _along_time(over_time, _frame_by_frame(over_space, x))
+    if hasattr(space, change):
+        x = _frame_by_frame(getattr(space, change), x)
+    return getattr(time, change)(x) if hasattr(time, change) else x
 
 
 def _frame_by_frame(function: nn.Module, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from egom2p.files import write_whole
 
 log = logging.getLogger(__name__)
 
+HELD_OUT = "eval/loss/"  # what the names of held-out losses begin with
 METRICS = "metrics.jsonl"
 
 
@@ -181,6 +182,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The logged objects of a run, in order."""
     path = run_dir / METRICS
     return [r for line in path.read_text().splitlines() if (r := _parse(line))] if path.exists() else []
+
+
+def last_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last value of every figure that was logged, gaps (a step left out) passed over."""
+    last: dict[str, Any] = {}
+    for row in rows:
+        last.update({k: v for k, v in row.items() if v is not None})
+    return last
 
 
 def environment(index_hash: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from egom2p.signals import KINDS
-from egom2p.visualize.scene import Take, as_image
+from egom2p.visualize.scene import Take, as_images
 
 PICTURE_SIDE = 160
 POINTS = 700  # a frame
@@ -71,7 +71,7 @@ def viewer_html(take: Take) -> str:
 
 def _data(take: Take) -> dict[str, Any]:
     """Everything the script draws, as plain numbers and inlined pictures."""
-    paths = take.paths()
+    paths = take.paths
     pictures = [{"name": f"{name}, {side}", "rate": take.rates[name], "sheet": _sheet(kind, signal),
                  "count": len(signal), "gaze": _gaze(take, name)}
                 for name, kind in take.kinds.items() if KINDS[kind].is_picture
@@ -113,8 +113,8 @@ def _plain(array: np.ndarray) -> list:
 def _sheet(kind: str, video: np.ndarray) -> str:
     """All frames side by side as one inlined JPEG."""
     side = min(PICTURE_SIDE, max(video.shape[1:3]))
-    frames = [np.asarray(Image.fromarray(as_image(kind, video, i)).resize((side, side), Image.Resampling.BILINEAR))
-              for i in range(len(video))]
+    frames = [np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR))
+              for picture in as_images(kind, video)]
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(frames, 1)).save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

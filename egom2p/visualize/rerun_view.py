@@ -8,7 +8,7 @@ import numpy as np
 
 from egom2p.errors import UserError
 from egom2p.signals import KINDS
-from egom2p.visualize.scene import Take, as_image
+from egom2p.visualize.scene import Take, as_images
 
 COLOURS = {"true": (34, 34, 34), "predicted": (209, 73, 91)}
 FRUSTUM_M = 0.15
@@ -77,11 +77,12 @@ def _log_take(rr: Any, take: Take, start: float) -> None:
     rr.log("world", rr.Clear(recursive=True))
     rr.log("notes", rr.TextDocument("\n\n".join([f"**{take.key}**", *take.notes]), media_type="text/markdown"))
     rr.log("world", rr.ViewCoordinates.RIGHT_HAND_Y_DOWN)
-    for side, poses in take.paths().items():
+    for side, poses in take.paths.items():
         rr.log(f"world/{side}/path", rr.LineStrips3D([poses[:, :3, 3]], colors=[COLOURS[side]]))
     for name, kind in take.kinds.items():
         for side, signal in take.sides(name).items():
-            for index, value in enumerate(signal):
+            values = as_images(kind, signal) if KINDS[kind].is_picture else signal
+            for index, value in enumerate(values):
                 rr.set_time("time", duration=start + index / take.rates[name])
                 _log_value(rr, take, name, kind, side, index, value)
     for side in take.metres:
@@ -96,12 +97,12 @@ def _log_take(rr: Any, take: Take, start: float) -> None:
 
 
 def _log_value(rr: Any, take: Take, name: str, kind: str, side: str, index: int, value: np.ndarray) -> None:
-    """One frame of one signal, by its kind; a kind of one's own as a picture or as curves."""
+    """One frame of one signal (a picture ready to be shown), by its kind; one's own kinds as pictures or as curves."""
     if KINDS[kind].is_picture:
-        rr.log(f"pictures/{name}/{side}", rr.Image(as_image(kind, take.sides(name)[side], index)))
+        rr.log(f"pictures/{name}/{side}", rr.Image(value))
         return
     if kind == "pose":
-        value = take.paths()[side][index]
+        value = take.paths[side][index]
         rr.log(f"world/{side}/camera", rr.Transform3D(translation=value[:3, 3], mat3x3=value[:3, :3]))
         focal = take.camera()
         rr.log(f"world/{side}/camera", rr.Pinhole(focal_length=float(focal[0, 0]) * 100, width=100, height=100,

@@ -2,6 +2,7 @@
 page."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import matplotlib
 import numpy as np
@@ -48,6 +49,7 @@ class Take:
         return {side: signals[name] for side, signals in (("true", self.truth), ("predicted", self.predicted))
                 if name in signals}
 
+    @cached_property
     def paths(self) -> dict[str, np.ndarray]:
         """{"true", "predicted": (T, 4, 4)} camera poses in the frame of the first camera."""
         name = self.of_kind("pose")
@@ -71,7 +73,7 @@ class Take:
         shares = np.stack([(columns + 0.5) / width, (rows + 0.5) / height, np.ones(len(rows))])
         rays = np.linalg.inv(self.camera()) @ shares
         local = (rays * depth[rows, columns]).T
-        paths = self.paths()
+        paths = self.paths
         poses = paths.get("true", paths.get("predicted"))
         moment = frame / self.rates[self.of_kind("depth")]
         pose = np.eye(4) if poses is None else poses[min(len(poses) - 1,
@@ -87,11 +89,11 @@ class Take:
         return picture[(rows * picture.shape[0]).astype(int), (columns * picture.shape[1]).astype(int)]
 
 
-def as_image(kind: str, video: np.ndarray, index: int) -> np.ndarray:
-    """(H, W, 3) uint8 of one frame of a picture signal."""
+def as_images(kind: str, video: np.ndarray) -> np.ndarray:
+    """(T, H, W, 3) uint8 of a picture signal."""
     if KINDS[kind].shown is None:
-        return video[index]
-    picture = KINDS[kind].shown(video)[index]
-    if picture.ndim == 3:
-        return picture if picture.dtype == np.uint8 else (picture * 255).astype(np.uint8)
-    return (matplotlib.colormaps[KINDS[kind].colours or "gray"](picture)[..., :3] * 255).astype(np.uint8)
+        return video
+    pictures = KINDS[kind].shown(video)
+    if pictures.ndim == 4:
+        return pictures if pictures.dtype == np.uint8 else (pictures * 255).astype(np.uint8)
+    return (matplotlib.colormaps[KINDS[kind].colours or "gray"](pictures)[..., :3] * 255).astype(np.uint8)
