@@ -1,18 +1,23 @@
-"""Everything we want to know of a CUDA machine, in one command of about eight minutes.
+"""Everything we want to know of a CUDA machine, in one command of about ten minutes.
 
-    python -m benchmarks.gpu [--size base] [--sections correct,step,sync,profile,generate,train] [--out runs/gpu]
+    python -m benchmarks.gpu [--size base] [--sections correct,sync,step,ladder,profile,generate,train] [--out runs/gpu]
     python -m benchmarks.gpu --smoke          (seconds, any device: the same code at toy sizes)
 
-- correct: fused segment attention in every dtype against a padded softmax in float64 (norm-wise relative error of the
-  output and of each gradient), and loss and gradients of a small model on the device against the plain padded network
-  in float64 on the CPU (benchmarks/plain.py).
+- correct: fused segment attention in every dtype against softmax in float64, a segment at a time (norm-wise relative
+  error of the output and of each gradient), for small segments and for those of training (64 channels a head, segments
+  of 1 to 2 048 tokens, packs of 4 000 and 60 000), with the kernels that served; the chunked loss against torch's in
+  float64; and loss and gradients of a small model on the device against the plain padded network in float64 on the CPU
+  (benchmarks/plain.py).
 - step: forward, backward, clip, fused AdamW in bf16 autocast on samples of the released mask mixture, at several
   micro-batch sizes, with and without torch.compile: samples/s, real tokens/s, model FLOP utilisation
   (egom2p/model/flops.py over the datasheet peak), peak memory. The goal is 177 samples/s on an H100.
+- ladder: the same step with one change after another switched on, at the largest micro-batch that fits: samples/s, MFU
+  of real tokens, peak memory, kernels a step, milliseconds a step for which the host is busy; a table for RESULTS.md.
 - sync: one step under torch.cuda.set_sync_debug_mode("error"), which raises where the host would wait for the device.
 - profile: the kernels of a step by device time.
 - generate: seconds a clip of the four released recipes.
-- train: two minutes of `egom2p train` on random shards; the share of time waiting for data must be near 0.
+- train: two minutes of `egom2p train` on random shards, on one GPU and, where there are more, under torchrun on all;
+  the share of time waiting for data must be near 0.
 A table comes last; full figures are in OUT/gpu.json. Timings are medians; the first steps are left out.
 """
 
@@ -22,6 +27,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,9 +44,9 @@ from egom2p.generation.sampler import generate_targets
 from egom2p.generation.schedule import RecipeConfig
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.attention import Segments, segment_attention
-from egom2p.model.blocks import compile_blocks
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.flops import peak_flops, training_flops
+from egom2p.model.loss import CHUNK_ELEMENTS, softmax_step, softmax_step_to_fuse, weighted_cross_entropy
 from egom2p.training.optim import OptimArgs, make_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,35 +63,96 @@ def error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours - reference).norm() / reference.norm().clamp(min=1e-30))
 
 
-def padded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: np.ndarray,
-                     keys: np.ndarray) -> torch.Tensor:
-    """Dense softmax under a block mask; zeros for queries without keys."""
-    number = torch.arange(len(queries))
-    query, key = (number.repeat_interleave(torch.from_numpy(n)) for n in (queries, keys))
-    allowed = query[:, None] == key[None]
-    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num()
-    return torch.einsum("hqk,khd->qhd", weights, v)
+def segments_one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: np.ndarray,
+                        keys: np.ndarray) -> torch.Tensor:
+    """Softmax attention of each segment by itself; zeros for queries without keys."""
+    parts = []
+    for one, keys_one, values in zip(q.split(queries.tolist()), k.split(keys.tolist()), v.split(keys.tolist()),
+                                     strict=True):
+        weights = (torch.einsum("qhd,khd->hqk", one, keys_one) * q.shape[-1] ** -0.5).softmax(-1)
+        parts.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(parts)
 
 
-def check_attention(seed: int) -> dict[str, float]:
-    """Random segment lengths, with a single-token segment, an empty one and one whose keys are empty."""
+def check_attention(queries: np.ndarray, keys: np.ndarray, heads: int, seed: int,
+                    dtypes: dict[torch.dtype, float]) -> dict[str, float]:
+    """Worst error in each dtype; the name says how many tokens."""
     rng = np.random.default_rng(seed)
-    queries, keys = rng.integers(2, 90, 6), rng.integers(2, 90, 6)
-    queries[1], keys[2], queries[3], keys[3] = 1, 0, 0, 5
-    shapes = [(int(n.sum()), 4, 64) for n in (queries, keys, keys)]
-    wide = [torch.from_numpy(rng.standard_normal(s)).requires_grad_() for s in shapes]
-    expected = padded_attention(*wide, queries, keys)
-    weight = torch.from_numpy(rng.standard_normal(expected.shape))
+    shapes = [(int(n.sum()), heads, 64) for n in (queries, keys, keys)]
+    wide = [torch.from_numpy(rng.standard_normal(s)).to(DEVICE).requires_grad_() for s in shapes]
+    expected = segments_one_by_one(*wide, queries, keys)
+    weight = torch.from_numpy(rng.standard_normal(expected.shape)).to(DEVICE)
     (expected * weight).sum().backward()
     errors = {}
-    for dtype, limit in TOLERANCE.items():
-        ours = [t.detach().to(DEVICE, dtype).requires_grad_() for t in wide]
-        out = segment_attention(*ours, Segments(queries, keys, DEVICE))
-        (out * weight.to(DEVICE, dtype)).sum().backward()
-        worst = max(error(out, expected), *(error(o.grad, w.grad) for o, w in zip(ours, wide, strict=True)))
-        errors[f"attention {str(dtype)[6:]}"] = worst
-        assert worst < limit, f"attention in {dtype}: error {worst:.1e} above {limit:.0e}"
+    for dtype, limit in dtypes.items():
+        # Slices of one tensor, as the blocks make them.
+        q, kv = wide[0].detach().to(dtype), torch.stack([w.detach().to(dtype) for w in wide[1:]], 1)
+        ours = [q.requires_grad_(), kv.requires_grad_()]
+        with kernels() as served:
+            out = segment_attention(q, *kv.unbind(1), Segments(queries, keys, DEVICE))
+            (out * weight.to(dtype)).sum().backward()
+        theirs = [wide[0].grad, torch.stack([w.grad for w in wide[1:]], 1)]
+        worst = max(error(out, expected), *(error(o.grad, g) for o, g in zip(ours, theirs, strict=True)))
+        name = f"attention {str(dtype)[6:]}, {queries.sum()} queries, {keys.sum()} keys"
+        errors[f"{name} ({', '.join(sorted(served)) or 'kernels unknown'})"] = worst
+        assert worst < limit, f"{name}: error {worst:.1e} above {limit:.0e} ({served})"
+    return errors
+
+
+@contextmanager
+def kernels() -> Iterator[set[str]]:
+    """Which attention served, filled on leaving: by the names of the kernels, of the operators on a CPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    served: set[str] = set()
+    cuda = DEVICE.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as prof:
+        yield served
+        wait()
+    names = " ".join(event.key.lower() for event in prof.key_averages())
+    served |= {kind for kind in ("flash", "cudnn", "efficient", "cutlass", "attention_math") if kind in names}
+
+
+def check_attentions(smoke: bool) -> dict[str, float]:
+    """Small segments with a single-token one, an empty one and one without keys; then the sizes of training."""
+    errors = {}
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        queries, keys = rng.integers(2, 90, 6), rng.integers(2, 90, 6)
+        queries[1], keys[2], queries[3], keys[3] = 1, 0, 0, 5
+        errors |= check_attention(queries, keys, 4, seed, TOLERANCE)
+    half = {d: limit for d, limit in TOLERANCE.items() if d in (torch.float16, torch.bfloat16)}
+    once = [1, 3, 129, 1500, 2048, 0, 5]
+    for repeats in (0,) if smoke else (1, 16):  # 3 686 and 58 976 tokens
+        queries = np.array(once * repeats or [1, 3, 129, 300])
+        keys = np.array([2048, 1, 129, 3, 1500, 7, 0] * repeats or [129, 1, 0, 300])
+        errors |= check_attention(queries, keys, 12, repeats, half)
+        errors |= check_attention(queries, queries, 12, repeats, half)
+    return errors
+
+
+def check_loss(smoke: bool) -> dict[str, float]:
+    """The chunked loss over a large vocabulary in bf16, plain and compiled, against torch's in float64: the loss, and
+    the gradients by hidden states and head."""
+    rows, vocab, dim = (300, 500, 64) if smoke else (9000, 64000, 768)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    hidden, head = (torch.randn(n, dim, device=DEVICE, generator=generator) for n in (rows, vocab))
+    head *= dim**-0.5
+    target = torch.randint(vocab, (rows,), device=DEVICE, generator=generator)
+    scale = torch.rand(rows, device=DEVICE, generator=generator) / rows
+    wide = [x.double().requires_grad_() for x in (hidden, head)]
+    for part in range(0, rows, 1000):
+        here = slice(part, part + 1000)
+        logits = wide[0][here] @ wide[1].T
+        (torch.nn.functional.cross_entropy(logits, target[here], reduction="none") * scale[here]).sum().backward()
+    errors = {}
+    for name, softmax in (("plain", softmax_step), ("compiled", torch.compile(softmax_step_to_fuse, dynamic=True))):
+        ours = [x.clone().requires_grad_() for x in (hidden, head)]
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            weighted_cross_entropy(*ours, target, scale, softmax)[0].backward()
+        worst = max(error(o.grad, w.grad) for o, w in zip(ours, wide, strict=True))
+        errors[f"loss bf16 {name}"] = worst
+        assert worst < 2e-2, f"{name} loss in bf16: error of a gradient {worst:.1e}"
     return errors
 
 
@@ -144,11 +212,13 @@ def check_model() -> dict[str, float]:
 class Trainer:
     """Model, optimiser and batches of one step measurement."""
 
-    def __init__(self, sizes: ModelArgs, micro: int, compiled: bool, batches: int = 4) -> None:
+    def __init__(self, sizes: ModelArgs, micro: int, compiled: bool, batches: int = 4, fused: bool = True) -> None:
         torch.manual_seed(0)
         self.model = EgoM2P(RELEASED, sizes).to(DEVICE)  # position tables come from numpy: `with device` leaves them
         if compiled:
-            compile_blocks(self.model)
+            self.model.compile()
+        if not fused:
+            self.model.softmax = softmax_step
         self.optimizer = make_optimizer(self.model, OptimArgs())
         self.sizes = sizes
         self.host = [pack(make_samples(micro, i * micro), 4) for i in range(batches)]
@@ -178,9 +248,9 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def time_steps(sizes: ModelArgs, micro: int, compiled: bool, steps: int) -> dict:
-    """Median seconds a step after the first passes over the batches."""
-    trainer = Trainer(sizes, micro, compiled)
+def time_steps(sizes: ModelArgs, micro: int, compiled: bool, steps: int, fused: bool = True) -> dict:
+    """Median seconds a step after the first passes over the batches, and for how long of them the host is busy."""
+    trainer = Trainer(sizes, micro, compiled, fused=fused)
     for number in range(len(trainer.host) + 2):
         trainer.step(number)
     wait()
@@ -190,19 +260,64 @@ def time_steps(sizes: ModelArgs, micro: int, compiled: bool, steps: int) -> dict
     for number in range(steps):
         started = time.perf_counter()
         trainer.step(number)
+        host = time.perf_counter() - started
         wait()
-        rows.append((time.perf_counter() - started, *trainer.work(number)))
+        rows.append((time.perf_counter() - started, *trainer.work(number), host))
     seconds = statistics.median(r[0] for r in rows)
-    flops = statistics.median(f / s for s, f, _ in rows)
+    flops = statistics.median(f / s for s, f, *_ in rows)
     peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
     return {"micro": micro, "compile": compiled, "ms": 1e3 * seconds, "samples_per_s": micro / seconds,
-            "tokens_per_s": statistics.median(t / s for s, _, t in rows), "tflops": flops / 1e12, "mfu": flops / peak
-            if peak else None,
+            "tokens_per_s": statistics.median(t / s for s, _, t, _ in rows), "tflops": flops / 1e12,
+            "mfu": flops / peak if peak else None, "host_ms": 1e3 * statistics.median(r[3] for r in rows),
+            "launches": count_launches(trainer, steps),
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None}
 
 
+def count_launches(trainer: Trainer, number: int) -> int | None:
+    """Kernels and copies of one step on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if DEVICE.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        trainer.step(number)
+        wait()
+    return sum(event.count for event in prof.key_averages() if event.self_device_time_total > 0)
+
+
 def section_correct(args) -> dict:
-    return {**check_attention(0), **check_attention(1), **check_model()}
+    return {**check_attentions(args.smoke), **check_loss(args.smoke), **check_model()}
+
+
+LADDER = (  # what is switched on, step by step: (name, compile, fused softmax, fill_to, elements of a chunk of logits)
+    ("small chunks of the loss (as on a CPU)", False, False, 0, CHUNK_ELEMENTS["cpu"]),
+    ("large chunks", False, False, 0, CHUNK_ELEMENTS["cuda"]),
+    ("compiled blocks", True, False, 0, CHUNK_ELEMENTS["cuda"]),
+    ("fused softmax (train.compile)", True, True, 0, CHUNK_ELEMENTS["cuda"]),
+    ("model.fill_to=2048", True, True, 2048, CHUNK_ELEMENTS["cuda"]),
+)
+
+
+def section_ladder(args) -> str:
+    """A Markdown table."""
+    lines = ["| switched on | micro-batch | samples/s | MFU | peak GB | kernels a step | host ms of ms |",
+             "|---|---|---|---|---|---|---|"]
+    for name, compiled, fused, fill_to, elements in LADDER[-1:] if args.smoke else LADDER:
+        CHUNK_ELEMENTS[DEVICE.type] = elements
+        torch._dynamo.reset()
+        for micro in sorted(args.micro, reverse=True):
+            try:
+                row = time_steps(replace(args.sizes, fill_to=fill_to), micro, compiled, args.steps, fused)
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                continue
+            lines.append(f"| {name} | {micro} | {row['samples_per_s']:.1f} | "
+                         + (f"{row['mfu']:.1%}" if row["mfu"] else "-") + " | "
+                         + (f"{row['peak_gb']:.1f}" if row["peak_gb"] else "-")
+                         + f" | {row['launches'] or '-'} | {row['host_ms']:.0f} of {row['ms']:.0f} |")
+            say(lines[-1])
+            break
+    return "\n".join(lines)
 
 
 def section_step(args) -> list[dict]:
@@ -266,8 +381,13 @@ def section_generate(args) -> dict[str, float]:
     return seconds
 
 
-def section_train(args) -> dict[str, float]:
-    """The real command on random shards; figures of its last logged step."""
+def section_train(args) -> dict[str, dict[str, float]]:
+    """The real command on random shards, {processes: figures}: medians of its logged steps, the first left out."""
+    counts = sorted({1, max(1, torch.cuda.device_count())})
+    return {f"{n} process{'es' if n > 1 else ''}": train_for_a_while(args, n) for n in counts}
+
+
+def train_for_a_while(args, processes: int) -> dict[str, float]:
     root = args.out / "tokens"
     config = "cfgs/train/debug.yaml" if args.smoke else "cfgs/train/egom2p_base.yaml"
     if not root.exists():
@@ -276,10 +396,12 @@ def section_train(args) -> dict[str, float]:
                        check=True, stderr=subprocess.DEVNULL)
     micro = 4 if args.smoke else max(args.micro)
     changes = ["train.steps=5", "train.batch_size=8"] if args.smoke else [
-        f"train.steps={args.train_steps}", f"train.batch_size={2 * micro}", "loss.group_samples=0", "train.tokens=0",
-        "optim.warmup_tokens=0",
+        f"train.steps={args.train_steps}", f"train.batch_size={2 * micro * processes}",
+        "loss.group_samples=0", "train.tokens=0", "optim.warmup_tokens=0",
         "optim.warmup_steps=20", "data.workers=8", f"train.compile={str(args.compile_train).lower()}", "log.every=10"]
-    done = subprocess.run([sys.executable, "-m", "egom2p", "train", config, f"data.root={root}",
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([sys.executable, *(launcher if processes > 1 else []), "-m", "egom2p", "train", config,
+                           f"data.root={root}",
                            f"run.dir={args.out / f'run-{time.time_ns()}'}",
                            f"train.micro_batch_size={micro}", "checkpoint.every=0", "eval.every=0",
                            *changes], capture_output=True, text=True)
@@ -292,8 +414,8 @@ def section_train(args) -> dict[str, float]:
             if any(k in r for r in rows)}
 
 
-SECTIONS = {"correct": section_correct, "sync": section_sync, "step": section_step, "profile": section_profile,
-            "generate": section_generate, "train": section_train}
+SECTIONS = {"correct": section_correct, "sync": section_sync, "step": section_step, "ladder": section_ladder,
+            "profile": section_profile, "generate": section_generate, "train": section_train}
 
 
 def main() -> None:
@@ -305,7 +427,7 @@ def main() -> None:
     parser.add_argument("--recipes", type=lambda s: s.split(","),
                         default=["rgb2cam", "rgb2gaze", "rgb2depth", "depth2rgb"])
     parser.add_argument("--train-steps", type=int, default=150)
-    parser.add_argument("--compile-train", action="store_true")
+    parser.add_argument("--compile-train", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--smoke", action="store_true", help="toy sizes, any device")
     args = parser.parse_args()

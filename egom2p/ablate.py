@@ -77,8 +77,8 @@ def _choices(name: str, axis: Any) -> Iterator[tuple[str, list[str]]]:
             yield f"{name.rpartition('.')[2]}={value}", [f"{name}={json.dumps(value)}"]
 
 
-def ablate(sweep: SweepConfig, send: Callable[[list[str]], Any] | None = None) -> list[Row]:
-    """Train (or hand to `send`, as arguments of `egom2p submit`) what is not finished, evaluate, and compare what is.
+def ablate(sweep: SweepConfig, send: Callable[[dict[int, PretrainConfig]], Any] | None = None) -> list[Row]:
+    """Train (or hand to `send`, by number in the sweep) what is not finished, evaluate, and compare what is.
 
     Every configuration is checked before the first run starts. Raises UserError when nothing could be compared.
     """
@@ -86,23 +86,24 @@ def ablate(sweep: SweepConfig, send: Callable[[list[str]], Any] | None = None) -
     folders = [run.folder for run in runs]
     if len(set(folders)) < len(folders):
         raise UserError("two combinations have the same name; label them differently")
+    configs = []
     for run in runs:
-        load(PretrainConfig, sweep.base, run.overrides)
+        configs.append(load(PretrainConfig, sweep.base, run.overrides))
         known = _finished(run.folder)
         if known and known != run.overrides:
             raise UserError(f"{run.folder} was run with {known}, now {run.overrides}; choose another out or remove it")
+    if send:
+        missing = {number: configs[number] for number, run in enumerate(runs) if not _finished(run.folder)}
+        if missing:
+            send(missing)
+        return []
     failed = []
     for number, run in enumerate(runs, 1):
         if _finished(run.folder):
             continue
-        if send:
-            send([sweep.base, *run.overrides])
-            continue
         print(f"--- run {number} of {len(runs)}: {run.folder.name}", flush=True)
         if not _run(sweep, run):
             failed.append(run.folder)
-    if send:
-        return []
     done = [f for f in folders if f not in failed]
     for folder in failed:
         log.warning("%s failed; it is left out of the comparison, and tried again next time", folder)

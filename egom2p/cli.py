@@ -278,6 +278,11 @@ def _add_submit(commands) -> None:
                                  epilog="Another command than train goes after two dashes: egom2p submit --nodes 1 -- "
                                         "tokenizer encode ... (also: tokenizer train, eval).")
     _add_config(parser)
+    _add_job(parser)
+    parser.set_defaults(run=_submit)
+
+
+def _add_job(parser) -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8,
                         help="also the processes a node; 4 on GH200, 0 for CPUs")
@@ -298,11 +303,11 @@ def _add_submit(commands) -> None:
     parser.add_argument("--template", type=Path, help="another script than scripts/slurm/train.sbatch")
     parser.add_argument("--unchecked", action="store_true", help="send it although this machine does not see the data")
     parser.add_argument("--dry-run", action="store_true", help="check and write RUN/frozen, send nothing")
-    parser.set_defaults(run=_submit)
 
 
-def _submit(args) -> None:
-    from egom2p.submit import TEMPLATE, JobArgs, submit, submit_command
+def _job_of(args):
+    """JobArgs of the options of `_add_job`."""
+    from egom2p.submit import JobArgs
 
     if min(args.nodes, args.chain) < 1 or args.gpus_per_node < 0:
         raise UserError("--nodes and --chain must be at least 1, --gpus-per-node at least 0")
@@ -314,7 +319,13 @@ def _submit(args) -> None:
     options = {k: str(v) for k, v in given.items() if v is not None} | dict(item.split("=", 1) for item in args.sbatch)
     variables = {"PROCESSES": args.processes or args.gpus_per_node or 1, "VENV": args.venv, "CONTAINER": args.container,
                  "MOUNTS": args.mounts}
-    job = JobArgs(options, {k: str(v) for k, v in variables.items() if v}, args.chain, args.unchecked)
+    return JobArgs(options, {k: str(v) for k, v in variables.items() if v}, args.chain, args.unchecked)
+
+
+def _submit(args) -> None:
+    from egom2p.submit import TEMPLATE, submit, submit_command
+
+    job = _job_of(args)
     words = [str(args.config), *args.overrides]
     verbs = next((list(v) for v in SHARED_COMMANDS if words[: len(v)] == list(v)), None)
     if verbs:
@@ -322,7 +333,10 @@ def _submit(args) -> None:
         sent = submit_command(verbs, rest, _output_of(words), job, args.template or TEMPLATE, not args.dry_run)
     else:
         sent = submit(args.config, args.overrides, job, args.template or TEMPLATE, not args.dry_run)
-    script, numbers = sent
+    _say_sent(*sent)
+
+
+def _say_sent(script: Path, numbers: list[str]) -> None:
     for number in numbers or [f"not sent; `bash {shlex.quote(str(script))}` sends it"]:
         print(number)
 
@@ -474,9 +488,7 @@ def _generate(args) -> int:
         raise UserError("say what to predict: --targets cam,depth or a --recipe")
     pipeline = Pipeline.from_pretrained(args.model, str(environment_world().device), args.trust_torchscript)
     if args.compile:
-        from egom2p.model.blocks import compile_blocks
-
-        compile_blocks(pipeline.model)
+        pipeline.model.compile()
     if args.samples < 1 or not 0 <= args.overlap < 2:
         raise UserError("--samples must be at least 1 and --overlap from 0 to below 2 seconds")
     asked = GenerateArgs(targets, args.modality or recipe.input, recipe.targets, args.seed, args.samples, args.overlap)
@@ -530,8 +542,9 @@ def _add_ablate(commands) -> None:
     parser = commands.add_parser("ablate", help="train every combination of a sweep, and compare")
     parser.add_argument("sweep", type=Path, help="YAML: base, axes, seeds (cfgs/ablations/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the sweep, for instance out=runs/a")
-    parser.add_argument("--submit", metavar="OPTIONS", help="send every run to SLURM with these options of `egom2p "
-                                                            "submit`, in one word: --submit='--nodes 1 --time 2:00:00'")
+    parser.add_argument("--submit", metavar="OPTIONS",
+                        help="send the runs to SLURM as one job array with these options of `egom2p submit`, in one "
+                             "word: --submit='--nodes 1 --time 2:00:00 --at-once 4'")
     parser.add_argument("--dry-run", action="store_true", help="only list the runs")
     parser.set_defaults(run=_ablate)
 
@@ -539,6 +552,7 @@ def _add_ablate(commands) -> None:
 def _ablate(args) -> None:
     from egom2p.ablate import SweepConfig, ablate, combinations
     from egom2p.config import load
+    from egom2p.submit import TEMPLATE, submit_array
 
     sweep = load(SweepConfig, args.sweep, args.overrides)
     if args.dry_run:
@@ -546,9 +560,15 @@ def _ablate(args) -> None:
             print(f"{run.folder}\t{shlex.join(run.overrides)}")
         return
 
-    def send(words: list[str]) -> None:
-        given = _parser().parse_args(["submit", *words, *shlex.split(args.submit)])
-        given.run(given)
+    def send(configs) -> None:
+        parser = argparse.ArgumentParser(prog="egom2p ablate --submit")
+        _add_job(parser)
+        parser.add_argument("--at-once", type=int, help="so many runs at most at the same time")
+        given = parser.parse_args(shlex.split(args.submit))
+        what = "".join(f"# {run.folder}: {shlex.join(run.overrides)}\n" for run in combinations(sweep))
+        job = _job_of(given)
+        _say_sent(*submit_array(configs, Path(sweep.out), what, job, given.template or TEMPLATE, not given.dry_run,
+                                given.at_once))
 
     ablate(sweep, send if args.submit is not None else None)
 

@@ -26,7 +26,7 @@ from egom2p.data.loader import DatasetArgs
 from egom2p.data.shardtools import SHARD_CLIPS, check
 from egom2p.datasets.world import write_world
 from egom2p.errors import UserError
-from egom2p.evaluation.results import table, write_results
+from egom2p.evaluation.results import changes_since, reliability, table, write_results
 from egom2p.evaluation.run import evaluate
 from egom2p.evaluation.takes import take_of
 from egom2p.generation.pipeline import Pipeline
@@ -267,9 +267,10 @@ def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, 
     sheets = _sheets(shown, kinds)
     takes = [take_of(clip, kinds, predicted) for clip, predicted in shown]
     write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds,
-                 facts, pictures,
-                 [(f"{p.stem} at step {int(p.parent.name[5:])}", p)
-                  for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]], mine, takes)
+                 facts, pictures, reliability={name: reliability(rows) for name, rows in evaluation.rows.items()},
+                 before=changes_since(out, evaluation), mine=mine, takes=takes,
+                 during=[(f"{p.stem} at step {int(p.parent.name[5:])}", p)
+                  for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]])
 
 
 def _merge_shown(shown: dict) -> list[tuple]:

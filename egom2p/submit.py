@@ -53,6 +53,24 @@ def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path 
     return _dispatch(frozen, [str((frozen / "config.yaml").resolve())], job, send)
 
 
+def submit_array(configs: dict[int, PretrainConfig], folder: Path, what: str, job: JobArgs, template: Path = TEMPLATE,
+                 send: bool = True, at_once: int | None = None) -> tuple[Path, list[str]]:
+    """Several trainings as one job array whose tasks are numbered as `configs` is, with one frozen copy of the code in
+    `folder`; at_once: so many of them at most at the same time. what: the whole array in words, that a later call for
+    the folder has to repeat."""
+    script = _read_template(template)
+    for config in configs.values():
+        _check_job(config, job)
+    tasks = ",".join(map(str, configs)) + (f"%{at_once}" if at_once else "")
+    job = replace(job, options={"output": "slurm-%x-%A_%a.out", **job.options, "array": tasks},
+                  environment={**job.environment, "ARRAY": str((folder / FROZEN / "configs").resolve())})
+    frozen = _freeze_job(folder, what, script, job)
+    (frozen / "configs").mkdir(exist_ok=True)
+    for number, config in configs.items():
+        (frozen / "configs" / f"{number}.yaml").write_text(dump(config))
+    return _dispatch(frozen, [], job, send)
+
+
 def submit_command(verbs: Sequence[str], arguments: Sequence[str], folder: Path, job: JobArgs,
                    template: Path = TEMPLATE, send: bool = True) -> tuple[Path, list[str]]:
     """The same for another command that shares its work among processes, `egom2p VERBS... ARGUMENTS...`, whose output

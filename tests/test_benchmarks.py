@@ -37,8 +37,8 @@ def test_plain_padded_network_equals_ours(variant):
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "expected"), [
     (["benchmarks.loader", "--count", "64", "--rounds", "1", "--shards", "2"], "samples/s a core"),
-    (["benchmarks.gpu", "--smoke", "--sections", "correct,sync,step,profile,generate,train"], "correct: ok"),
-    (["benchmarks.scaling", "--smoke"], "max / mean"),
+    (["benchmarks.gpu", "--smoke", "--sections", "correct,sync,step,ladder,profile,generate,train"], "correct: ok"),
+    (["benchmarks.scaling", "--smoke"], "of the rows"),
     (["benchmarks.checkpoint", "--rounds", "1", "--size", "world"], "stall"),
     (["benchmarks.generate", "--rounds", "1", "--recipes", "rgb2cam", "--size", "world"], "greedy ids identical"),
     (["benchmarks.encode", "--count", "8", "--large", "2", "--rounds", "1"], "peak memory"),

@@ -8,6 +8,7 @@ import pytest
 
 from egom2p.ablate import SweepConfig, combinations
 from egom2p.compare import compare, comparison_text
+from egom2p.config import load
 from tests.conftest import run_cli
 
 
@@ -131,12 +132,24 @@ def test_a_sweep_runs_what_is_missing_names_what_fails_and_compares(sweep, tmp_p
     assert other.returncode == 2 and "was run with" in other.stderr
 
 
-def test_a_sweep_goes_to_slurm_run_by_run(sweep, tmp_path):
-    done = run_cli("ablate", sweep, "--submit=--dry-run --gpus-per-node 0 --time 2:00:00")
-    assert done.stdout.count("sends it") == 2
-    frozen = tmp_path / "runs/lr=0.001,limit=short/frozen"
-    assert "#SBATCH --time=2:00:00" in (frozen / "train.sbatch").read_text()
-    assert "lr: 0.001" in (frozen / "config.yaml").read_text()
+def test_a_sweep_goes_to_slurm_as_one_array(sweep, tmp_path):
+    """What is finished is not sent; the tasks keep their numbers; another sweep in the folder is refused."""
+    done = run_cli("ablate", sweep, "--submit=--dry-run --gpus-per-node 0 --time 2:00:00 --at-once 1")
+    assert done.stdout.count("sends it") == 1
+    frozen = tmp_path / "runs/frozen"
+    script = (frozen / "train.sbatch").read_text()
+    assert "#SBATCH --time=2:00:00" in script and "#SBATCH --array=0,1%1\n" in script
+    assert f"export ARRAY={frozen / 'configs'}" in script and "#SBATCH --output=slurm-%x-%A_%a.out" in script
+    for number, rate in enumerate(("lr: 0.001", "lr: 1.0e+30")):
+        assert rate in (frozen / f"configs/{number}.yaml").read_text()
+    finished = tmp_path / "runs/lr=0.001,limit=short"
+    finished.mkdir()
+    combination = combinations(load(SweepConfig, sweep))[0]
+    (finished / "ablation.json").write_text(json.dumps(combination.overrides))
+    run_cli("ablate", sweep, "--submit=--dry-run --gpus-per-node 0")
+    assert "#SBATCH --array=1\n" in (frozen / "train.sbatch").read_text()
+    other = run_cli("ablate", sweep, "seeds=[1]", "--submit=--dry-run", check=False)
+    assert other.returncode == 2 and "lr=0.001" in other.stderr
 
 
 @pytest.mark.parametrize("axes", ["{}", "{optim.lr: 3}", "{x: []}"])

@@ -62,3 +62,15 @@ def test_a_users_code_passes_strict_type_checks(tmp_path):
     done = subprocess.run([sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", tmp_path / "user.py"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+HEAVY = ("torch._dynamo", "torchvision", "timm", "torchmetrics", "scipy", "matplotlib", "wandb")
+
+
+def test_what_is_slow_to_import_is_imported_where_it_is_needed():
+    """Together they would more than double the time that every command and every rank takes to start."""
+    code = ("import sys, egom2p.generation.recordings, egom2p.training.pretraining, "
+            "egom2p.training.tokenizer_training\n"
+            f"print(*sys.modules.keys() & {set(HEAVY)})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -24,7 +24,6 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from torchvision.transforms.v2.functional import resize
 
 from egom2p.errors import UserError
 from egom2p.geometry import crop_offset
@@ -166,6 +165,8 @@ def square(frames: np.ndarray, side: int) -> np.ndarray:
     if cropped.shape[1] == side:
         return np.ascontiguousarray(cropped)
     pixels = torch.from_numpy(np.ascontiguousarray(cropped)).permute(0, 3, 1, 2)
+    from torchvision.transforms.v2.functional import resize  # a second to import
+
     return np.ascontiguousarray(resize(pixels, [side, side], antialias=True).permute(0, 2, 3, 1).numpy())
 
 

@@ -14,19 +14,23 @@ from egom2p.errors import UserError
 from egom2p.evaluation.measures import VARIANT, is_better
 
 BOOTSTRAP = 2000
-RESULTS = "results.json"
+RESULTS, CLIPS = "results.json", "clips.json"
 
 
 @dataclass
 class TaskRows:
     """Per-clip figures of one task: rows[source][metric] is a list over clips; source is `model`, `shuffled`,
     `ceiling` or `baseline: NAME`. curves[source] (clips, T): error of each frame. doubts: of each clip, why some
-    figures mean little on it. asked: clips that were chosen, of which `keys` could be predicted and measured."""
+    figures mean little on it. confidences: how sure the model was of each clip, the geometric mean of the
+    probabilities that it gave the ids it chose. main: the metric that ranks clips. asked: clips that were chosen, of
+    which `keys` could be predicted and measured."""
 
     keys: list[str] = field(default_factory=list)
     rows: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    main: str = ""
     asked: int = 0
 
     def add(self, source: str, metrics: dict[str, float]) -> None:
@@ -67,6 +71,72 @@ def summarise(rows: TaskRows) -> dict[str, dict]:
     return summary
 
 
+def reliability(rows: TaskRows, parts: int = 4) -> dict[str, Any]:
+    """Whether the clips that the model is surer of are those it predicts better, by the main metric.
+
+    {metric, agreement, parts}: agreement is Spearman's rank correlation of confidence with quality, 1 when the surest
+    is always the best, 0 when confidence tells nothing; parts, from the least sure to the surest: clips, and the mean
+    of their confidences and of the metric. {} when there is nothing to rank.
+    """
+    values, sure = np.array(rows.rows["model"].get(rows.main, []), np.float64), np.array(rows.confidences, np.float64)
+    if len(values) != len(sure) or len(values) < 2:
+        return {}
+    known = np.isfinite(values) & np.isfinite(sure)
+    values, sure = values[known], sure[known]
+    if len(values) < 2 or np.ptp(values) == 0 or np.ptp(sure) == 0:
+        return {}
+    quality = values if is_better(rows.main, 1, 0) else -values
+    agreement = float(np.corrcoef(_ranks(sure), _ranks(quality))[0, 1])
+    order = np.argsort(sure, kind="stable")
+    told = [{"clips": len(part), "confidence": float(sure[part].mean()), rows.main: float(values[part].mean())}
+            for part in np.array_split(order, min(parts, len(order)))]
+    return {"metric": rows.main, "agreement": agreement, "parts": told}
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Place of each value in ascending order, equal ones at the mean of their places."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of this evaluation beside the one that lay in its folder before: means over the clips that both have,
+    and the 95 % interval of the difference, paired by clip."""
+
+    task: str
+    metric: str
+    before: float
+    now: float
+    ci95: list[float]
+
+    @property
+    def is_real(self) -> bool:
+        return self.ci95[0] > 0 or self.ci95[1] < 0
+
+
+def changes_since(out: Path, evaluation: Evaluation) -> tuple[dict[str, Any], list[Change]]:
+    """(`about` of the evaluation that `out` holds, what differs from it now); ({}, []) when it holds none, or one on
+    other clips. Variants are left out."""
+    if not (out / RESULTS).exists() or not (out / CLIPS).exists():
+        return {}, []
+    about, old = read_json(out / RESULTS).get("about", {}), read_json(out / CLIPS)
+    changes = []
+    for task, rows in evaluation.rows.items():
+        known = {key: i for i, key in enumerate(old.get(task, {}).get("keys", []))}
+        pairs = [(i, known[key]) for i, key in enumerate(rows.keys) if key in known]
+        for metric, values in rows.rows["model"].items() if pairs else ():
+            theirs = old[task]["rows"]["model"].get(metric)
+            if VARIANT in metric or theirs is None:
+                continue
+            now, before = (np.array([float("nan") if v is None else v for v in side], np.float64)[list(picked)]
+                           for side, picked in zip((values, theirs), zip(*pairs, strict=True), strict=True))
+            if not np.array_equal(now, before, equal_nan=True):
+                changes.append(Change(task, metric, mean_of_finite(before), mean_of_finite(now),
+                                      bootstrap(now - before)))
+    return (about, changes) if changes else ({}, [])
+
+
 def mean_of_finite(values: Any) -> float:
     """Over the clips where there is a number; nan when there is none."""
     values = np.asarray(values, np.float64)
@@ -86,10 +156,12 @@ def bootstrap(values: np.ndarray, resamples: int = BOOTSTRAP) -> list[float]:
 def write_results(out: Path, evaluation: Evaluation, extra: dict | None = None) -> None:
     """`results.json` (the summary, each task's metrics, and `about`) and `clips.json` (per-clip rows) into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    told = {**evaluation.summary, "about": evaluation.about, **(extra or {})}
+    told = {**evaluation.summary, "about": evaluation.about,
+            "reliability": {name: reliability(rows) for name, rows in evaluation.rows.items()}, **(extra or {})}
     (out / RESULTS).write_text(json.dumps(told, indent=1))
-    rows = {name: {"keys": r.keys, "rows": r.rows, "doubts": r.doubts} for name, r in evaluation.rows.items()}
-    (out / "clips.json").write_text(json.dumps(rows))
+    rows = {name: {"keys": r.keys, "rows": r.rows, "doubts": r.doubts, "confidences": r.confidences}
+            for name, r in evaluation.rows.items()}
+    (out / CLIPS).write_text(json.dumps(rows))
 
 
 def check_same_model(out: Path, about: dict[str, Any]) -> None:

@@ -34,12 +34,11 @@ from egom2p.generation.sampler import generate
 from egom2p.generation.schedule import TargetArgs, recipes_of
 from egom2p.model.egom2p import EgoM2P
 from egom2p.tokenizers.base import Tokenizer
-from egom2p.visualize import plots
 
 log = logging.getLogger(__name__)
 
 BATCH = 16
-ROWS_VERSION = 2  # of what a row holds: older ones are measured anew
+ROWS_VERSION = 3  # of what a row holds: older ones are measured anew
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class _Runner:
         for which, place in places.items():
             clip = self.clips.read(numbers[rows.keys[place]])
             tokens = {n: self._encode([clip], n)[clip.key] for n in (*task.inputs, task.target)}
-            made = self._predict(task, [tokens], [clip.key])[0]
+            made = self._predict(task, [tokens], [clip.key])[0][0]
             found.append((f"{which}: {main} {values[place]:.4g}", clip, {task.target: made}))
         return found
 
@@ -194,11 +193,11 @@ class _Runner:
         measure, source = self.measures[task.target], tokenizer.modality.clip_signal
         keys = [c.key for c in clips]
         own = [{n: tokens[n][k] for n in task.inputs} for k in keys]
-        predicted = self._predict(task, own, keys)
+        predicted, sure = self._predict(task, own, keys)
         # The control: inputs of the next clip of the block, the same random numbers.
-        control = self._predict(task, [*own[1:], own[0]], keys) if len(own) > 1 else [None]
+        control = self._predict(task, [*own[1:], own[0]], keys)[0] if len(own) > 1 else [None]
         rows = []
-        for clip, mine, shuffled in zip(clips, predicted, control, strict=True):
+        for clip, mine, shuffled, confidence in zip(clips, predicted, control, sure, strict=True):
             truth = clip.signals[source]
             ceiling = tokenizer.decode(np.maximum(tokens[task.target][clip.key], 0))
             guesses = {"model": mine, "shuffled": shuffled, "ceiling": ceiling,
@@ -207,7 +206,7 @@ class _Runner:
             figures.setdefault("shuffled", dict.fromkeys(figures["model"], float("nan")))
             curve = {"model": [round(float(x), 6) for x in measure.over_time(mine, truth)]}
             rows.append({"task": task.name, "key": clip.key, "rows": figures, "curves": curve,
-                         "doubt": measure.doubt(truth)})
+                         "doubt": measure.doubt(truth), "confidence": confidence})
             if len(self.pictures[task.name]) < self.shown:
                 self.pictures[task.name].append((clip, {task.target: mine, "ceiling": ceiling}))
         return rows
@@ -223,18 +222,20 @@ class _Runner:
         made = tokenizer.encode_observed([c.signals[source] for c in have]) if have else []
         return {c.key: ids for c, ids in zip(have, made, strict=True)}
 
-    def _predict(self, task: Task, tokens: list[dict[str, np.ndarray]], keys: list[str]) -> list[np.ndarray]:
+    def _predict(self, task: Task, tokens: list[dict[str, np.ndarray]],
+                 keys: list[str]) -> tuple[list[np.ndarray], list[float]]:
         condition = {n: np.stack([t[n] for t in tokens]) for n in task.inputs}
-        return predict(self.model, self.loaded[task.target], condition, task.target,
+        return predict_surely(self.model, self.loaded[task.target], condition, task.target,
                        self.recipes[task.target], self.seed, keys)
 
     def _gather(self, task: Task) -> TaskRows:
-        rows = TaskRows(asked=len(self.chosen))
+        rows = TaskRows(main=self.measures[task.target].main, asked=len(self.chosen))
         for number in self.chosen:
             row = self.done.get((task.name, self.clips.keys[number]), {})
             if "rows" in row:
                 rows.keys.append(row["key"])
                 rows.doubts.append(row["doubt"])
+                rows.confidences.append(row["confidence"])
                 for source, metrics in row["rows"].items():
                     rows.add(source, metrics)
                 for source, curve in row["curves"].items():
@@ -253,6 +254,8 @@ def evaluate_to(out: Path, model: EgoM2P, protocol: ProtocolConfig, world: World
     check_same_model(out, runner.about)
     evaluation = runner.run()
     if runner.rank == 0:
+        from egom2p.visualize import plots
+
         write_results(out, evaluation, {"protocol": to_plain(protocol)})
         kinds = {m.name: m.signal for m in model.modalities}
         for task in runner.tasks:
@@ -354,11 +357,19 @@ def comparison_table(named: dict[str, Tokenizer], data: str, limit: int = 0) -> 
 def predict(model: EgoM2P, tokenizer: Tokenizer, condition: dict[str, np.ndarray], target: str, recipe: TargetArgs,
             seed: int, keys: list[str]) -> list[np.ndarray]:
     """Raw signals of `target` for a batch of clips, given token grids of the condition."""
+    return predict_surely(model, tokenizer, condition, target, recipe, seed, keys)[0]
+
+
+def predict_surely(model: EgoM2P, tokenizer: Tokenizer, condition: dict[str, np.ndarray], target: str,
+                   recipe: TargetArgs, seed: int, keys: list[str]) -> tuple[list[np.ndarray], list[float]]:
+    """Raw signals of `target` for a batch of clips, given token grids of the condition, and how sure the model was of
+    each (`TaskRows.confidences`)."""
     codes = {target: tokenizer.codes().detach()} if recipe.expected else None
     made = generate(model, condition, {target: recipe}, seed=seed, keys=keys, codes=codes)
+    sure = np.exp(np.log(np.maximum(made.confidence[target], 1e-12)).mean(1)).tolist()
     if recipe.expected:
-        return [tokenizer.decode_from_codes(c) for c in made.expected[target]]
-    return [tokenizer.decode(ids) for ids in made.tokens[target]]
+        return [tokenizer.decode_from_codes(c) for c in made.expected[target]], sure
+    return [tokenizer.decode(ids) for ids in made.tokens[target]], sure
 
 
 def _limited(data: str, limit: int, only: set[str]) -> Iterator[Clip]:

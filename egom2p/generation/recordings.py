@@ -23,7 +23,6 @@ from egom2p.errors import UserError
 from egom2p.generation.pipeline import SPREAD, Joined, Pipeline, Window
 from egom2p.generation.schedule import TargetArgs
 from egom2p.signals.writers import NpyWriter, npy_file
-from egom2p.visualize import plots
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +144,8 @@ def _done(folder: Path, identity: str) -> bool:
 
 
 def _preview(pipeline: Pipeline, path: Path, window: Window, folder: Path) -> None:
+    from egom2p.visualize import plots  # matplotlib: half a second
+
     frames = next(iter(window.condition.values()), np.full((16, 48, 48, 3), 40, np.uint8))
     kinds = {m.name: m.signal for m in pipeline.model.modalities}
     sheet = plots.clip_sheet(frames, {}, window.signals, kinds, f"{path.name}, {window.start:g} s")

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from egom2p.data.batch import on_device
 
+LENGTH_STEP = 256  # kernels are told the longest segment in these steps
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -35,7 +37,9 @@ class Segments:
 
     @cached_property
     def max_lengths(self) -> tuple[int, int]:
-        return int(self.query_lengths.max(initial=0)), int(self.key_lengths.max(initial=0))
+        """Upper bounds of the longest segments, of which there are few different ones."""
+        longest = int(self.query_lengths.max(initial=0)), int(self.key_lengths.max(initial=0))
+        return -(-longest[0] // LENGTH_STEP) * LENGTH_STEP, -(-longest[1] // LENGTH_STEP) * LENGTH_STEP
 
     @cached_property
     def any_pair(self) -> bool:
@@ -74,7 +78,6 @@ class Segments:
         return on_device(forward, self.device), on_device(inverse, self.device)
 
 
-@torch.compiler.disable
 def segment_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> Tensor:
     """Softmax attention inside each segment, scaled by D ** -0.5. (Tq, H, D) -> (Tq, H, D).
 
@@ -94,8 +97,9 @@ def _fused(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> T
     from torch.nn.attention.varlen import varlen_attn
 
     max_q, max_k = segments.max_lengths
-    out = varlen_attn(q_THD.contiguous(), k_THD.contiguous(), v_THD.contiguous(),
-                      segments.cu_queries, segments.cu_keys, max_q, max_k, **_flash_only(max(max_q, max_k)))
+    # Slices of one projection: the kernel takes any strides as long as channels lie side by side.
+    out = varlen_attn(q_THD, k_THD, v_THD, segments.cu_queries, segments.cu_keys, max_q, max_k,
+                      **_flash_only(max(max_q, max_k)))
     if segments.key_lengths.min(initial=1) == 0:
         keyless = np.repeat(segments.key_lengths == 0, segments.query_lengths)
         out = torch.where(on_device(keyless, out.device)[:, None, None], torch.zeros_like(out), out)

@@ -63,12 +63,13 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=style.biases)
         self.proj = nn.Linear(dim, dim, bias=style.biases)
         self.qk_norm = QKNorm(dim // num_heads, style) if style.qk_norm else None
+        self.attend = segment_attention
 
     def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
         q_THD, k_THD, v_THD = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         if self.qk_norm is not None:
             q_THD, k_THD = self.qk_norm(q_THD, k_THD)
-        return self.proj(segment_attention(q_THD, k_THD, v_THD, segments).flatten(1))
+        return self.proj(self.attend(q_THD, k_THD, v_THD, segments).flatten(1))
 
 
 class CrossAttention(nn.Module):
@@ -79,13 +80,14 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=style.biases)
         self.proj = nn.Linear(dim, dim, bias=style.biases)
         self.qk_norm = QKNorm(dim // num_heads, style) if style.qk_norm else None
+        self.attend = segment_attention
 
     def forward(self, x_TD: Tensor, context_TD: Tensor, segments: Segments) -> Tensor:
         q_THD = self.q(x_TD).unflatten(-1, (self.num_heads, -1))
         k_THD, v_THD = self.kv(context_TD).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
         if self.qk_norm is not None:
             q_THD, k_THD = self.qk_norm(q_THD, k_THD)
-        return self.proj(segment_attention(q_THD, k_THD, v_THD, segments).flatten(1))
+        return self.proj(self.attend(q_THD, k_THD, v_THD, segments).flatten(1))
 
 
 class EncoderBlock(nn.Module):
@@ -130,14 +132,3 @@ def init_weights(module: nn.Module) -> None:
         if isinstance(stacked, nn.Linear):
             for part in stacked.weight.chunk(parts):
                 nn.init.xavier_uniform_(part)
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile every transformer block in place, once for all lengths (dynamic shapes).
-
-    Segment attention itself stays outside (its Python groups segments by length); what is compiled is the
-    norms, projections, gates and residuals around it.
-    """
-    for module in model.modules():
-        if isinstance(module, (EncoderBlock, DecoderBlock)):
-            module.compile(dynamic=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,18 +23,29 @@ from egom2p.data.batch import FlatTokens, MaskedSample, PackedBatch, PackedToken
 from egom2p.errors import UserError
 from egom2p.export import Exportable, resolve_folder
 from egom2p.modalities import Modality, ModalitySet, stored_ids
-from egom2p.model.attention import Segments, permute_rows
-from egom2p.model.blocks import STYLES, DecoderBlock, EncoderBlock, init_weights, layer_norm
-from egom2p.model.loss import weighted_cross_entropy
+from egom2p.model.attention import Segments, permute_rows, segment_attention
+from egom2p.model.blocks import (
+    STYLES,
+    CrossAttention,
+    DecoderBlock,
+    EncoderBlock,
+    SelfAttention,
+    init_weights,
+    layer_norm,
+)
+from egom2p.model.loss import NearCodes, Softmax, softmax_step, softmax_step_to_fuse, weighted_cross_entropy
 from egom2p.model.positions import position_table
 
 GENERATION = "generation.json"
+SEGMENT_STEP = 64  # a filled pack has a multiple of so many segments
 
 
 @dataclass(frozen=True)
 class ModelArgs:
     """Any size; `variant` gelu (with biases), swiglu (without) or swiglu_qknorm. embedding_std: of the token
-    tables at the start; 0.02 as released, nearer 1 (the size of the position table) for short trainings."""
+    tables at the start; 0.02 as released, nearer 1 (the size of the position table) for short trainings. fill_to: in
+    training, blocks compute micro-batches filled up to a multiple of so many tokens a side, which come in few shapes
+    (0 = as they are; 2048 for the released sizes)."""
 
     dim: int
     num_heads: int
@@ -43,10 +55,13 @@ class ModelArgs:
     variant: Literal["gelu", "swiglu", "swiglu_qknorm"] = "swiglu"
     activation_checkpointing: bool = False
     embedding_std: float = 0.02
+    fill_to: int = 0
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or self.dim % 2:
             raise ValueError(f"dim {self.dim} must be even and divide by num_heads {self.num_heads}")
+        if self.fill_to < 0:
+            raise ValueError("fill_to must not be below 0")
 
 
 class ModalityEmbedding(nn.Module):
@@ -82,6 +97,8 @@ class EgoM2P(Exportable):
         self.generation: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.folder: Path | None = None  # where it was loaded from
+        self.softmax: Softmax = softmax_step
+        self.near_codes = nn.ModuleDict()
         style = STYLES[args.variant]
         sizes = (args.dim, args.num_heads, args.mlp_ratio, style)
         self.embeddings = nn.ModuleDict({m.name: ModalityEmbedding(m, args.dim) for m in modalities})
@@ -119,6 +136,11 @@ class EgoM2P(Exportable):
                 projected = features @ torch.randn(features.shape[1], weight.shape[1], generator=generator)
                 weight.copy_((projected - projected.mean(0)) * std / projected.std())
 
+    def spread_targets(self, codes: dict[str, Tensor], width: float) -> None:
+        """From now on the loss spreads each target of these modalities over the ids whose (vocab, L) code vectors are
+        near, by a Gaussian of `width` steps between codes."""
+        self.near_codes = nn.ModuleDict({name: NearCodes(table, width) for name, table in codes.items()})
+
     def to_config(self) -> dict[str, Any]:
         return {**super().to_config(), **({"origins": self.origins} if self.origins else {})}
 
@@ -155,6 +177,20 @@ class EgoM2P(Exportable):
     def device(self) -> torch.device:
         return self.mask_token.device
 
+    def compile(self, **options: Any) -> None:
+        """torch.compile every block in place and the loss's softmax, once for all lengths (dynamic shapes).
+
+        Segment attention itself stays outside (its Python groups segments by length); what is compiled is the norms,
+        projections, gates and residuals around it.
+        """
+        options = {"dynamic": True, **options}
+        for module in self.modules():
+            if isinstance(module, (SelfAttention, CrossAttention)):
+                module.attend = torch.compiler.disable(segment_attention)
+        for block in [*self.encoder, *self.decoder]:
+            block.compile(**options)
+        self.softmax = torch.compile(softmax_step_to_fuse, **options)
+
     def forward(self, batch: PackedBatch, scale: Tensor | None = None):
         """Hidden states (D, dim) of the targets sorted by modality; with `scale` (D,), the loss of `loss`.
 
@@ -178,11 +214,12 @@ class EgoM2P(Exportable):
         """Encoder features (E, dim) of the visible tokens, in pack order. layers: only the first so many blocks, and
         then no norm, as that is the last block's."""
         place_E = self._place(batch.inputs) if place_E is None else place_E
-        x_ED = self._embed_tokens(batch.inputs) + place_E
+        x_ED = self._filled(self._embed_tokens(batch.inputs) + place_E)
         lengths = batch.inputs.lengths.sum(1)
-        segments = Segments(lengths, lengths, x_ED.device)
+        segments = self._segments(lengths, lengths, x_ED, x_ED)
         for block in self.encoder[:layers]:
             x_ED = self._run(block, x_ED, segments)
+        x_ED = x_ED[: len(place_E)]
         return self.encoder_norm(x_ED) if layers is None else x_ED
 
     def loss(self, hidden_D: Tensor, batch: PackedBatch, scale_D: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,9 +228,11 @@ class EgoM2P(Exportable):
         hidden_D as `forward` returns it; scale_D (D,) in the same order.
         """
         token = batch.targets.token[batch.targets.by_modality]
-        parts = zip(self.heads.values(), *(x.split(batch.targets.modality_counts) for x in (hidden_D, token, scale_D)),
+        parts = zip(self.heads.items(), *(x.split(batch.targets.modality_counts) for x in (hidden_D, token, scale_D)),
                     strict=True)
-        totals, losses = zip(*(weighted_cross_entropy(h, head.weight, t, s) for head, h, t, s in parts), strict=True)
+        near = dict(self.near_codes.items())
+        totals, losses = zip(*(weighted_cross_entropy(h, head.weight, t, s, self.softmax, near.get(name))
+                               for (name, head), h, t, s in parts), strict=True)
         return torch.stack(totals).sum(), torch.cat(losses)
 
     def logits(self, hidden_D: Tensor, counts: list[int]) -> list[Tensor]:
@@ -267,13 +306,33 @@ class EgoM2P(Exportable):
         return permute_rows(torch.cat(parts), tokens.to_pack, tokens.by_modality)
 
     def _decode(self, batch: PackedBatch, x_DD: Tensor, context_ED: Tensor, context_lengths: np.ndarray) -> Tensor:
+        num_targets = len(x_DD)
+        x_DD, context_ED = self._filled(x_DD), self._filled(context_ED)
         by_modality = batch.targets.lengths.reshape(-1)
         by_modality = by_modality[by_modality > 0]
-        self_segments = Segments(by_modality, by_modality, x_DD.device)
-        cross_segments = Segments(batch.targets.lengths.sum(1), context_lengths, x_DD.device)
+        self_segments = self._segments(by_modality, by_modality, x_DD, x_DD)
+        cross_segments = self._segments(batch.targets.lengths.sum(1), context_lengths, x_DD, context_ED)
         for block in self.decoder:
             x_DD = self._run(block, x_DD, context_ED, self_segments, cross_segments)
-        return self.decoder_norm(x_DD)
+        return self.decoder_norm(x_DD[:num_targets])
+
+    def _filled(self, x_TD: Tensor) -> Tensor:
+        """In training: with zero rows at the end, up to a multiple of `fill_to`, so that packs come in few shapes. They
+        are a segment of their own, which nothing else sees, and are cut off before anything is made of them."""
+        return F.pad(x_TD, (0, 0, 0, -len(x_TD) % self.args.fill_to)) if self._fills else x_TD
+
+    @property
+    def _fills(self) -> bool:
+        return self.args.fill_to > 0 and torch.is_grad_enabled()
+
+    def _segments(self, query_lengths: np.ndarray, key_lengths: np.ndarray, queries: Tensor, keys: Tensor) -> Segments:
+        """Segments of a pack, one more for the rows that `_filled` added, and empty ones up to a multiple of
+        SEGMENT_STEP."""
+        if self._fills:
+            empty = [0] * (-(len(query_lengths) + 1) % SEGMENT_STEP)
+            query_lengths, key_lengths = (np.array([*n, len(rows) - n.sum(), *empty]) for n, rows in (
+                (query_lengths, queries), (key_lengths, keys)))
+        return Segments(query_lengths, key_lengths, queries.device)
 
     def _run(self, block: nn.Module, *args):
         if self.args.activation_checkpointing and torch.is_grad_enabled():

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ
 
 
 class FiniteScalar(nn.Module):
     """Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", ICLR 2024. No codebook to learn."""
 
     def __init__(self, levels: tuple[int, ...]) -> None:
+        from vector_quantize_pytorch import FSQ  # imports the whole compiler of torch
+
         super().__init__()
         self.fsq = FSQ(list(levels))
         self.latent_dim, self.codebook_size = len(levels), self.fsq.codebook_size

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from egom2p.modalities import Modality
 from egom2p.tokenizers.base import Tokenizer, check_picture, picture_units
+from egom2p.tokenizers.perceptual import Critic, Lpips, adversarial_loss
 from egom2p.tokenizers.quantize import FiniteScalar
 
 
@@ -25,7 +26,10 @@ class VideoArgs:
     """num_frames: frames of the raw clip; those short of 1 + k * patch[0] are filled by repeating the edges. loss: mean
     absolute or squared error of pixels in [-1, 1]. edge_weight: of the same error of the differences between
     neighbouring pixels, which keeps edges, those of objects in depth above all (the gradient term of Eigen and Fergus,
-    ICCV 2015)."""
+    ICCV 2015). near_weight: of near pixels over far ones, for depth, whose pixels are inverse depth: the error of a
+    pixel at level g in [0, 1] counts 1 + near_weight * g. perceptual_weight: of LPIPS, with torchvision's AlexNet
+    weights at `perceptual_network`. adversarial_weight: of the judgement of a critic that is trained beside (0 =
+    none)."""
 
     num_frames: int = 16
     patch: tuple[int, ...] = (4, 8, 8)
@@ -34,17 +38,26 @@ class VideoArgs:
     levels: tuple[int, ...] = (8, 8, 8)
     loss: Literal["l1", "l2"] = "l2"
     edge_weight: float = 0.0
+    near_weight: float = 0.0
+    perceptual_weight: float = 0.0
+    perceptual_network: str = ""
+    adversarial_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.patch) != 3:
             raise ValueError("patch must be three numbers: frames, rows, columns")
+        if min(self.edge_weight, self.near_weight, self.perceptual_weight, self.adversarial_weight) < 0:
+            raise ValueError("weights of the loss must not be below 0")
+        if bool(self.perceptual_weight) != bool(self.perceptual_network):
+            raise ValueError("perceptual_weight and perceptual_network (AlexNet weights of torchvision) go together")
 
 
 class VideoTokenizer(Tokenizer):
     """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) ids -> (B, 3, T, H, W)."""
 
     kind = "video"
-    only_for_training = ("loss", "edge_weight")
+    only_for_training = ("loss", "edge_weight", "near_weight", "perceptual_weight", "perceptual_network",
+                         "adversarial_weight")
 
     def __init__(self, modality: Modality, args: VideoArgs) -> None:
         super().__init__(modality, args)
@@ -60,6 +73,8 @@ class VideoTokenizer(Tokenizer):
         self.from_latent = nn.Linear(len(args.levels), args.dim)
         self.decoder = nn.Sequential(*(CausalBlock(args.dim) for _ in range(args.depth)))
         self.unembed = nn.Linear(args.dim, values)
+        self.critic = Critic() if args.adversarial_weight else None
+        self._judges: tuple[Lpips, ...] = ()  # in a tuple: not a part of the export
 
     @property
     def frame_size(self) -> int:
@@ -107,16 +122,28 @@ class VideoTokenizer(Tokenizer):
         return video[:, :, start : start + self.args.num_frames]
 
     def training_loss(self, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The error that `loss` and `edge_weight` say; figures: error (MSE of pixels), ids."""
+        """The error that the arguments' weights say; figures: error (MSE of pixels), ids."""
         codes, ids, _ = self.quantizer(self.latents(self._pad(video)))
-        out = self.decode_codes(codes, self._grid(video))
-        off = self._unpad_sides(out, video.shape[-2:]) - video
-        distance = torch.abs if self.args.loss == "l1" else torch.square
-        loss = distance(off).mean()
-        if self.args.edge_weight:
+        made = self._unpad_sides(self.decode_codes(codes, self._grid(video)), video.shape[-2:])
+        off, args = made - video, self.args
+        distance = torch.abs if args.loss == "l1" else torch.square
+        near = 1 + args.near_weight * (video + 1) / 2 if args.near_weight else 1
+        loss = (distance(off) * near).mean()
+        if args.edge_weight:
             edges = distance(off.diff(dim=-1)).mean() + distance(off.diff(dim=-2)).mean()
-            loss = loss + self.args.edge_weight * edges
+            loss = loss + args.edge_weight * edges
+        if args.perceptual_weight or self.critic is not None:
+            frames = [rearrange(x, "b c t h w -> (b t) c h w") for x in (video, made)]
+            if args.perceptual_weight:
+                loss = loss + args.perceptual_weight * self._perceptual(*frames).mean()
+            if self.critic is not None:
+                loss = loss + adversarial_loss(self.critic, *frames, args.adversarial_weight)
         return loss, {"error": off.detach().square().mean(), "ids": ids}
+
+    def _perceptual(self, true: Tensor, made: Tensor) -> Tensor:
+        if not self._judges:
+            self._judges = (Lpips(self.args.perceptual_network),)
+        return self._judges[0].to(true.device)(made, true)
 
     def _time_padding(self, frames: int) -> tuple[int, int]:
         """Frames to add before and after, half each, so that 1 + k * patch[0] remain."""

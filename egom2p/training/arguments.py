@@ -41,8 +41,9 @@ class TrainArgs:
     compile: torch.compile the blocks, with dynamic lengths. parallel: how several processes share the model, ddp
     (a copy each) or fsdp (sharded, for models that do not fit). timeout_s: a rank that keeps the others waiting so long
     is lost and ends the run (first_timeout_s until the first step is done, when data and kernels are being prepared).
-    max_skipped: so many steps in a row without a finite loss and gradient end the run. profile: FROM:TO, steps counted
-    from 1 whose profile is written into RUN/profile."""
+    max_skipped: so many steps in a row without a finite loss and gradient end the run. ema: decay a step of a moving
+    average of the weights (0 = none, .999 say), which evaluations and exports then hold. profile: FROM:TO, steps
+    counted from 1 whose profile is written into RUN/profile."""
 
     batch_size: int
     steps: int = 0
@@ -57,6 +58,7 @@ class TrainArgs:
     first_timeout_s: int = 1800
     timeout_s: int = 300
     max_skipped: int = 10
+    ema: float = 0.0
     profile: str = ""
 
     def __post_init__(self) -> None:
@@ -66,6 +68,8 @@ class TrainArgs:
             raise ValueError("batch_size must be at least 1")
         if min(self.timeout_s, self.first_timeout_s, self.max_skipped) < 1:
             raise ValueError("timeout_s, first_timeout_s and max_skipped must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError("ema must lie in 0 .. 1, 1 left out")
         profiled_steps(self.profile)
 
     def num_steps(self, tokens_per_sample: int) -> int:

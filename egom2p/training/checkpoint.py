@@ -3,7 +3,8 @@
 `RUN/checkpoints/step_00001000/` holds the model's export (`config.json`, `model.safetensors`), the
 optimiser (`optimizer.safetensors`) and `state.json` with the step, the data fingerprint and a checksum of
 every file. Training waits for a copy into host memory alone; a thread then writes it aside, flushes it to
-disk and renames it, and swaps the link `latest`. No pickle.
+disk and renames it, and swaps the link `latest`. No pickle. With train.ema the export holds the averaged weights, and
+`training.safetensors` those that training goes on from.
 """
 
 import hashlib
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 
 from egom2p.errors import UserError
 from egom2p.export import WEIGHTS, load_weights
+from egom2p.training.average import WeightAverage
 from egom2p.training.parallel import full_tensor, like_parameter
 
 log = logging.getLogger(__name__)
 
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+OPTIMIZER, TRAINING, STATE = "optimizer.safetensors", "training.safetensors", "state.json"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
 
@@ -57,11 +59,16 @@ class Snapshot:
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
+        self.training: dict[str, Tensor] = {}
         self.optimizer: dict[str, Tensor] = {}
 
-    def take(self, model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> None:
+    def take(self, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None,
+             keep: bool) -> None:
         """Every rank calls it (shards are gathered); only one that is to `keep` the copy holds it."""
-        for buffers, tensors in ((self.weights, model.state_dict()),
+        weights = model.state_dict()
+        averaged = average.tensors if average else {}
+        for buffers, tensors in ((self.weights, weights | averaged),
+                                 (self.training, {name: weights[name] for name in averaged}),
                                  (self.optimizer, optimizer_tensors(model, optimizer))):
             for name, tensor in tensors.items():
                 whole = full_tensor(tensor)
@@ -85,15 +92,14 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, export: Callable[[Path, dict[str, Tensor]], None], model: nn.Module,
-             optimizer: torch.optim.Optimizer,
-             state: dict[str, Any]) -> None:
+             optimizer: torch.optim.Optimizer, state: dict[str, Any], average: WeightAverage | None = None) -> None:
         """Copy `step` into host memory, then write it in the background; afterwards drop what need not be kept.
 
         Every rank calls it. Waits for the checkpoint before, if that is still being written; ranks that must not count
         this one as lost meanwhile ask `busy` together first.
         """
         self.wait()
-        self.snapshot.take(model, optimizer, self.is_main)
+        self.snapshot.take(model, optimizer, average, self.is_main)
         if not self.is_main:
             return
         self.writer = threading.Thread(target=self._write_until_done, args=(step, export, state),
@@ -176,6 +182,8 @@ class Checkpoints:
         aside.mkdir(parents=True)
         export(aside, self.snapshot.weights)
         save_file(self.snapshot.optimizer, aside / OPTIMIZER)
+        if self.snapshot.training:
+            save_file(self.snapshot.training, aside / TRAINING)
         files = {p.name: _checksum(p) for p in sorted(aside.iterdir())}
         (aside / STATE).write_text(json.dumps({"step": step, **state, "files": files}, indent=1))
         for path in [*aside.iterdir(), aside]:
@@ -197,8 +205,19 @@ class Checkpoints:
 
 
 def restore_weights(folder: Path, model: nn.Module) -> None:
-    """Load the weights of a whole checkpoint, in place, before the model is spread over processes."""
-    load_weights(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
+    """Load the weights that training goes on from, in place, before the model is spread over processes."""
+    weights = load_file(folder / WEIGHTS)
+    if (folder / TRAINING).exists():
+        weights |= load_file(folder / TRAINING)
+    load_weights(model, weights, folder / WEIGHTS)
+
+
+def restore_average(folder: Path, average: WeightAverage) -> None:
+    """Load the averaged weights of a whole checkpoint; every rank takes its part of them. In one without an average it
+    begins with the weights."""
+    weights = load_file(folder / WEIGHTS)
+    for name, parameter in average.model.named_parameters():
+        average.tensors[name] = like_parameter(weights[name], parameter)
 
 
 def restore_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -13,7 +13,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +27,10 @@ from egom2p.config import dump, read_yaml, to_plain
 from egom2p.distributed import World, barrier, max_over_ranks, process_group, shorten_timeout, sum_over_ranks
 from egom2p.errors import Preempted, UserError
 from egom2p.lock import RunLock
-from egom2p.model.blocks import compile_blocks
 from egom2p.model.flops import peak_flops
 from egom2p.training.arguments import TrainArgs
-from egom2p.training.checkpoint import Checkpoints, restore_optimizer, restore_weights
+from egom2p.training.average import WeightAverage
+from egom2p.training.checkpoint import Checkpoints, restore_average, restore_optimizer, restore_weights
 from egom2p.training.guard import Guard
 from egom2p.training.log import MetricsLog, environment, summary, write_to_run
 from egom2p.training.optim import make_optimizer, make_schedule
@@ -109,7 +109,7 @@ class Loop:
         dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.model = task.model.to(world.device, dtype).train()
         if config.train.compile:
-            compile_blocks(self.model)
+            self.model.compile()
         self.total = config.train.num_steps(task.tokens_per_sample)
         self.schedule = make_schedule(config.optim, config.train.batch_size, self.total,
                                       task.tokens_per_sample * config.train.batch_size)
@@ -120,8 +120,11 @@ class Loop:
             restore_weights(folder, self.model)
         self.forward = spread(self.model, config.train.parallel, world, config.train.precision)
         self.optimizer = make_optimizer(self.model, config.optim)
+        self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         if folder:
             restore_optimizer(folder, self.model, self.optimizer)
+        if folder and self.average:
+            restore_average(folder, self.average)
         self.step, self.damaged = state.get("step", 0), state.get("damaged", 0)
         self._say_other_length(state.get("total", self.total))
         self.said_slow = False
@@ -248,6 +251,8 @@ class Loop:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update(self.step, skipped)
         self.task.after_step(self.step, skipped)
         return sums, grad_norm
 
@@ -292,7 +297,8 @@ class Loop:
         before = time.perf_counter()
         args, pictures = self.config.eval, self.run_dir / "pictures" / f"step_{self.step:08d}"
         self.model.eval()
-        with torch.no_grad(), self._autocast(), unsharded_root(self.forward):
+        averaged = self.average.in_place() if self.average else nullcontext()
+        with torch.no_grad(), self._autocast(), averaged, unsharded_root(self.forward):
             figures = self.task.evaluate()
             if args.tasks and (self._due(args.tasks_every or args.every) or self.step == self.total):
                 figures |= self.task.predict(pictures)
@@ -310,7 +316,7 @@ class Loop:
         self._wait_for_writer()
         state = {"fingerprint": self.task.fingerprint(), "damaged": self._check_damage(), "total": self.total,
                  **self.guard.state()}
-        self.checkpoints.save(self.step, self.task.export, self.model, self.optimizer, state)
+        self.checkpoints.save(self.step, self.task.export, self.model, self.optimizer, state, self.average)
         if not self.config.checkpoint.background:
             self._wait_for_writer()
 

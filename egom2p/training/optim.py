@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from egom2p.model.blocks import DecoderBlock, EncoderBlock
@@ -45,6 +44,8 @@ class OptimArgs:
 
 def make_optimizer(model: nn.Module, args: OptimArgs) -> "torch.optim.AdamW | MuonAndAdamW":
     """Weight decay on matrices and tables, not on vectors (norms, biases, modality embeddings). Fused AdamW."""
+    from timm.optim import param_groups_weight_decay  # a second to import
+
     groups = param_groups_weight_decay(model, args.weight_decay)
     if args.name == "muon":
         return MuonAndAdamW(model, groups, args)

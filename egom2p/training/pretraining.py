@@ -30,7 +30,6 @@ from egom2p.tokenizers import load as load_tokenizer
 from egom2p.tokenizers.origin import check_tokenizers, content_of, folders_of, origins_of
 from egom2p.training.arguments import TrainingConfig
 from egom2p.training.loop import run_training
-from egom2p.visualize import plots
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +37,18 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class LossArgs:
     """group_samples: consecutive samples whose targets are averaged together, 0 = the whole global batch.
-    4 restores the weights of the released run, where each GPU averaged its own 4 samples."""
+    4 restores the weights of the released run, where each GPU averaged its own 4 samples. near_codes: a target counts
+    for the ids with near code vectors too, by a Gaussian so many steps between codes wide (0 = the id alone); needs the
+    modalities' tokenizers, and only those in `near_modalities` when there are any. The cross-entropies that are logged
+    by modality are of the ids alone."""
 
     group_samples: int = 0
+    near_codes: float = 0.0
+    near_modalities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.near_codes < 0 or (self.near_modalities and not self.near_codes):
+            raise ValueError("near_codes must not be below 0, and near_modalities need it")
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ class PretrainTask:
         self.model.generation = {name: to_plain(recipe) for name, recipe in config.generation.items()}
         self.model.origins = check_tokenizers(self.modalities, origins_of(folders))
         start_model(self.model, config.init, config.train.seed)
+        self._spread_targets(config.loss)
         self.plan = BatchPlan(config.train.batch_size, config.train.micro_batch(world.size),
                               config.loss.group_samples or config.train.batch_size, world.rank, world.size)
         self.tokens_per_sample = config.masking.input_tokens + config.masking.target_tokens
@@ -198,6 +207,8 @@ class PretrainTask:
 
         Every rank predicts the same clips (a sharded model needs all of them); the main one keeps the picture.
         """
+        from egom2p.visualize import plots
+
         args, figures, started = self.config.eval, {}, time.perf_counter()
         for task in args.tasks:
             if time.perf_counter() - started > args.max_s and self.config.train.parallel == "ddp":
@@ -218,6 +229,17 @@ class PretrainTask:
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         self.model.save_pretrained(folder, weights)
+
+    def _spread_targets(self, args: LossArgs) -> None:
+        if not args.near_codes:
+            return
+        for name in args.near_modalities or self.modalities.names:
+            if name not in self.modalities.names or not self.modalities.by_name(name).tokenizer:
+                raise UserError(f"loss.near_codes needs the code vectors of '{name}', which "
+                                f"{'has no tokenizer' if name in self.modalities.names else 'is no modality'}; "
+                                f"name those that have one in loss.near_modalities")
+        self.model.spread_targets({m.name: load_tokenizer(m.tokenizer).codes() for m in self.modalities
+                                   if m.name in (args.near_modalities or self.modalities.names)}, args.near_codes)
 
     def _name_absent(self) -> None:
         """Warn of modalities that no clip has: their tables and heads stay as they start."""

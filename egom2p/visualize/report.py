@@ -49,11 +49,15 @@ def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], me
                  sheets: list[tuple[str, plt.Figure]],
                  seconds: dict[str, float], facts: list[tuple[str, str]],
                  pictures: list[tuple[str, Path]] | None = None, during: list[tuple[str, Path]] | None = None,
-                 mine: OwnPart | None = None, takes: Sequence[Take] = ()) -> None:
+                 mine: OwnPart | None = None, takes: Sequence[Take] = (),
+                 reliability: dict[str, dict[str, Any]] | None = None,
+                 before: tuple[dict[str, Any], Sequence[Any]] = ({}, ())) -> None:
     """Write the page. sheets: (caption, figure); facts: (name, value); pictures, during (training): (caption, PNG
-    file); mine: the user's own recordings; takes: clips to turn and play, before everything else."""
+    file); mine: the user's own recordings; takes: clips to turn and play, before everything else; reliability: by task,
+    `evaluation.results.reliability`; before: what `evaluation.results.changes_since` found in the folder."""
     parts = [f"<h1>{html.escape(title)}</h1>", _lead(facts), _cards(summary), *_viewers(takes),
-             "<h2>Results on held-out clips</h2>", _RESULT_NOTE, _result_table(summary),
+             "<h2>Results on held-out clips</h2>", _RESULT_NOTE, _result_table(summary), *_changes(*before),
+             *_reliability(reliability or {}),
              "<h2>Training</h2>", _image(plots.loss_curves(metrics)),
              *(f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}'
                for caption, file in during or []), "<h2>Clips</h2>", _CLIP_NOTE]
@@ -145,6 +149,39 @@ def _result_table(summary: dict) -> str:
                         + f'<td>{html.escape(f["baseline_name"])}'
                         + "".join(f"<td class=num>{cell}" for cell in more) + "</tr>")
     return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _changes(about: dict[str, Any], changes: Sequence[Any]) -> list[str]:
+    """Figures beside those that the folder held before."""
+    if not changes:
+        return []
+    told = ", ".join(f"{key} {about[key]}" for key in ("commit", "step", "torch") if about.get(key))
+    rows = "".join(f"<tr><td>{c.task}<td>{c.metric}<td class=num>{_number(c.before)}<td class=num>{_number(c.now)}"
+                   f"<td class=num>[{_number(c.ci95[0])}, {_number(c.ci95[1])}]<td>{'yes' if c.is_real else 'no'}</tr>"
+                   for c in changes)
+    return ["<h2>What changed since the last run in this folder</h2>", f"<p>Before: {html.escape(told)}. The same "
+            "clips, paired; a difference is real when its 95&nbsp;% interval leaves out 0.</p>",
+            "<table><tr><th>task<th>metric<th class=num>before<th class=num>now<th class=num>difference"
+            f"<th>real</tr>{rows}</table>"]
+
+
+def _reliability(by_task: dict[str, dict[str, Any]]) -> list[str]:
+    """How wrong the model is where it is how sure: clips in four parts by confidence."""
+    rows = ""
+    for task, told in by_task.items():
+        if told:
+            cells = "".join(f'<td class=num>{_number(p[told["metric"]])}<span class="soft"> at '
+                            f'{_number(p["confidence"])}</span>' for p in told["parts"])
+            rows += f'<tr><td>{task}<td>{told["metric"]}{cells}<td class=num>{told["agreement"]:+.2f}</tr>'
+    if not rows:
+        return []
+    between = max(len(told["parts"]) for told in by_task.values() if told) - 2
+    head = f"<th class=num>least sure{'<th>' * between}<th class=num>surest"
+    return ["<h2>Does it know when it is wrong?</h2>", "<p>Clips in four parts by how sure the model was of them, and "
+            "how sure: the probability it gave the ids it chose, geometric mean over a clip. Agreement is the rank "
+            "correlation of confidence with quality: +1 when the surest are the best, 0 when confidence tells nothing."
+            "</p>",
+            f'<div class="scroll"><table><tr><th>task<th>metric{head}<th class=num>agreement</tr>{rows}</table></div>']
 
 
 def _cost_table(seconds: dict[str, float]) -> str:

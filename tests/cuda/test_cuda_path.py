@@ -22,18 +22,22 @@ NO_TARGETS, NO_INPUTS = sample(7, (3, 0, 2), (0, 0, 0), 2), sample(8, (0, 0, 0),
 
 
 class Attention(TorchDispatchMode):
-    """Records the arguments of every fused and every other attention that is asked for."""
+    """Records the arguments of every fused and every other attention that is asked for, and the types of what goes
+    into products with sums of another type."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fused: list[dict] = []
         self.others: list[str] = []
+        self.wide_sums: list[tuple[torch.dtype, ...]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
         if "_varlen_attn" in name:
             names = [a.name for a in func._schema.arguments]
             self.fused.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
+        elif "addmm.dtype" in name:
+            self.wide_sums.append(tuple(x.dtype for x in args[:3]))
         elif "attention" in name:
             self.others.append(name)
         return func(*args, **(kwargs or {}))
@@ -54,9 +58,9 @@ def fake_cuda(monkeypatch):
         torch.set_autocast_dtype("cuda", kept[1])
 
 
-def fake_model(variant: str) -> EgoM2P:
+def fake_model(variant: str, fill_to: int = 0) -> EgoM2P:
     with torch.device("cuda"):
-        model = EgoM2P(MODALITIES, ModelArgs(64, 4, 3, 2, variant=variant))
+        model = EgoM2P(MODALITIES, ModelArgs(64, 4, 3, 2, variant=variant, fill_to=fill_to))
     for module in model.modules():  # `.to` cannot swap fake parameters; the tables come from numpy
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to("cuda")
@@ -80,7 +84,7 @@ def test_every_attention_is_the_fused_one_in_one_half_type(monkeypatch, variant)
             q, k, v = call["query"], call["key"], call["value"]
             assert {x.dtype for x in (q, k, v)} == {torch.bfloat16}
             assert {x.device.type for x in (q, k, v, call["cu_seq_q"], call["cu_seq_k"])} == {"cuda"}
-            assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+            assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1  # what FlashAttention asks of them
             assert call["cu_seq_q"].dtype == call["cu_seq_k"].dtype == torch.int32
             assert q.shape[1:] == k.shape[1:] == v.shape[1:] == (4, 16) and k.shape == v.shape
             assert call["cu_seq_q"].shape == call["cu_seq_k"].shape
@@ -88,6 +92,22 @@ def test_every_attention_is_the_fused_one_in_one_half_type(monkeypatch, variant)
             if "window_size" in call:
                 assert min(call["window_size"]) >= max(call["max_q"], call["max_k"])
         assert total.dtype == losses.dtype == torch.float32 and total.device.type == "cuda"
+        # A head's gradient, one chunk of the loss a modality: products of half types summed in float32.
+        assert seen.wide_sums == [(torch.float32, torch.bfloat16, torch.bfloat16)] * len(MODALITIES)
+
+
+@pytest.mark.parametrize("fill_to", [16, 64])
+def test_filled_packs_come_in_few_shapes(monkeypatch, fill_to):
+    """Whatever the samples: rows in multiples of fill_to, one number of segments, longest lengths in steps."""
+    with fake_cuda(monkeypatch):
+        model = fake_model("swiglu", fill_to)
+        for samples in (SAMPLES, SAMPLES[:2], [*SAMPLES, NO_INPUTS]):
+            _, _, seen = forward(model, samples)
+            assert len(seen.fused) == 3 + 2 * 2
+            for call in seen.fused:
+                assert len(call["query"]) % fill_to == len(call["key"]) % fill_to == 0
+                assert call["cu_seq_q"].shape == call["cu_seq_k"].shape == (64 + 1,)
+                assert call["max_q"] == call["max_k"] == 256
 
 
 @pytest.mark.parametrize("samples", [[], [NO_TARGETS], [NO_INPUTS]], ids=["nothing", "no targets", "no inputs"])

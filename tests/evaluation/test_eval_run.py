@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from egom2p.config import load
 from egom2p.data.clips import Clip, ClipIndex, write_clips
 from egom2p.errors import UserError
-from egom2p.evaluation.lpips import Lpips, lpips
+from egom2p.evaluation.lpips import lpips
 from egom2p.evaluation.run import ProtocolConfig, evaluate, evaluate_to
 from egom2p.evaluation.video import frechet_distance, frechet_video_distance
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
+from egom2p.tokenizers.perceptual import Lpips
 from egom2p.training.log import read_metrics
 from tests.conftest import ROOT, run_cli, start_cli
 

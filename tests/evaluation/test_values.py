@@ -8,7 +8,16 @@ from egom2p.evaluation.camera import ate, degenerate, horizons, rre, rte
 from egom2p.evaluation.depth import align_depth, depth_errors
 from egom2p.evaluation.gaze import gaze_hits
 from egom2p.evaluation.measures import HIGHER_IS_BETTER, MEASURES, MeasureArgs, is_better, pose_measure
-from egom2p.evaluation.results import TaskRows, bootstrap, summarise, table
+from egom2p.evaluation.results import (
+    Evaluation,
+    TaskRows,
+    bootstrap,
+    changes_since,
+    reliability,
+    summarise,
+    table,
+    write_results,
+)
 
 
 def rows_of(metric: str, **sources: list[float]) -> TaskRows:
@@ -187,3 +196,48 @@ def test_the_table_says_what_is_covered_doubted_and_published():
     text = table(summary, {"rgb2cam": {"ate_m": 0.032}})
     assert "answers for 50.0%" in text and "1 static clips" in text and "(published: 0.032)" in text
     assert "@sim3" not in text and "and 1 variants" in text
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("ate_m", -1), ("psnr_db", 1)])
+def test_reliability_by_hand(metric, sign):
+    """Eight clips, surer and better in step but for one swap; ranks, ties included, against scipy's."""
+    from scipy.stats import spearmanr
+
+    quality, sure = [1, 2, 3, 4, 5, 6, 8, 7], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    rows = rows_of(metric, model=[sign * q for q in quality])
+    rows.confidences, rows.main = sure, metric
+    told = reliability(rows)
+    assert told["agreement"] == pytest.approx(spearmanr(quality, sure).statistic) and told["agreement"] > 0.9
+    assert [p["clips"] for p in told["parts"]] == [2] * 4
+    assert told["parts"][0] == {"clips": 2, "confidence": pytest.approx(0.15), metric: sign * 1.5}
+    assert told["parts"][3] == {"clips": 2, "confidence": pytest.approx(0.75), metric: sign * 7.5}
+    rows.confidences = [0.5, 0.5, 0.1, 0.1, 0.9, 0.9, 0.9, 0.2]
+    rows.rows["model"][metric][2] = float("nan")
+    known = [i for i in range(8) if i != 2]
+    assert reliability(rows)["agreement"] == pytest.approx(
+        spearmanr(np.array(quality)[known], np.array(rows.confidences)[known]).statistic)
+    rows.confidences = [0.5] * 8
+    assert reliability(rows) == {}
+
+
+def evaluation_of(values: dict[str, float], commit: str) -> Evaluation:
+    rows = TaskRows(keys=list(values), confidences=[0.5] * len(values), main="ate_m", doubts=[""] * len(values))
+    for source in ("model", "shuffled", "ceiling", "baseline: x"):
+        for value in values.values():
+            rows.add(source, {"ate_m": value, "ate_m@sim3": value, "rte_m": 1.0})
+    return Evaluation({"rgb2cam": summarise(rows)}, {"rgb2cam": rows}, {}, {"commit": commit})
+
+
+def test_what_changed_since_the_last_evaluation_in_a_folder(tmp_path):
+    """Paired by clip, whatever their order and whatever clip is new; equal figures and variants are not listed."""
+    before = {f"c{i}": 1.0 + i for i in range(20)}
+    assert changes_since(tmp_path, evaluation_of(before, "a")) == ({}, [])
+    write_results(tmp_path, evaluation_of(before, "a"))
+    assert changes_since(tmp_path, evaluation_of(before, "b")) == ({}, [])
+    now = {"new": 99.0, **{k: v - 0.5 for k, v in reversed(before.items())}}
+    about, changes = changes_since(tmp_path, evaluation_of(now, "b"))
+    assert about["commit"] == "a" and [(c.task, c.metric) for c in changes] == [("rgb2cam", "ate_m")]
+    assert (changes[0].before, changes[0].now) == pytest.approx((10.5, 10.0))
+    assert changes[0].ci95 == pytest.approx([-0.5, -0.5]) and changes[0].is_real
+    mixed = {k: v + (0.5 if i % 2 else -0.5) for i, (k, v) in enumerate(before.items())}
+    assert not changes_since(tmp_path, evaluation_of(mixed, "b"))[1][0].is_real

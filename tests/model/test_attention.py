@@ -10,7 +10,7 @@ from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.attention import Segments, _flash_only, segment_attention
 from egom2p.model.blocks import STYLES, QKNorm
 from egom2p.model.egom2p import EgoM2P, ModelArgs
-from egom2p.model.loss import CHUNK_ELEMENTS, weighted_cross_entropy
+from egom2p.model.loss import CHUNK_ELEMENTS, NearCodes, softmax_step, softmax_step_to_fuse, weighted_cross_entropy
 
 MODALITIES = ModalitySet([Modality("a", 40, (3, 2, 2)), Modality("b", 20, (9,)), Modality("c", 20, (4, 3))])
 
@@ -98,13 +98,77 @@ def test_decoder_self_attention_stays_within_a_modality():
     assert torch.allclose(with_c, without_c, atol=1e-12)
 
 
+@pytest.mark.parametrize("samples", [SAMPLES, SAMPLES[1:2], SAMPLES[2:3], []])
+@pytest.mark.parametrize("fill_to", [1, 7, 64])
+def test_rows_that_fill_a_pack_change_nothing(samples, fill_to):
+    """Loss and every gradient in float64; blocks see multiples of fill_to. Only in training."""
+    torch.manual_seed(0)
+    plain = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2)).double()
+    filled = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2, fill_to=fill_to)).double()
+    filled.load_state_dict(plain.state_dict())
+    seen = []
+    for block in (filled.encoder[0], filled.decoder[0]):
+        block.register_forward_hook(lambda _, rows, out: seen.append(len(out)))
+    batch = pack(samples, 3)
+    results = []
+    for model in (plain, filled):
+        total, losses = model(batch, torch.linspace(0.1, 1, len(batch.targets), dtype=torch.float64))
+        total.backward()
+        results.append([total, losses, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-10, atol=1e-13)
+    sizes = [len(batch.inputs), len(batch.targets)]
+    assert seen == [-(-n // fill_to) * fill_to for n in sizes]
+    with torch.no_grad():
+        filled(batch)
+    assert seen[2:] == sizes
+
+
+def test_the_fused_softmax_equals_the_plain_one():
+    torch.manual_seed(0)
+    logits, target, scale = 30 * torch.randn(11, 50), torch.randint(50, (11,)), torch.rand(11)
+    for dtype, near in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        for codes in (None, NearCodes(torch.randn(50, 3), 0.8)):
+            plain, fused = (step(logits.to(dtype), target, scale, codes)
+                            for step in (softmax_step, softmax_step_to_fuse))
+            assert plain[2].dtype == dtype
+            for a, b in zip(plain, fused, strict=True):
+                torch.testing.assert_close(a, b, rtol=near, atol=near)
+
+
+def test_targets_spread_over_near_codes_by_hand():
+    """Codes 0, 1, 2, 3, 10 on a line: steps of 1. The loss is the cross-entropy with soft labels, torch's own; what is
+    reported is that of the id alone."""
+    codes = torch.tensor([[0.0], [1], [2], [3], [10]], dtype=torch.float64)
+    near = NearCodes(codes, 0.5).double()
+    weight = torch.exp(-2 * (codes - codes.T) ** 2)
+    labels = weight / weight.sum(1, keepdim=True)
+    spread = torch.zeros(5, 5, dtype=torch.float64).scatter_(1, near.ids, near.share)
+    torch.testing.assert_close(spread, labels, rtol=1e-6, atol=1e-9)
+    torch.manual_seed(0)
+    hidden, head = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (7, 5))
+    target, scale = torch.randint(5, (7,)), torch.rand(7, dtype=torch.float64)
+    total, losses = weighted_cross_entropy(hidden, head, target, scale, near=near)
+    logits = hidden @ head.T
+    soft = torch.nn.functional.cross_entropy(logits, spread[target], reduction="none")
+    torch.testing.assert_close(total, (soft * scale).sum())
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    ours = torch.autograd.grad(2 * total, (hidden, head))
+    theirs = torch.autograd.grad(2 * (soft * scale).sum(), (hidden, head))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # shares are kept in float32
+    with torch.no_grad():
+        assert weighted_cross_entropy(hidden, head, target, scale, near=near)[0].item() == pytest.approx(total.item())
+
+
+@pytest.mark.parametrize("softmax", [softmax_step, softmax_step_to_fuse])
 @pytest.mark.parametrize("chunk", [64, 1000, 2**24])
-def test_chunked_loss_equals_cross_entropy(chunk, monkeypatch):
+def test_chunked_loss_equals_cross_entropy(chunk, softmax, monkeypatch):
     monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk)
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (37, 50))
     target, scale = torch.randint(50, (37,)), torch.rand(37, dtype=torch.float64)
-    loss, losses = weighted_cross_entropy(hidden, weight, target, scale)
+    loss, losses = weighted_cross_entropy(hidden, weight, target, scale, softmax)
     full = torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="none")
     assert torch.allclose(losses, full)
     ours = torch.autograd.grad(3 * loss, (hidden, weight))

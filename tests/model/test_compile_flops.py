@@ -6,7 +6,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from egom2p.data.batch import pack
-from egom2p.model.blocks import compile_blocks
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.flops import training_flops
 from tests.model.test_attention import MODALITIES, SAMPLES, sample
@@ -29,18 +28,21 @@ def test_flops_agree_with_torch(variant):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_do_not_recompile_as_lengths_vary():
+@pytest.mark.parametrize("fill_to", [0, 16])
+def test_compiled_blocks_do_not_recompile_as_lengths_vary(fill_to):
+    """Over 200 packs, of other lengths and numbers of samples: as many graphs as after the first three, and the plain
+    model's losses."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2))
-    compiled = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2))
+    compiled = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2, fill_to=fill_to))
     compiled.load_state_dict(plain.state_dict())
-    compile_blocks(compiled)
+    compiled.compile()
     rng = np.random.default_rng(0)
     graphs = []
-    for step in range(8):
+    for step in range(200):
         samples = [sample(i, (int(rng.integers(2, 6)), 2, 1), (int(rng.integers(2, 6)), 3, int(rng.integers(1, 4))), i)
                    for i in range(3 + step % 3)]
         batch = pack(samples, 3)

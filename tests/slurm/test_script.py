@@ -75,6 +75,11 @@ def test_a_stopped_job_goes_back_to_the_queue_and_a_failed_one_does_not(tmp_path
     assert done.returncode == 1 and "scontrol" not in calls
 
 
+def test_a_task_of_an_array_takes_the_configuration_of_its_number(tmp_path):
+    _, calls = run_script(tmp_path, ARRAY="/runs/a b/configs", SLURM_ARRAY_TASK_ID="7")
+    assert [line.split("|")[-3:-1] for line in calls["python"]] == [["train", "/runs/a b/configs/7.yaml"]] * 2
+
+
 def test_another_command_than_train(tmp_path):
     _, calls = run_script(tmp_path, "tok", "--clips", "a b/*.tar", COMMAND="tokenizer encode")
     words = calls["python"][0].split("|")

@@ -10,6 +10,7 @@ from egom2p.modalities import Modality
 from egom2p.signals.depth import relative_inverse_depth
 from egom2p.signals.pose import PoseSeries
 from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer, with_statistics
+from egom2p.tokenizers.perceptual import Critic, Lpips, adversarial_loss
 from egom2p.tokenizers.quantize import EmaCodebook
 from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
 
@@ -196,3 +197,65 @@ def test_losses_of_the_video_tokenizer_by_hand(monkeypatch):
         assert figures["error"].item() == pytest.approx(off.square().mean().item(), rel=1e-5)
         prints.add(made.fingerprint())
     assert len(prints) == 1
+
+
+def small_video(**more) -> VideoTokenizer:
+    torch.manual_seed(0)
+    return VideoTokenizer(Modality("v", 64, (1, 16, 16), "rgb"), VideoArgs(1, (1, 4, 4), 8, 1, (4, 4, 4), **more))
+
+
+def test_near_pixels_of_depth_weigh_more(monkeypatch):
+    made = small_video(loss="l1", near_weight=3.0)
+    video = torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 1, 3).expand(1, 3, 1, 1, 3)
+    monkeypatch.setattr(made, "decode_codes", lambda *_: video + torch.tensor([0.1, 0.2, 0.4]))
+    monkeypatch.setattr(made, "_unpad_sides", lambda x, _: x)
+    assert made.training_loss(video)[0].item() == pytest.approx((0.1 * 1 + 0.2 * 2.5 + 0.4 * 4) / 3, rel=1e-5)
+
+
+def test_the_perceptual_part_of_the_loss(tmp_path):
+    """What it adds is LPIPS of frames and reconstruction; its network is not part of the export and does not learn."""
+    from torchvision.models import alexnet
+
+    torch.manual_seed(1)
+    torch.save(alexnet(weights=None).state_dict(), tmp_path / "alexnet.pth")
+    plain, made = small_video(), small_video(perceptual_weight=0.7, perceptual_network=str(tmp_path / "alexnet.pth"))
+    video = torch.rand(2, 3, 1, 64, 64) * 2 - 1
+    loss = made.training_loss(video)[0]
+    codes = plain.quantizer(plain.latents(plain._pad(video)))[0]
+    back = plain.decode_codes(codes, (1, 16, 16))
+    distance = Lpips(tmp_path / "alexnet.pth")(back[:, :, 0], video[:, :, 0]).mean()
+    assert distance > 0
+    assert loss.item() == pytest.approx((plain.training_loss(video)[0] + 0.7 * distance).item(), rel=1e-5)
+    loss.backward()
+    assert made.state_dict().keys() == plain.state_dict().keys() and made.fingerprint() == plain.fingerprint()
+    assert all(p.grad is not None for p in made.parameters())
+    with pytest.raises(ValueError, match="go together"):
+        VideoArgs(perceptual_weight=1.0)
+
+
+def test_the_critic_and_the_tokenizer_learn_each_their_own():
+    """The critic's gradient is that of the hinge loss by hand; the pictures', -weight times the slope of its scores."""
+    torch.manual_seed(0)
+    critic, true, made = Critic(8), torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16, requires_grad=True)
+    adversarial_loss(critic, true, made, 0.3).backward()
+    ours = [p.grad.clone() for p in critic.parameters()]
+    hinge = (1 - critic(true)).clamp(min=0).mean() + (1 + critic(made.detach())).clamp(min=0).mean()
+    for a, b in zip(ours, torch.autograd.grad(hinge, list(critic.parameters())), strict=True):
+        torch.testing.assert_close(a, b)
+    (slope,) = torch.autograd.grad(critic(made).mean(), made)
+    torch.testing.assert_close(made.grad, -0.3 * slope)
+
+
+def test_a_critic_learns_to_tell_and_its_tokenizer_loads_again(tmp_path):
+    made = small_video(adversarial_weight=0.1)
+    optimizer = torch.optim.Adam(made.parameters(), 2e-3)
+    stripes = torch.where(torch.arange(64) % 4 < 2, 0.9, -0.9).expand(4, 3, 1, 64, 64)
+    for _ in range(30):
+        optimizer.zero_grad()
+        made.training_loss(stripes)[0].backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert made.critic(stripes[:, :, 0]).mean() > made.critic(torch.zeros(4, 3, 64, 64)).mean() + 0.5
+    made.save_pretrained(tmp_path)
+    again = VideoTokenizer.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.critic.layers[0].weight, made.critic.layers[0].weight)

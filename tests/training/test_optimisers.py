@@ -1,4 +1,4 @@
-"""Muon and the other schedules: their arithmetic, and the promises that AdamW with cosine keeps."""
+"""Muon, other schedules, the average of weights: their arithmetic, and the promises that AdamW with cosine keeps."""
 
 import copy
 
@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.training.average import WeightAverage
 from egom2p.training.optim import MuonAndAdamW, OptimArgs, make_optimizer, make_schedule
 from tests.model.test_attention import MODALITIES
 from tests.training.test_reliability import _torchrun, forget_after, same_weights
-from tests.training.test_training import curve, reference, train  # noqa: F401
+from tests.training.test_training import curve, reference, train, weights  # noqa: F401
 
-MUON = ("optim.name=muon", "optim.schedule=wsd")
+MUON = ("optim.name=muon", "optim.schedule=wsd", "train.ema=0.9")
 
 
 def test_wsd_by_hand():
@@ -101,8 +102,52 @@ def test_frozen_parts_wait_until_they_are_let_go(debug_tokens, reference, tmp_pa
     assert done.returncode == 2 and "needs freeze" in done.stderr
 
 
+def test_the_average_of_weights_by_hand():
+    """decay .8: steps 0 and 1 weigh by 1/10 and 2/11, step 50 by .8; a step left out changes nothing; buffers stay."""
+    model = torch.nn.BatchNorm1d(1)
+    average = WeightAverage(model, 0.8)
+    expected = 1.0
+    for step, value, kept in ((0, 5.0, 0.1), (1, 3.0, 2 / 11), (50, -1.0, 0.8)):
+        model.weight.data.fill_(value)
+        average.update(step, torch.zeros(()))
+        expected = kept * expected + (1 - kept) * value
+        assert average.tensors["weight"].item() == pytest.approx(expected)
+    model.weight.data.fill_(100.0)
+    average.update(51, torch.ones(()))
+    model.weight.data.fill_(7.0)
+    assert average.tensors.keys() == {"weight", "bias"}
+    with average.in_place():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 7.0 and average.tensors["weight"].item() == pytest.approx(expected)
+
+
+def test_evaluation_and_export_hold_the_average(debug_tokens, reference, tmp_path):  # noqa: F811
+    """Training itself is unmoved by it; what is exported is the average over its steps, worked out here from their
+    weights, and the held-out loss is the export's own."""
+    options = ("checkpoint.every=1", "checkpoint.keep_last=20", "eval.every=20")
+    train(debug_tokens, tmp_path / "run", "train.ema=0.5", *options)
+    train(debug_tokens, tmp_path / "plain", *options)
+    plain, ours = curve(tmp_path / "plain"), curve(tmp_path / "run")
+    assert [m["loss"] for m in ours if "loss" in m] == [m["loss"] for m in plain if "loss" in m]
+    steps = [load_file(tmp_path / f"plain/checkpoints/step_{i:08d}/model.safetensors") for i in range(1, 21)]
+    last = load_file(tmp_path / "run/checkpoints/latest/training.safetensors")
+    assert all(torch.equal(last[k], v) for k, v in steps[-1].items())
+    averaged = load_file(tmp_path / "run/checkpoints/latest/model.safetensors")
+    begun = load_file(tmp_path / "run/checkpoints/step_00000001/model.safetensors")
+    for name in ("mask_token", "encoder.0.attn.qkv.weight"):
+        expected = begun[name].double()
+        for step in range(1, 20):
+            kept = min(0.5, (1 + step) / (10 + step))
+            expected = kept * expected + (1 - kept) * steps[step][name].double()
+        torch.testing.assert_close(averaged[name].double(), expected, rtol=1e-5, atol=1e-7)
+    assert ours[-1]["eval/loss/rgb"] != plain[-1]["eval/loss/rgb"]
+    train(debug_tokens, tmp_path / "check", f"init.from={tmp_path / 'run'}", "train.steps=1", "eval.every=1",
+          "optim.lr=1e-30", "optim.weight_decay=0")
+    assert curve(tmp_path / "check")[-1]["eval/loss/rgb"] == pytest.approx(ours[-1]["eval/loss/rgb"], rel=1e-6)
+
+
 @pytest.mark.slow
-def test_muon_resumes_exactly_and_on_other_numbers_of_processes(debug_tokens, tmp_path):
+def test_muon_and_the_average_resume_exactly_and_on_other_numbers_of_processes(debug_tokens, tmp_path):
     """From step 10 on one process: the same bits; on two, replicated and sharded: the same losses."""
     train(debug_tokens, tmp_path / "whole", *MUON, "checkpoint.keep_last=9")
     train(debug_tokens, tmp_path / "run", *MUON, "checkpoint.keep_last=9")
@@ -110,7 +155,10 @@ def test_muon_resumes_exactly_and_on_other_numbers_of_processes(debug_tokens, tm
     train(debug_tokens, tmp_path / "run", *MUON, "checkpoint.keep_last=9")
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     assert same_weights(tmp_path / "run", tmp_path / "whole")
+    whole = weights(tmp_path / "whole")
     for parallel in ("ddp", "fsdp"):
         _torchrun(debug_tokens, tmp_path / parallel, 2, *MUON, f"train.parallel={parallel}")
         for ours, theirs in zip(curve(tmp_path / parallel), curve(tmp_path / "whole"), strict=True):
             assert ours == pytest.approx(theirs, rel=2e-3), (parallel, ours["step"])
+        for name, tensor in weights(tmp_path / parallel).items():
+            assert (tensor - whole[name]).norm() < 2e-3 * whole[name].norm(), (parallel, name)
