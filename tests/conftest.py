@@ -22,18 +22,30 @@ ONE_AT_A_TIME = ("test_slurm.py", "test_hosts.py", "test_released_sizes_run_whol
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist, which gives each worker one stretch of the list to begin with, every stretch has its share
-    of the slow tests, and they come first, so that no worker waits for one at the end."""
+    of the slow tests, and they come first, so that no worker waits for one at the end. Those of ONE_AT_A_TIME are all
+    the first worker's, so that no other waits for their lock."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        quick = [item for item in items if not item.get_closest_marker("slow")]
-        items[:] = [item for worker in range(workers) for item in [*slow[worker::workers], *quick[worker::workers]]]
+        alone = [item for item in items if _is_alone(item)]
+        slow = [item for item in items if item.get_closest_marker("slow") and not _is_alone(item)]
+        quick = [item for item in items if not item.get_closest_marker("slow") and not _is_alone(item)]
+        stretches = [[*slow[worker::workers], *quick[worker::workers]] for worker in range(workers)]
+        stretches[0] = alone + stretches[0]
+        # Stretches are cut by number: the others take over as many quick ones as the first has more.
+        surplus = len(stretches[0]) - -(-len(items) // workers)
+        if surplus > 0:
+            stretches[-1] += [stretches[0].pop() for _ in range(surplus)]
+        items[:] = [item for stretch in stretches for item in stretch]
+
+
+def _is_alone(item: pytest.Item) -> bool:
+    return any(name in item.nodeid for name in ONE_AT_A_TIME)
 
 
 @pytest.fixture(autouse=True)
 def one_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """Keeps other workers' tests of ONE_AT_A_TIME waiting. (xdist's groups do nothing under pytest 9.2.)"""
-    if not any(name in request.node.nodeid for name in ONE_AT_A_TIME):
+    if not _is_alone(request.node):
         yield
         return
     with only_one(common_folder(tmp_path_factory) / "one_at_a_time"):

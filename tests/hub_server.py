@@ -1,5 +1,6 @@
-"""A Hugging Face Hub in a process of one's own: as much of its HTTP API as huggingface_hub's create_repo, upload_folder
-and snapshot_download use (seen in huggingface_hub's source: hf_api.py, file_download.py, _commit_api.py).
+"""A Hugging Face Hub in a process of one's own: as much of its HTTP API as huggingface_hub's create_repo, upload_folder,
+snapshot_download and HfFileSystem use (seen in huggingface_hub's source: hf_api.py, file_download.py, _commit_api.py,
+hf_file_system.py).
 
     python -m tests.hub_server PORT FOLDER
 
@@ -13,7 +14,7 @@ import re
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 KINDS = {"models": "", "datasets": "datasets/"}
 
@@ -79,8 +80,15 @@ class Hub(BaseHTTPRequestHandler):
             return self._json({"id": repo, "_id": "1", "sha": self._sha(folder), "private": "private" in repo,
                                "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
         if verb == "tree":
-            return self._json([{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0"}
-                               for f in self._files(folder)])
+            _, _, place = rest.partition("/")
+            if not (folder / place).is_dir():
+                return self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            deep = "recursive=true" in self.path.lower()
+            found = sorted((folder / place).rglob("*") if deep else (folder / place).iterdir())
+            return self._json([self._entry(folder, path) for path in found])
+        if verb == "paths-info":
+            asked = [folder / name for name in parse_qs(body.decode())["paths"]]
+            return self._json([self._entry(folder, path) for path in asked if path.exists()])
         return self._json({"error": "no such call"}, 404)
 
     def _file(self, method: str, kind: str, repo: str, name: str, may_write: bool) -> None:
@@ -90,14 +98,23 @@ class Hub(BaseHTTPRequestHandler):
         if not (folder / name).is_file():
             self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
-        data = (folder / name).read_bytes()
-        self.send_response(200)
-        for key, value in {"X-Repo-Commit": self._sha(folder), "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+        whole = data = (folder / name).read_bytes()
+        first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        if first:
+            data = whole[int(first) : int(last or len(whole)) + 1]
+        self.send_response(206 if first else 200)
+        for key, value in {"X-Repo-Commit": self._sha(folder), "ETag": f'"{hashlib.sha1(whole).hexdigest()}"',
                            "Content-Length": str(len(data)), "Accept-Ranges": "bytes"}.items():
             self.send_header(key, value)
         self.end_headers()
         if method == "GET":
             self.wfile.write(data)
+
+    @staticmethod
+    def _entry(folder: Path, path: Path) -> dict:
+        size = 0 if path.is_dir() else path.stat().st_size
+        return {"type": "directory" if path.is_dir() else "file", "path": str(path.relative_to(folder)), "size": size,
+                "oid": "0"}
 
     def _refused(self, folder: Path, repo: str, may_write: bool) -> bool:
         """Answer for a repository that is not there, or not for this one."""

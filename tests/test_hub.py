@@ -8,6 +8,7 @@ import pytest
 
 from egom2p.hub import model_card
 from tests.conftest import ROOT, run_cli
+from tests.training.test_training import curve
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,28 @@ def test_token_shards_go_up_with_their_notes(hub, finished):
     for name in ("cam/rooms/shard-000000.tar", "gaze/walks/encode.json", "cam/held_out/index.json"):
         assert (folder / name).read_bytes() == (finished[0] / "tokens" / name).read_bytes()
     assert "hf://datasets/me/steps" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_training_and_features_straight_from_the_hub(hub, finished, tmp_path):
+    """`hf://` for token shards and for clips: what is trained and made is that of the local ones, to the last digit."""
+    command(hub, "push-data", f"{finished[0]}/tokens/*/*/*.tar", "me/tokens")
+    command(hub, "push-data", f"{finished[0]}/clips/test/*.tar", "me/clips")
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    config = finished[0] / "model/config.yaml"
+    for name, root in (("hub", "hf://datasets/me/tokens"), ("disk", finished[0] / "tokens")):
+        command(hub, "train", config, f"data.root={root}", f"run.dir={tmp_path / name}", "train.steps=3",
+                "eval.every=0", "train.threads=1", **cache)
+    assert curve(tmp_path / "hub") == curve(tmp_path / "disk")
+    clips = {"hub": "hf://datasets/me/clips/*.tar", "disk": f"{finished[0]}/clips/test/*.tar"}
+    for name, pattern in clips.items():
+        command(hub, "features", finished[0] / "model", "--clips", pattern, "--out",
+                tmp_path / f"features-{name}", **cache)
+    ours, theirs = ({p.name: p.read_bytes() for p in (tmp_path / f"features-{n}").glob("*.safetensors")} for n in clips)
+    assert ours == theirs and ours
+    done = command(hub, "features", finished[0] / "model", "--clips", "hf://datasets/me/clips/none-*.tar", "--out",
+                   tmp_path / "none", code=2, **cache)
+    assert "no tar at hf://datasets/me/clips/none-*.tar" in done.stderr
 
 
 def test_the_card_says_what_was_trained_and_measured(finished):

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
+from egom2p.data.remote import is_remote, local_copies
 from egom2p.data.storage import DECODERS, Store, from_file, to_file
 from egom2p.data.tarindex import TarEntry, index_tars, read_at, write_tar
 from egom2p.errors import DamagedClip, UserError
@@ -67,6 +68,16 @@ def expand_paths(pattern: str) -> list[Path]:
     return paths
 
 
+def _local_paths(pattern: str) -> list[Path]:
+    """As `expand_paths`, of a URL the copies in the cache."""
+    if not is_remote(pattern):
+        return expand_paths(pattern)
+    paths = [path for text in expand_pattern(pattern) for path in local_copies(text)]
+    if not paths:
+        raise UserError(f"no tar at {pattern}")
+    return paths
+
+
 def expand_pattern(pattern: str) -> list[str]:
     """Expand `[a,b]` lists (the released notation) and `{a,b}`, `{000..010}` braces."""
     return list(braceexpand(re.sub(r"\[([^\[\]]*,[^\[\]]*)\]", r"{\1}", pattern)))
@@ -92,13 +103,14 @@ def count_clips(pattern: str) -> int:
 
 
 class ClipIndex:
-    """The clips that `pattern` names, read in any order: whole, some signals of them, or one.
+    """The clips that `pattern` names, read in any order: whole, some signals of them, or one. A pattern may be a URL
+    (hf://, s3://, https://); its tars are fetched into the cache first.
 
     having: only clips that have this signal. keys (N,); shard_sizes (S,) clips a tar.
     """
 
     def __init__(self, pattern: str, having: str = "") -> None:
-        self._build([p for p in expand_paths(pattern) if p.suffix == ".tar"], pattern, having)
+        self._build([p for p in _local_paths(pattern) if p.suffix == ".tar"], pattern, having)
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> "ClipIndex":

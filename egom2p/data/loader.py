@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from egom2p.data.batch import MaskedSample, PackedBatch, pack, with_tensors
 from egom2p.data.masking import MaskArgs, Masker
 from egom2p.data.order import MixtureOrder, PassOrder
-from egom2p.data.remote import ShardCache
-from egom2p.data.tokens import TokenDataset, default_cache
+from egom2p.data.remote import ShardCache, default_cache
+from egom2p.data.tokens import TokenDataset
 from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import ModalitySet
 

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,15 @@ PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirector
 def is_remote(text: str | os.PathLike) -> bool:
     """Whether a path names something that is not on this machine's file systems."""
     return bool(re.match(r"(pipe:|[a-z][a-z0-9+.-]*://)", str(text)))
+
+
+def default_cache() -> Path:
+    """Where remote shards are kept when data.cache names no folder."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and a user id that no one knows, as in some containers
+        home = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return home / "egom2p/shards"
 
 
 @dataclass(frozen=True)
@@ -81,8 +91,8 @@ class ShardCache:
                 if not path.exists():
                     retry(lambda: self._download(shard, path), shard.url, self.retry_s)
                     self._make_room(path)
-        with suppress(OSError):
-            os.utime(path)
+        with suppress(OSError):  # the time of its last use; that of its writing tells one copy from the next
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         return path
 
     def ahead(self, shards: Iterable[RemoteShard]) -> None:
@@ -114,7 +124,7 @@ class ShardCache:
         for entry in os.scandir(self.folder):
             with suppress(OSError):
                 if entry.is_file() and not entry.name.startswith("."):
-                    files.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
+                    files.append((entry.stat().st_atime_ns, entry.stat().st_size, Path(entry.path)))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:
@@ -141,6 +151,24 @@ def list_shards(url: str, cache: ShardCache) -> list[RemoteShard]:
     found = retry(ask, url, cache.retry_s)
     fs, _ = filesystem(url)
     return [RemoteShard(fs.unstrip_protocol(path), -1 if size is None else size, cache) for path, size in found]
+
+
+def local_copies(url: str, cache: ShardCache | None = None) -> list[Path]:
+    """The tars that a URL names, all of them fetched. Raises UserError when they are more than the cache holds."""
+    cache = cache or ShardCache(default_cache(), 50e9, 60.0)
+    shards = list_shards(url, cache)
+    total = sum(max(0, shard.size) for shard in shards)
+    if total > cache.limit:
+        raise UserError(f"{url}: {total / 1e9:.1f} GB are more than the {cache.limit / 1e9:.0f} GB that are kept in "
+                        f"{cache.folder}; copy them to a disk and name the folder")
+    missing = [shard for shard in shards if not cache.path(shard.url).exists()]
+    if missing:
+        log.info("%s: fetching %d of %d files into %s", url, len(missing), len(shards), cache.folder)
+    try:
+        cache.ahead(missing)
+        return [shard.local() for shard in shards]
+    except OSError as error:
+        raise UserError(f"{url}: {' '.join(str(error).split())}") from error
 
 
 def index_remote(shards: list[RemoteShard]) -> list[TarEntry]:

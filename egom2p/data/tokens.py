@@ -9,9 +9,7 @@ import ast
 import hashlib
 import io
 import logging
-import os
 import re
-import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from egom2p.data.clips import expand_pattern
-from egom2p.data.remote import RemoteShard, ShardCache, index_remote, is_remote, list_shards
+from egom2p.data.remote import RemoteShard, ShardCache, default_cache, index_remote, is_remote, list_shards
 from egom2p.data.tarindex import TarEntry, index_tars, read_at
 from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import Modality, ModalitySet
@@ -32,15 +30,6 @@ MAX_HEADER = 4096
 # What reading and parsing the bytes of a damaged token file may raise.
 DAMAGE = (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError,
           zipfile.BadZipFile, zlib.error)
-
-
-def default_cache() -> Path:
-    """Where remote shards are kept when data.cache names no folder."""
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # no HOME, and a user id that no one knows, as in some containers
-        home = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
-    return home / "egom2p/shards"
 
 
 class ShardPlace(NamedTuple):

@@ -21,9 +21,9 @@ OPTIONS = ("checkpoint.every=2", "eval.every=7", "eval.samples=4")
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(debug_tokens, tmp_path):
-    steps = "train.steps=1600"
+    steps = "train.steps=1000"
     run_cli(*arguments(debug_tokens, tmp_path / "whole", steps, *OPTIONS))
-    done = subprocess.run([sys.executable, "-m", "tests.training.kill_harness", "cfgs/train/debug.yaml", "60", "1",
+    done = subprocess.run([sys.executable, "-m", "tests.training.kill_harness", "cfgs/train/debug.yaml", "55", "1",
                            f"data.root={debug_tokens}",
                            f"run.dir={tmp_path / 'killed'}", "train.threads=1", steps,
                            *OPTIONS], cwd=ROOT, capture_output=True, text=True,
