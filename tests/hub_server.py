@@ -1,4 +1,4 @@
-"""A Hugging Face Hub in a process of one's own: as much of its HTTP API as huggingface_hub's create_repo, upload_folder,
+"""A Hugging Face Hub in a process of one's own: as much of its HTTP API as create_repo, upload_folder,
 snapshot_download and HfFileSystem use (seen in huggingface_hub's source: hf_api.py, file_download.py, _commit_api.py,
 hf_file_system.py).
 
