@@ -111,7 +111,7 @@ def test_a_path_that_exists_wins_over_a_shipped_file(tmp_path, monkeypatch):
     (tmp_path / "cfgs/train").mkdir(parents=True)
     (tmp_path / "cfgs/train/debug.yaml").write_text("mine")
     assert resources.locate("cfgs/train/debug.yaml").read_text() == "mine"
-    for other in ("setup.py", "cfgs/../setup.py", "egom2p/cli.py", "cfgs/none.yaml"):
+    for other in ("setup.py", "cfgs/../setup.py", "egom2p/export.py", "cfgs/none.yaml"):
         assert str(resources.locate(other)) == other
 
 
