@@ -27,7 +27,7 @@ from egom2p.data.shardtools import SHARD_CLIPS, check
 from egom2p.datasets.world import write_world
 from egom2p.errors import UserError
 from egom2p.evaluation.results import changes_since, reliability, table, write_results
-from egom2p.evaluation.run import evaluate
+from egom2p.evaluation.run import Task, evaluate, predict
 from egom2p.evaluation.takes import take_of
 from egom2p.generation.pipeline import Pipeline
 from egom2p.generation.recordings import GenerateArgs, generate_files
@@ -58,7 +58,8 @@ class WorldSet:
 class QuickstartConfig:
     """size: side of the frames. train: training sets by name. held_out: clips for the token loss during
     training; test: clips for the result table, seen by nothing before. lanes: tokenizer configs trained side
-    by side. training: the train YAML. recipes: how each target is generated. tokenizer_overrides: key=value.
+    by side. training: the train YAML. recipes: how each target is generated; drawn: how one draw of a picture is made,
+    shown in the report beside it. tokenizer_overrides: key=value.
     recordings_share: of the training's samples, from the user's own recordings when there are any."""
 
     size: int
@@ -68,6 +69,7 @@ class QuickstartConfig:
     lanes: tuple[tuple[str, ...], ...]
     training: str
     recipes: dict[str, TargetArgs] = field(default_factory=dict)
+    drawn: dict[str, TargetArgs] = field(default_factory=dict)
     tokenizer_overrides: tuple[str, ...] = ()
     train_overrides: tuple[str, ...] = ()
     tasks: tuple[str, ...] = EVAL_TASKS
@@ -109,7 +111,7 @@ def quickstart(out: Path, config_path: Path, inputs: list[Path], recordings: Pat
     if mine and mine.summary:
         print(f"{own.NAME}, the clips held aside:\n{table(mine.summary)}")
     with stages.run("report"):
-        _report(config, out, evaluation, stages.seconds, [(f.name, f / "preview.png") for f in folders], mine)
+        _report(config, out, evaluation, stages.seconds, [(f.name, f / "preview.png") for f in folders], mine, pipeline)
     write_results(out, evaluation, {"seconds": stages.seconds, **({own.NAME: mine.summary} if mine else {})})
     print(f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
     return out / "report.html"
@@ -252,7 +254,7 @@ def _own(config: QuickstartConfig, pipeline: Pipeline, shares: own.Shares) -> Ow
 
 
 def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, float],
-            pictures: list[tuple[str, Path]], mine: OwnPart | None) -> None:
+            pictures: list[tuple[str, Path]], mine: OwnPart | None, pipeline: Pipeline) -> None:
     model_dir = out / "model"
     environment = json.loads((model_dir / "environment.json").read_text())
     metrics = read_metrics(model_dir)
@@ -266,11 +268,29 @@ def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, 
     shown = _merge_shown(evaluation.shown)
     sheets = _sheets(shown, kinds)
     takes = [take_of(clip, kinds, predicted) for clip, predicted in shown]
+    drawn = _drawn(config, evaluation.shown, pipeline)
     write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds,
                  facts, pictures, reliability={name: reliability(rows) for name, rows in evaluation.rows.items()},
-                 before=changes_since(out, evaluation), mine=mine, takes=takes,
+                 before=changes_since(out, evaluation), mine=mine, takes=takes, drawn=drawn,
                  during=[(f"{p.stem} at step {int(p.parent.name[5:])}", p)
                   for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]])
+
+
+def _drawn(config: QuickstartConfig, shown: dict, pipeline: Pipeline) -> list[tuple[str, Any]]:
+    """(caption, figure) of each task whose target is drawn: truth, the mean that is measured, and one draw."""
+    figures = []
+    for name, pairs in shown.items():
+        task = Task.parse(name, pipeline.model.modalities.names)
+        if task.target not in config.drawn or not pairs:
+            continue
+        tokenizer, rows = pipeline.tokenizer(task.target), []
+        for clip, predicted in pairs:
+            given = {n: pipeline.tokenizer(n).encode(clip.signals[n])[None] for n in task.inputs}
+            draw = predict(pipeline.model, tokenizer, given, task.target, config.drawn[task.target], 0, [clip.key])[0]
+            rows.append({f"true {task.target}": clip.signals[tokenizer.modality.clip_signal],
+                         "predicted: the mean, as measured": predicted[task.target], "one draw": draw})
+        figures.append((f"{name}, the first clips", plots.draws_figure(rows)))
+    return figures
 
 
 def _merge_shown(shown: dict) -> list[tuple]:

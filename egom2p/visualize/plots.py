@@ -97,6 +97,23 @@ def clip_sheet(rgb: np.ndarray, truth: dict[str, np.ndarray], predicted: dict[st
     return fig
 
 
+def draws_figure(rows: list[dict[str, np.ndarray]]) -> plt.Figure:
+    """One row a clip: two moments of each of its (T, H, W, 3) pictures {caption: frames}."""
+    captions = list(rows[0])
+    fig, axes = plt.subplots(len(rows), 2 * len(captions), figsize=(3.4 * len(captions), 1.75 * len(rows) + 0.3),
+                             squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.06})
+    for row, pictures in zip(axes, rows, strict=True):
+        for column, axis in enumerate(row):
+            caption = captions[column // 2]
+            frames = pictures[caption]
+            axis.imshow(frames[len(frames) * (1 + 2 * (column % 2)) // 4], interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            if row is axes[0] and column % 2 == 0:
+                axis.set_title(caption, fontsize=9, loc="left")
+    return fig
+
+
 def error_figure(rows: Any, measure: Any, title: str) -> plt.Figure:
     """Left: error over the clip, mean and 10-90 % band over clips. Right: histogram of the clips' errors beside their
     means.

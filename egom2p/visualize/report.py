@@ -51,10 +51,12 @@ def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], me
                  pictures: list[tuple[str, Path]] | None = None, during: list[tuple[str, Path]] | None = None,
                  mine: OwnPart | None = None, takes: Sequence[Take] = (),
                  reliability: dict[str, dict[str, Any]] | None = None,
-                 before: tuple[dict[str, Any], Sequence[Any]] = ({}, ())) -> None:
+                 before: tuple[dict[str, Any], Sequence[Any]] = ({}, ()),
+                 drawn: Sequence[tuple[str, plt.Figure]] = ()) -> None:
     """Write the page. sheets: (caption, figure); facts: (name, value); pictures, during (training): (caption, PNG
     file); mine: the user's own recordings; takes: clips to turn and play, before everything else; reliability: by task,
-    `evaluation.results.reliability`; before: what `evaluation.results.changes_since` found in the folder."""
+    `evaluation.results.reliability`; before: what `evaluation.results.changes_since` found in the folder; drawn:
+    (caption, figure) of pictures beside one draw."""
     parts = [f"<h1>{html.escape(title)}</h1>", _lead(facts), _cards(summary), *_viewers(takes),
              "<h2>Results on held-out clips</h2>", _RESULT_NOTE, _result_table(summary), *_changes(*before),
              *_reliability(reliability or {}),
@@ -63,6 +65,9 @@ def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], me
                for caption, file in during or []), "<h2>Clips</h2>", _CLIP_NOTE]
     for caption, figure in sheets:
         parts += [f'<p class="soft">{html.escape(caption)}</p>', _image(figure)]
+    if drawn:
+        parts += ["<h2>The mean and one draw</h2>", _DRAW_NOTE]
+        parts += [f'<p class="soft">{html.escape(caption)}</p>{_image(figure)}' for caption, figure in drawn]
     if mine:
         parts += _own_part(mine)
     if pictures:
@@ -90,6 +95,11 @@ SE(3) fit, depth errors after a scale-and-shift fit in inverse depth per clip.</
 _CLIP_NOTE = """<p>Held-out clips, not chosen: the first of the set. White ring: true gaze, cyan cross: predicted. Depth
 is relative inverse depth, bright is near. Trajectory, gaze and depth are predicted from rgb; rgb is predicted from
 depth.</p>"""
+
+
+_DRAW_NOTE = """<p>Colours are not in depth. The mean over all rooms that fit is what a squared error asks for, and
+is a blur; one draw, decoded in several steps, commits itself to a room, and is further from the true one on
+average.</p>"""
 
 
 def _viewers(takes: Sequence[Take]) -> list[str]:
