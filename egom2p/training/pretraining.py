@@ -40,13 +40,17 @@ class LossArgs:
     4 restores the weights of the released run, where each GPU averaged its own 4 samples. near_codes: a target counts
     for the ids with near code vectors too, by a Gaussian so many steps between codes wide (0 = the id alone); needs the
     modalities' tokenizers, and only those in `near_modalities` when there are any. The cross-entropies that are logged
-    by modality are of the ids alone."""
+    by modality are of the ids alone. weights: of the output modalities' means, 1 where nothing is said; what they sum
+    to is divided by."""
 
     group_samples: int = 0
     near_codes: float = 0.0
     near_modalities: tuple[str, ...] = ()
+    weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if any(weight <= 0 for weight in self.weights.values()):
+            raise ValueError("weights must be above 0; a modality that is never asked for has target: false")
         if self.near_codes < 0 or (self.near_modalities and not self.near_codes):
             raise ValueError("near_codes must not be below 0, and near_modalities need it")
 
@@ -116,7 +120,7 @@ class PretrainTask:
         self.plan = BatchPlan(config.train.batch_size, config.train.micro_batch(world.size),
                               config.loss.group_samples or config.train.batch_size, world.rank, world.size)
         self.tokens_per_sample = config.masking.input_tokens + config.masking.target_tokens
-        self.num_outputs = sum(m.target for m in self.modalities)
+        self.weight_M = self._weights(config.loss)
         self.scale_GM = torch.empty(0)
         self._fingerprint = self.stream.fingerprint()
         if content := content_of(folders_of(self.stream.datasets)):
@@ -134,7 +138,8 @@ class PretrainTask:
         for micro in batch.micro_batches:
             np.add.at(counts, micro.groups, micro.targets.lengths)
         counts_GM = sum_over_ranks(on_device(counts, self.world.device))
-        self.scale_GM = 1 / (counts_GM.clamp(min=1) * self.num_outputs * self.plan.num_groups)
+        weight_M = on_device(self.weight_M, self.world.device)
+        self.scale_GM = weight_M / (counts_GM.clamp(min=1) * self.plan.num_groups)
 
     def loss(self, micro: PackedBatch, forward: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         counts = micro.targets.lengths
@@ -229,6 +234,14 @@ class PretrainTask:
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         self.model.save_pretrained(folder, weights)
+
+    def _weights(self, args: LossArgs) -> np.ndarray:
+        """(M,) of the modalities' means in the loss; those of the outputs sum to 1."""
+        unknown = set(args.weights) - {m.name for m in self.modalities if m.target}
+        if unknown:
+            raise UserError(f"loss.weights names '{sorted(unknown)[0]}', which is no output modality")
+        weights = np.array([args.weights.get(m.name, 1.0) for m in self.modalities])
+        return weights / weights[[m.target for m in self.modalities]].sum()
 
     def _spread_targets(self, args: LossArgs) -> None:
         if not args.near_codes:

@@ -16,7 +16,7 @@ from egom2p.training.log import read_metrics
 from egom2p.training.loop import Loop
 from egom2p.training.optim import OptimArgs, make_optimizer, make_schedule
 from egom2p.training.pretraining import InitArgs, PretrainConfig, PretrainTask, start_model
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_cli
 from tests.model.test_attention import MODALITIES
 from tests.training.test_training import train
 
@@ -122,14 +122,15 @@ def test_frozen_parts_are_the_ones_that_were_named(freeze, unfreeze, learns):
         assert parameter.requires_grad == learns(name), name
 
 
-@pytest.mark.parametrize("group", [0, 2])
-def test_the_loss_by_hand(debug_tokens, tmp_path, group):
-    """Mean over groups of: sum over output modalities of the mean CE of the group's targets / number of them.
+@pytest.mark.parametrize(("group", "weights"), [(0, (1, 1, 1)), (2, (1, 1, 1)), (2, (1, 0.5, 3))])
+def test_the_loss_by_hand(debug_tokens, tmp_path, group, weights):
+    """Mean over groups of: weighted mean over output modalities of the mean CE of the group's targets.
 
     gaze is an input only, in the whole model; each sample's CE comes from `score`-like single passes.
     """
     config, task = make_task(debug_tokens, tmp_path, f"loss.group_samples={group}", "modalities.gaze.target=false",
-                             "train.precision=float64", "train.micro_batch_size=3")
+                             "train.precision=float64", "train.micro_batch_size=3",
+                             f"loss.weights={{depth: {weights[1]}, cam: {weights[2]}}}")
     task.model.double()
     plan = BatchPlan(8, 8, group or 8)
     whole = StepDataset(task.stream, 4, plan)[0].micro_batches[0]
@@ -142,7 +143,7 @@ def test_the_loss_by_hand(debug_tokens, tmp_path, group):
     for members in groups:
         for m in range(3):
             mine = losses.numpy()[(modality == m) & np.isin(owner, members)]
-            by_hand += (mine.mean() if len(mine) else 0.0) / 3 / len(groups)
+            by_hand += (mine.mean() if len(mine) else 0.0) * weights[m] / sum(weights) / len(groups)
     loop = Loop(config, task, CPU, tmp_path)
     sums, _ = loop._train_step(next(task.steps(range(1))), 0.0)
     loop.metrics.close()
@@ -161,3 +162,15 @@ def test_input_only_in_one_data_set_holds_there_and_nowhere_else(debug_tokens, t
         targets = task.stream.sample(number).targets.modality
         asked[dataset] += int((targets == 0).sum())
     assert asked[0] == 0 and asked[1] > 0
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (("loss.weights={gaze: 2}", "modalities.gaze.target=false"), "'gaze', which is no output modality"),
+    (("loss.weights={cam: 0}",), "weights must be above 0"),
+    (("loss.near_codes=-1",), "near_codes must not be below 0"),
+    (("loss.near_codes=1",), "needs the code vectors of 'rgb', which has no tokenizer"),
+    (("loss.near_codes=1", "loss.near_modalities=[voice]"), "'voice', which is no modality")])
+def test_losses_that_cannot_be_are_one_line(debug_tokens, tmp_path, changes, words):
+    done = run_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}", *changes,
+                   check=False)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
