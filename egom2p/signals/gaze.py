@@ -44,4 +44,4 @@ class GazeJoiner(Joiner):
 
 
 GAZE = SignalKind("gaze", "x, y in units of the square frame's side, valid", check, GazeSeries, GazeJoiner, (npy_file,),
-                  spread, averages)
+                  spread, averages, curves=("x", "y", "valid"))

@@ -43,7 +43,8 @@ class SignalKind:
     is among them); they are the trivial predictions that evaluation sets every model against. None: there are none.
     joiner: makes what lays overlapping windows together. spread((S, T, ...) draws) -> (T, ...).
     writers: each makes a growing file in a folder from (folder, name, rate in Hz).
-    shown: pictures only, turns a signal into what a plot draws; colours: matplotlib's colour map for it.
+    shown: pictures only, turns a signal into what a plot draws; colours: matplotlib's colour map for it. curves: names
+    of what is drawn of a series over time (of a pose: where the camera is).
     """
 
     name: str
@@ -57,6 +58,7 @@ class SignalKind:
     is_picture: bool = False
     shown: Callable[[np.ndarray], np.ndarray] | None = None
     colours: str | None = None
+    curves: tuple[str, ...] = ()
 
     def statistics(self, signals: Iterable[np.ndarray]) -> Statistics:
         """Averages over raw signals; those whose shape differs from the first one's are left out."""

@@ -68,4 +68,4 @@ def spread(draws: np.ndarray) -> np.ndarray:
 
 
 POSE = SignalKind("pose", "first_from_camera, metres, OpenCV axes", check, PoseSeries, PoseJoiner,
-                  (npy_file, tum_file, colmap_folder), spread, averages)
+                  (npy_file, tum_file, colmap_folder), spread, averages, curves=("x, m", "y, m", "z, m"))

@@ -1,8 +1,10 @@
 """Takes as a rerun recording (rerun.io, extra `viewer`): one timeline, one view for each thing there is."""
 
+import socket
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -28,12 +30,25 @@ def show(takes: list[Take], save: Path | None = None) -> None:
     rr.disconnect()
 
 
+WEB_PORT, DATA_PORT = 9090, 9876  # rerun's own
+
+
 def serve(takes: list[Take]) -> None:
-    """Serve the viewer to browsers until interrupted."""
+    """Serve the viewer to browsers until interrupted; where it is, is printed. Raises UserError when a port is in
+    use."""
     rr = _rerun()
+    for port in (WEB_PORT, DATA_PORT):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                raise UserError(f"port {port} is in use, perhaps by another `egom2p view --web`; end that one first")
     rr.init("egom2p", spawn=False)
-    rr.serve_web_viewer(open_browser=False, connect_to=rr.serve_grpc(default_blueprint=_blueprint(takes)))
+    data = rr.serve_grpc(grpc_port=DATA_PORT, default_blueprint=_blueprint(takes))
+    rr.serve_web_viewer(web_port=WEB_PORT, open_browser=False, connect_to=data)
     _log(rr, takes)
+    host = socket.gethostname()
+    print(f"http://localhost:{WEB_PORT}/?url={quote(data, safe='')}\nfrom another machine, through a tunnel: ssh -L "
+          f"{WEB_PORT}:localhost:{WEB_PORT} -L {DATA_PORT}:localhost:{DATA_PORT} {host}\nwho can reach {host} can "
+          f"look; Ctrl-C ends it", flush=True)
     threading.Event().wait()
 
 
@@ -115,5 +130,7 @@ def _log_value(rr: Any, take: Take, name: str, kind: str, side: str, index: int,
             spot = [[float(value[0]) * size, float(value[1]) * size]] if value[2] > 0 else []
             for over in take.sides(picture):
                 rr.log(f"pictures/{picture}/{over}/gaze_{side}", rr.Points2D(spot, colors=[COLOURS[side]], radii=1.5))
+    names = KINDS[kind].curves
     for channel, number in enumerate(np.ravel(value)):
-        rr.log(f"curves/{name}/{side}/{channel}", rr.Scalars(float(number)))
+        label = names[channel] if channel < len(names) else str(channel)
+        rr.log(["curves", name, side, label], rr.Scalars(float(number)))

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from egom2p.data.clips import Clip, write_clips
 from egom2p.evaluation.takes import take_of
 from egom2p.view import takes_of
 from egom2p.visualize.page import viewer_html
-from tests.conftest import run_cli
+from tests.conftest import run_cli, start_cli
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -84,7 +86,7 @@ def test_the_rerun_recording_holds_every_signal(finished, tmp_path):
     done = subprocess.run([sys.executable, "-m", "rerun", "rrd", "print", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for entity in ("world/true/camera", "world/predicted/path", "world/predicted/points", "pictures/depth/predicted",
-                   "pictures/rgb/true", "curves/gaze/true/0", "errors/cam", "notes"):
+                   "pictures/rgb/true", "curves/gaze/true/valid", "errors/cam", "notes"):
         assert entity in done.stdout, entity
 
 
@@ -115,3 +117,24 @@ def test_the_page_draws_in_a_browser(tmp_path, width):
     scene = seen[: 600].reshape(-1, 3).astype(int)
     for colour, least in (((200, 100, 50), 100), ((209, 73, 91), 60), ((34, 34, 34), 60)):
         assert (np.abs(scene - colour).max(1) < 12).sum() > least, colour
+
+
+@pytest.mark.slow
+def test_the_viewer_is_served_where_it_says(finished, tmp_path):
+    """A browser gets rerun's page at the address that is printed; a second viewer is refused in one line."""
+    pytest.importorskip("rerun")
+    words = ("view", f"{finished[0]}/clips/test/*.tar", "--web", "--limit", "1")
+    process = start_cli(*words, output=tmp_path / "printed")
+    try:
+        deadline = time.time() + 60
+        while "Ctrl-C ends it" not in (tmp_path / "printed").read_text() and time.time() < deadline:
+            assert process.poll() is None, (tmp_path / "printed").read_text()
+            time.sleep(0.2)
+        address = next(line for line in (tmp_path / "printed").read_text().splitlines() if line.startswith("http"))
+        assert address.startswith("http://localhost:9090/?url=rerun%2Bhttp%3A%2F%2F")
+        with urlopen(address.replace("localhost", "127.0.0.1"), timeout=20) as answer:
+            assert b"rerun" in answer.read().lower()
+        second = run_cli(*words, check=False)
+        assert second.returncode == 2 and "is in use" in second.stderr
+    finally:
+        process.kill()
