@@ -44,6 +44,29 @@ def test_mixture_stays_within_one_draw_of_its_weights(weights):
     assert (np.diff([order.drawn_before(b) for b in range(201)], axis=0) >= 0).all()
 
 
+def test_sets_that_are_ahead_wait_and_the_block_is_full_all_the_same():
+    """Two tiny sets are a draw ahead: the large one is owed more than a block, and gets a block."""
+    order = MixtureOrder([0.1, 0.1, 4095.8], 0)
+    order._before.append(np.array([1, 1, 4094]))
+    assert order._counts(1).tolist() == [0, 0, 4096]
+
+
+def test_one_pass_from_the_definition():
+    """Shards permuted, clips of each window of three permuted: element by element, for two passes and two data sets."""
+    sizes = np.array([5, 3, 7, 4, 6, 2, 1])
+    starts = np.cumsum(sizes) - sizes
+    for salt in (0, 3):
+        order = PassOrder(sizes, window_shards=3, seed=9, salt=salt)
+        for number in (0, 1):
+            expected = []
+            for window, shards in enumerate(np.split(permutation(7, 9, 2, salt, number), [3, 6])):
+                clips = np.concatenate([starts[s] + np.arange(sizes[s]) for s in shards])
+                expected += clips[permutation(len(clips), 9, 3, salt, number, window)].tolist()
+            assert [order.element(28 * number + i) for i in range(28)] == expected
+    alone = PassOrder(sizes, window_shards=0, seed=9, salt=0)
+    assert alone.window_shards == 1
+
+
 def test_a_pass_visits_every_clip_once_and_windows_hold():
     sizes = np.array([5, 3, 7, 4, 6, 2])
     order = PassOrder(sizes, window_shards=2, seed=4, salt=0)

@@ -176,6 +176,41 @@ def test_chunked_loss_equals_cross_entropy(chunk, softmax, monkeypatch):
     assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("softmax", [softmax_step, softmax_step_to_fuse])
+def test_the_loss_without_gradients_takes_every_chunk(softmax, monkeypatch):
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 100)
+    torch.manual_seed(0)
+    hidden, weight, target, scale = torch.randn(7, 4), torch.randn(50, 4), torch.randint(50, (7,)), torch.rand(7)
+    with torch.no_grad():
+        total, losses = weighted_cross_entropy(hidden, weight, target, scale, softmax)
+    full = torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="none")
+    torch.testing.assert_close(losses, full)
+    torch.testing.assert_close(total, (full * scale).sum())
+
+
+def test_the_loss_in_bfloat16_autocast():
+    """Products in bfloat16 and sums in float32: near the float32 loss, and exactly that of rounded operands."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)
+    target, scale = torch.randint(30, (9,)), torch.rand(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, losses = weighted_cross_entropy(hidden, weight, target, scale)
+    assert total.dtype == losses.dtype == torch.float32
+    logits = (hidden.bfloat16() @ weight.bfloat16().T).float()
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    total.backward()
+    exact, _ = weighted_cross_entropy(*(x.detach().requires_grad_() for x in (hidden, weight)), target, scale)
+    assert exact.item() == pytest.approx(total.item(), rel=2e-2) and exact.item() != total.item()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_near_codes_are_not_part_of_an_export():
+    model = EgoM2P(MODALITIES, ModelArgs(24, 4, 1, 1))
+    names = set(model.state_dict())
+    model.spread_targets({"b": torch.randn(20, 3)}, 0.5)
+    assert set(model.state_dict()) == names and set(dict(model.named_buffers())) > {"near_codes.b.ids"}
+
+
 def test_loss_of_no_targets_is_zero_and_differentiable():
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     loss, _ = weighted_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long), torch.zeros(0))

@@ -71,9 +71,11 @@ def test_matrices_of_the_blocks_go_to_muon_and_the_rest_to_adamw():
 def test_a_step_that_is_left_out_changes_nothing(name):
     model = small_model()
     optimizer = make_optimizer(model, OptimArgs(name=name, lr=0.01))
+    before = copy.deepcopy(model.state_dict())
     with_gradients(model, 0)
     optimizer.found_inf = torch.zeros(())
     optimizer.step()
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
     weights = copy.deepcopy(model.state_dict())
     state = {id(p): {k: v.clone() for k, v in optimizer.state[p].items()} for p in model.parameters()}
     with_gradients(model, 1)
@@ -144,6 +146,43 @@ def test_evaluation_and_export_hold_the_average(debug_tokens, reference, tmp_pat
     train(debug_tokens, tmp_path / "check", f"init.from={tmp_path / 'run'}", "train.steps=1", "eval.every=1",
           "optim.lr=1e-30", "optim.weight_decay=0")
     assert curve(tmp_path / "check")[-1]["eval/loss/rgb"] == pytest.approx(ours[-1]["eval/loss/rgb"], rel=1e-6)
+
+
+def test_both_halves_follow_the_rate_and_lose_their_gradients():
+    """The loop sets `lr` in `param_groups` and clears the gradients of all."""
+    model = small_model()
+    optimizer = make_optimizer(model, OptimArgs(name="muon", lr=0.01))
+    with_gradients(model, 0)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    ({"betas": (0.9,)}, "betas must be two numbers"), ({"lr": 0.0}, "lr above 0"),
+    ({"warmup_steps": 1, "warmup_tokens": 1}, "give warmup_steps or warmup_tokens"),
+    ({"decay_share": -0.1}, "decay_share must lie in 0 .. 1"), ({"decay_share": 1.1}, "decay_share must lie")])
+def test_arguments_that_cannot_be(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        OptimArgs(**wrong)
+    assert OptimArgs(decay_share=0.0) and OptimArgs(decay_share=1.0)
+
+
+def test_schedules_at_their_ends():
+    """No warm-up, no tail, one step, and steps past the end (a run that was made shorter)."""
+    for kind, level in (("cosine", 0.1), ("wsd", 0.1)):
+        rate = make_schedule(OptimArgs(lr=1.0, schedule=kind, final_lr_share=0.1), 1, 10, 1)
+        assert rate(0) == 1.0 and rate(10) == rate(50) == pytest.approx(level)
+    assert make_schedule(OptimArgs(lr=1.0, schedule="wsd", decay_share=0.0), 1, 10, 1)(9) == 1.0
+    assert make_schedule(OptimArgs(lr=1.0), 1, 1, 1)(0) == 1.0
+    assert make_schedule(OptimArgs(lr=1.0), 1, 1, 1)(1) == pytest.approx(0.0)
+    rate = make_schedule(OptimArgs(lr=1.0, schedule="inverse_sqrt", decay_share=0.0), 1, 100, 1)
+    assert [rate(i) for i in (0, 1, 4, 16)] == pytest.approx([1.0, 1.0, 0.5, 0.25])
 
 
 @pytest.mark.slow
