@@ -77,8 +77,9 @@ def _choices(name: str, axis: Any) -> Iterator[tuple[str, list[str]]]:
             yield f"{name.rpartition('.')[2]}={value}", [f"{name}={json.dumps(value)}"]
 
 
-def ablate(sweep: SweepConfig, send: Callable[[dict[int, PretrainConfig]], Any] | None = None) -> list[Row]:
-    """Train (or hand to `send`, by number in the sweep) what is not finished, evaluate, and compare what is.
+def ablate(sweep: SweepConfig, send: Callable[[list[PretrainConfig], list[int]], Any] | None = None) -> list[Row]:
+    """Train what is not finished, evaluate it, and compare what is; or hand to `send` all configurations and the
+    numbers of those that are not trained.
 
     Every configuration is checked before the first run starts. Raises UserError when nothing could be compared.
     """
@@ -93,9 +94,12 @@ def ablate(sweep: SweepConfig, send: Callable[[dict[int, PretrainConfig]], Any] 
         if known and known != run.overrides:
             raise UserError(f"{run.folder} was run with {known}, now {run.overrides}; choose another out or remove it")
     if send:
-        missing = {number: configs[number] for number, run in enumerate(runs) if not _finished(run.folder)}
+        missing = [n for n, (run, config) in enumerate(zip(runs, configs, strict=True))
+                   if not _finished(run.folder) and not _trained(run.folder, config)]
         if missing:
-            send(missing)
+            send(configs, missing)
+        else:
+            print("every run is trained; the same command without --submit evaluates and compares")
         return []
     failed = []
     for number, run in enumerate(runs, 1):
@@ -127,6 +131,13 @@ def _run(sweep: SweepConfig, run: Combination) -> bool:
             return False
     (run.folder / FINISHED).write_text(json.dumps(run.overrides, indent=1))
     return True
+
+
+def _trained(folder: Path, config: PretrainConfig) -> bool:
+    """Whether the last checkpoint is that of the last step."""
+    state = folder / "checkpoints/latest/state.json"
+    total = config.train.num_steps(config.masking.input_tokens + config.masking.target_tokens)
+    return state.exists() and read_json(state)["step"] >= total
 
 
 def _finished(folder: Path) -> list[str]:

@@ -53,20 +53,21 @@ def submit(config: Path, overrides: Sequence[str], job: JobArgs, template: Path 
     return _dispatch(frozen, [str((frozen / "config.yaml").resolve())], job, send)
 
 
-def submit_array(configs: dict[int, PretrainConfig], folder: Path, what: str, job: JobArgs, template: Path = TEMPLATE,
-                 send: bool = True, at_once: int | None = None) -> tuple[Path, list[str]]:
-    """Several trainings as one job array whose tasks are numbered as `configs` is, with one frozen copy of the code in
-    `folder`; at_once: so many of them at most at the same time. what: the whole array in words, that a later call for
-    the folder has to repeat."""
+def submit_array(configs: Sequence[PretrainConfig], wanted: Sequence[int], folder: Path, job: JobArgs,
+                 template: Path = TEMPLATE, send: bool = True,
+                 at_once: int | None = None) -> tuple[Path, list[str]]:
+    """Trainings as one job array, of which only those numbers of `configs` are sent that are `wanted`, at most
+    `at_once` at the same time. One frozen copy of the code lies in `folder`; a later call for it must be about the same
+    `configs`."""
     script = _read_template(template)
-    for config in configs.values():
-        _check_job(config, job)
-    tasks = ",".join(map(str, configs)) + (f"%{at_once}" if at_once else "")
+    for number in wanted:
+        _check_job(configs[number], job)
+    tasks = ",".join(map(str, wanted)) + (f"%{at_once}" if at_once else "")
     job = replace(job, options={"output": "slurm-%x-%A_%a.out", **job.options, "array": tasks},
                   environment={**job.environment, "ARRAY": str((folder / FROZEN / "configs").resolve())})
-    frozen = _freeze_job(folder, what, script, job)
+    frozen = _freeze_job(folder, "---\n".join(map(dump, configs)), script, job)
     (frozen / "configs").mkdir(exist_ok=True)
-    for number, config in configs.items():
+    for number, config in enumerate(configs):
         (frozen / "configs" / f"{number}.yaml").write_text(dump(config))
     return _dispatch(frozen, [], job, send)
 
@@ -134,7 +135,7 @@ def _check_data(config: PretrainConfig) -> None:
     for root, name, path, only in wanted:
         if not is_remote(root) and not is_remote(path):
             TokenDataset.find(root, name, path, modalities, only)
-    if config.eval.every and config.eval.tasks:
+    if config.eval.every and config.eval.tasks and not is_remote(config.eval.clips):
         expand_paths(config.eval.clips)
 
 

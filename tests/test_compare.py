@@ -150,6 +150,15 @@ def test_a_sweep_goes_to_slurm_as_one_array(sweep, tmp_path):
     assert "#SBATCH --array=1\n" in (frozen / "train.sbatch").read_text()
     other = run_cli("ablate", sweep, "seeds=[1]", "--submit=--dry-run", check=False)
     assert other.returncode == 2 and "lr=0.001" in other.stderr
+    trained = tmp_path / "runs/lr=1e+30,limit=short/checkpoints/latest"
+    trained.mkdir(parents=True)
+    (trained / "state.json").write_text('{"step": 4}')
+    assert "every run is trained" in run_cli("ablate", sweep, "--submit=--dry-run --gpus-per-node 0").stdout
+    (trained / "state.json").write_text('{"step": 3}')
+    longer = run_cli("ablate", sweep, "overrides=[optim.warmup_steps=0]", "--submit=--dry-run", check=False)
+    assert longer.returncode == 2 and "was run with" in longer.stderr
+    quotes = run_cli("ablate", sweep, "--submit=--dry-run '", check=False)
+    assert quotes.returncode == 2 and len(quotes.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("axes", ["{}", "{optim.lr: 3}", "{x: []}"])

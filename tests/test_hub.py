@@ -108,6 +108,9 @@ def test_training_and_features_straight_from_the_hub(hub, finished, tmp_path):
     done = command(hub, "features", finished[0] / "model", "--clips", "hf://datasets/me/clips/none-*.tar", "--out",
                    tmp_path / "none", code=2, **cache)
     assert "no tar at hf://datasets/me/clips/none-*.tar" in done.stderr
+    done = command(hub, "features", finished[0] / "model", "--clips", "hf://datasets/me/no-such/*.tar", "--out",
+                   tmp_path / "none", code=2, **cache)
+    assert len(done.stderr.strip().splitlines()) == 1 and "hf://datasets/me/no-such" in done.stderr
 
 
 def test_the_card_says_what_was_trained_and_measured(finished):

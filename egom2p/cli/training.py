@@ -138,15 +138,16 @@ def _ablate(args) -> None:
             print(f"{run.folder}\t{shlex.join(run.overrides)}")
         return
 
-    def send(configs) -> None:
+    def send(configs, missing) -> None:
         parser = argparse.ArgumentParser(prog="egom2p ablate --submit")
         _add_job(parser)
         parser.add_argument("--at-once", type=int, help="so many runs at most at the same time")
-        given = parser.parse_args(shlex.split(args.submit))
-        what = "".join(f"# {run.folder}: {shlex.join(run.overrides)}\n" for run in combinations(sweep))
-        job = _job_of(given)
-        _say_sent(*submit_array(configs, Path(sweep.out), what, job, given.template or TEMPLATE, not given.dry_run,
-                                given.at_once))
+        try:
+            given = parser.parse_args(shlex.split(args.submit))
+        except ValueError as error:
+            raise UserError(f"--submit {args.submit}: {error}") from error
+        _say_sent(*submit_array(configs, missing, Path(sweep.out), _job_of(given), given.template or TEMPLATE,
+                                not given.dry_run, given.at_once))
 
     ablate(sweep, send if args.submit is not None else None)
 

@@ -72,7 +72,7 @@ def _local_paths(pattern: str) -> list[Path]:
     """As `expand_paths`, of a URL the copies in the cache."""
     if not is_remote(pattern):
         return expand_paths(pattern)
-    paths = [path for text in expand_pattern(pattern) for path in local_copies(text)]
+    paths = local_copies(expand_pattern(pattern))
     if not paths:
         raise UserError(f"no tar at {pattern}")
     return paths
@@ -104,18 +104,20 @@ def count_clips(pattern: str) -> int:
 
 class ClipIndex:
     """The clips that `pattern` names, read in any order: whole, some signals of them, or one. A pattern may be a URL
-    (hf://, s3://, https://); its tars are fetched into the cache first.
+    (hf://, s3://, https://); its tars are fetched first, into the default cache of shards and at most what that holds.
 
     having: only clips that have this signal. keys (N,); shard_sizes (S,) clips a tar.
     """
 
     def __init__(self, pattern: str, having: str = "") -> None:
+        self.is_remote = is_remote(pattern)
         self._build([p for p in _local_paths(pattern) if p.suffix == ".tar"], pattern, having)
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> "ClipIndex":
         """The clips of some tars, in this order."""
         index = cls.__new__(cls)
+        index.is_remote = False
         index._build(paths, str(paths[0].parent) if paths else "no tar", "")
         return index
 
@@ -142,7 +144,11 @@ class ClipIndex:
     def stamps(self) -> list[tuple[str, int, int]]:
         """Name, size and modification time of each tar: what tells clips that were replaced from the old ones."""
         tars = {tar.path: tar for _, tar, _ in self.rows}
-        return [(tar.path.name, tar.size, tar.mtime_ns) for tar in tars.values()]
+        return [(tar.path.name, tar.size, self._written(tar)) for tar in tars.values()]
+
+    def _written(self, tar: TarEntry) -> int:
+        """When a tar was written; 0 for a copy of a remote one, of which that says only when it was fetched."""
+        return 0 if self.is_remote else tar.mtime_ns
 
     def signals(self, number: int) -> set[str]:
         """Names of the signals of clip `number`, which is not read for them."""
@@ -173,7 +179,7 @@ class ClipIndex:
         digest = hashlib.blake2b(digest_size=16)
         for number in numbers:
             key, tar, members = self.rows[number]
-            digest.update(f"{key} {tar.path.name} {tar.size} {tar.mtime_ns} {sorted(members.items())}\n".encode())
+            digest.update(f"{key} {tar.path.name} {tar.size} {self._written(tar)} {sorted(members.items())}\n".encode())
         return digest.hexdigest()
 
     @contextlib.contextmanager

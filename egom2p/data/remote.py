@@ -153,22 +153,26 @@ def list_shards(url: str, cache: ShardCache) -> list[RemoteShard]:
     return [RemoteShard(fs.unstrip_protocol(path), -1 if size is None else size, cache) for path, size in found]
 
 
-def local_copies(url: str, cache: ShardCache | None = None) -> list[Path]:
-    """The tars that a URL names, all of them fetched. Raises UserError when they are more than the cache holds."""
+def local_copies(urls: list[str], cache: ShardCache | None = None) -> list[Path]:
+    """The tars that URLs name, all of them fetched. Raises UserError when one cannot be had, or when they are more than
+    the cache holds."""
     cache = cache or ShardCache(default_cache(), 50e9, 60.0)
-    shards = list_shards(url, cache)
-    total = sum(max(0, shard.size) for shard in shards)
-    if total > cache.limit:
-        raise UserError(f"{url}: {total / 1e9:.1f} GB are more than the {cache.limit / 1e9:.0f} GB that are kept in "
-                        f"{cache.folder}; copy them to a disk and name the folder")
-    missing = [shard for shard in shards if not cache.path(shard.url).exists()]
-    if missing:
-        log.info("%s: fetching %d of %d files into %s", url, len(missing), len(shards), cache.folder)
+    too_many = UserError(f"{urls[0]}: these clips are more than the {cache.limit / 1e9:.3g} GB that are kept in "
+                         f"{cache.folder}; copy them to a disk and name the folder")
     try:
+        shards = [shard for url in urls for shard in list_shards(url, cache)]
+        if sum(max(0, shard.size) for shard in shards) > cache.limit:
+            raise too_many
+        missing = [shard for shard in shards if not cache.path(shard.url).exists()]
+        if missing:
+            log.info("%s: fetching %d of %d files into %s", urls[0], len(missing), len(shards), cache.folder)
         cache.ahead(missing)
-        return [shard.local() for shard in shards]
+        paths = [shard.local() for shard in shards]
     except OSError as error:
-        raise UserError(f"{url}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{urls[0]}: {' '.join(str(error).split())}") from error
+    if not all(path.exists() for path in paths):  # sizes were not told, and the first had to go for the last
+        raise too_many
+    return paths
 
 
 def index_remote(shards: list[RemoteShard]) -> list[TarEntry]:

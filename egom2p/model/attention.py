@@ -100,7 +100,7 @@ def _fused(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> T
     # Slices of one projection: the kernel takes any strides as long as channels lie side by side.
     out = varlen_attn(q_THD, k_THD, v_THD, segments.cu_queries, segments.cu_keys, max_q, max_k,
                       **_flash_only(max(max_q, max_k)))
-    if segments.key_lengths.min(initial=1) == 0:
+    if np.any((segments.key_lengths == 0) & (segments.query_lengths > 0)):
         keyless = np.repeat(segments.key_lengths == 0, segments.query_lengths)
         out = torch.where(on_device(keyless, out.device)[:, None, None], torch.zeros_like(out), out)
     return out

@@ -43,9 +43,9 @@ SEGMENT_STEP = 64  # a filled pack has a multiple of so many segments
 @dataclass(frozen=True)
 class ModelArgs:
     """Any size; `variant` gelu (with biases), swiglu (without) or swiglu_qknorm. embedding_std: of the token
-    tables at the start; 0.02 as released, nearer 1 (the size of the position table) for short trainings. fill_to: in
-    training, blocks compute micro-batches filled up to a multiple of so many tokens a side, which come in few shapes
-    (0 = as they are; 2048 for the released sizes)."""
+    tables at the start; 0.02 as released, nearer 1 (the size of the position table) for short trainings. fill_to: where
+    gradients are made, blocks compute micro-batches filled up to a multiple of so many tokens a side, which come in few
+    shapes (0 = as they are; 2048 for the released sizes)."""
 
     dim: int
     num_heads: int
@@ -317,8 +317,9 @@ class EgoM2P(Exportable):
         return self.decoder_norm(x_DD[:num_targets])
 
     def _filled(self, x_TD: Tensor) -> Tensor:
-        """In training: with zero rows at the end, up to a multiple of `fill_to`, so that packs come in few shapes. They
-        are a segment of their own, which nothing else sees, and are cut off before anything is made of them."""
+        """Where gradients are made: with zero rows at the end, up to a multiple of `fill_to`, so that packs come in few
+        shapes. They are a segment of their own, which nothing else sees, and are cut off before anything is made of
+        them."""
         return F.pad(x_TD, (0, 0, 0, -len(x_TD) % self.args.fill_to)) if self._fills else x_TD
 
     @property

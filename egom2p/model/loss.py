@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from egom2p.errors import UserError
+
 # Logits held at a time. On a GPU each chunk reads the whole head again and adds to its whole gradient, so chunks are
 # large there: 1 GB in float32, 4 194 rows of 64 000 (counted, not measured: 58 chunks a micro-batch become 4).
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
@@ -20,10 +22,10 @@ NEAREST = 32  # ids over which a target may be spread
 
 
 class NearCodes(nn.Module):
-    """For each id of a vocabulary (V,): the K ids with the nearest code vectors, itself first, and how much of a target
-    each gets, (V, K) both, rows of `share` summing to 1.
+    """For each id of a vocabulary (V,): the K ids with the nearest code vectors, itself among them, and how much of a
+    target each gets, (V, K) both, rows of `share` summing to 1.
 
-    A Gaussian of `width` in steps: the median distance of a code to its nearest neighbour. Not part of any export.
+    A Gaussian of `width` in steps: the median distance of a code to the nearest other one. Not part of any export.
     """
 
     def __init__(self, codes_VL: Tensor, width: float) -> None:
@@ -32,7 +34,10 @@ class NearCodes(nn.Module):
         count = min(NEAREST, len(codes))
         found = [torch.cdist(part, codes).topk(count, largest=False) for part in codes.split(1024)]
         distance = torch.cat([d for d, _ in found])
-        step = distance[:, 1].median() if count > 1 else distance.new_ones(())
+        nearest = torch.where(distance > 0, distance, torch.inf).min(1).values  # codes may have twins
+        if not nearest.isfinite().any():
+            raise UserError("all code vectors are the same: there are no near ones to spread targets over")
+        step = nearest[nearest.isfinite()].median()
         share = torch.exp(-0.5 * (distance / (step * width)) ** 2)
         self.register_buffer("ids", torch.cat([i for _, i in found]), persistent=False)
         self.register_buffer("share", share / share.sum(1, keepdim=True), persistent=False)
@@ -104,11 +109,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         for hidden, target, scale in zip(hidden_TD.split(chunk), target_T.split(chunk), scale_T.split(chunk),
                                          strict=True):
             logits = hidden @ compute_weight.T
+            if not needs_grad:
+                log_probs = F.log_softmax(_wide(logits), dim=-1)
+                losses.append(F.nll_loss(log_probs, target, reduction="none"))
+                minimised.append(losses[-1] if near is None else _spread(log_probs, target, near))
+                continue
             low, loss, grad = softmax(logits, target, scale, near)
             minimised.append(low)
             losses.append(loss)
-            if not needs_grad:
-                continue
             grad_hidden.append(grad @ compute_weight)
             _add_product(grad_weight, grad.T, hidden)
         losses_T, minimised_T = (torch.cat(x) if x else hidden_TD.new_zeros(0) for x in (losses, minimised))

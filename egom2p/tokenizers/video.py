@@ -143,7 +143,7 @@ class VideoTokenizer(Tokenizer):
     def _perceptual(self, true: Tensor, made: Tensor) -> Tensor:
         if not self._judges:
             self._judges = (Lpips(self.args.perceptual_network),)
-        return self._judges[0].to(true.device)(made, true)
+        return self._judges[0].to(true)(made, true)
 
     def _time_padding(self, frames: int) -> tuple[int, int]:
         """Frames to add before and after, half each, so that 1 + k * patch[0] remain."""

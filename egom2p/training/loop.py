@@ -395,7 +395,7 @@ def _check_same_run(config: Any, run_dir: Path, force: bool) -> None:
     old = _flatten(OmegaConf.to_container(read_yaml(path)))
     new = _flatten(to_plain(config))
     # A key the old file lacks is an option younger than the run, unless it adds data or modalities.
-    compared = old.keys() | {k for k in new if k.startswith(("data.datasets.", "modalities."))}
+    compared = old.keys() | {k for k in new if k.startswith(("data.datasets.", "modalities.", "loss.weights."))}
     differing = [k for k in sorted(compared) if old.get(k) != new.get(k) and not k.startswith(MAY_CHANGE)
                  and not (k.startswith("modalities.") and k.endswith(".tokenizer"))]  # checked by what it makes
     if differing:

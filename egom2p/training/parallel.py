@@ -43,9 +43,11 @@ def unsharded_root(forward: nn.Module) -> Iterator[None]:
     sampling. Its blocks gather themselves when they are called."""
     if isinstance(forward, FSDPModule):
         forward.unshard()
-    yield
-    if isinstance(forward, FSDPModule):
-        forward.reshard()
+    try:
+        yield
+    finally:
+        if isinstance(forward, FSDPModule):
+            forward.reshard()
 
 
 @contextlib.contextmanager

@@ -100,8 +100,8 @@ def pretrain(config: PretrainConfig) -> Path:
 class PretrainTask:
     """Masked modelling of token shards.
 
-    The loss is a mean per modality over the targets of a group of consecutive global samples, divided by the
-    number of output modalities, averaged over groups (design invariant 2). Each target's weight follows from
+    The loss is a mean per modality over the targets of a group of consecutive global samples, averaged over the output
+    modalities (by loss.weights) and over groups (design invariant 2). Each target's weight follows from
     counts over the whole global batch, so micro-batches and ranks add up to it exactly.
     """
 
@@ -246,13 +246,14 @@ class PretrainTask:
     def _spread_targets(self, args: LossArgs) -> None:
         if not args.near_codes:
             return
-        for name in args.near_modalities or self.modalities.names:
+        outputs = [m.name for m in self.modalities if m.target]
+        for name in args.near_modalities or outputs:
             if name not in self.modalities.names or not self.modalities.by_name(name).tokenizer:
                 raise UserError(f"loss.near_codes needs the code vectors of '{name}', which "
                                 f"{'has no tokenizer' if name in self.modalities.names else 'is no modality'}; "
                                 f"name those that have one in loss.near_modalities")
         self.model.spread_targets({m.name: load_tokenizer(m.tokenizer).codes() for m in self.modalities
-                                   if m.name in (args.near_modalities or self.modalities.names)}, args.near_codes)
+                                   if m.name in (args.near_modalities or outputs)}, args.near_codes)
 
     def _name_absent(self) -> None:
         """Warn of modalities that no clip has: their tables and heads stay as they start."""

@@ -102,14 +102,14 @@ def draws_figure(rows: list[dict[str, np.ndarray]]) -> plt.Figure:
     captions = list(rows[0])
     fig, axes = plt.subplots(len(rows), 2 * len(captions), figsize=(3.4 * len(captions), 1.75 * len(rows) + 0.3),
                              squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.06})
-    for row, pictures in zip(axes, rows, strict=True):
-        for column, axis in enumerate(row):
+    for number, pictures in enumerate(rows):
+        for column, axis in enumerate(axes[number]):
             caption = captions[column // 2]
             frames = pictures[caption]
             axis.imshow(frames[len(frames) * (1 + 2 * (column % 2)) // 4], interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
-            if row is axes[0] and column % 2 == 0:
+            if number == 0 and column % 2 == 0:
                 axis.set_title(caption, fontsize=9, loc="left")
     return fig
 

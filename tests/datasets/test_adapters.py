@@ -17,10 +17,10 @@ from egom2p.data.clips import ClipIndex
 from egom2p.data.video import square
 from egom2p.datasets import ADAPTERS
 from egom2p.datasets.checks import reprojection_error
-from egom2p.datasets.holoassist import PSI_FROM_OPENCV
 from egom2p.datasets.lens import distort_rational
 from egom2p.signals.writers import write_video
 from tests.conftest import run_cli
+from tests.datasets.conventions import PSI_FROM_OPENCV
 from tests.datasets.miniature import Miniature, save_png
 
 SIZE = 64

@@ -20,12 +20,13 @@ from PIL import Image
 
 from egom2p import geometry
 from egom2p.datasets import ase
-from egom2p.datasets.aria import RAW_FROM_UPRIGHT, gaze_direction, pinhole, transform
+from egom2p.datasets.aria import gaze_direction
 from egom2p.datasets.checks import reprojection_error
 from egom2p.datasets.lens import distort_fisheye624
 from egom2p.geometry import quaternions
 from egom2p.signals.writers import write_video
 from tests.conftest import run_cli
+from tests.datasets.conventions import RAW_FROM_UPRIGHT, aria_matrix, transform
 from tests.datasets.miniature import Miniature, save_png
 from tests.datasets.test_adapters import SIZE, check, clips_of, prepare
 
@@ -58,7 +59,7 @@ class Lens:
     def __init__(self, side: int) -> None:
         self.side = side
         self.params = np.array([side * 0.4228, side * 0.508, side * 0.496, *LENS])
-        matrix = pinhole(self.params)
+        matrix = aria_matrix(self.params)
         v, u = np.mgrid[0:side, 0:side]
         wanted = (np.stack([u + 0.5, v + 0.5, np.ones_like(u)], -1) @ np.linalg.inv(matrix).T)[..., :2]
         rays = wanted.copy()
@@ -431,7 +432,7 @@ def test_lens_turn_and_constants_are_projectaria_tools_own():
     assert np.allclose(turned.get_transform_device_camera().to_matrix(), ase.DEVICE_FROM_CAMERA @ RAW_FROM_UPRIGHT,
                        atol=1e-12)
     upright = np.array((getattr(turned, "get_projection_params", None) or turned.projection_params)())
-    assert np.allclose(turn_intrinsics(pinhole(params), 704)[:2, 2] - 0.5, upright[1:3])
+    assert np.allclose(turn_intrinsics(aria_matrix(params), 704)[:2, 2] - 0.5, upright[1:3])
     provider = data_provider.VrsDataProvider
     for name in ("get_stream_id_from_label", "get_timestamps_ns", "get_device_calibration", "get_image_data_by_index",
                  "convert_from_timecode_to_device_time_ns"):

@@ -76,8 +76,11 @@ def test_a_stopped_job_goes_back_to_the_queue_and_a_failed_one_does_not(tmp_path
 
 
 def test_a_task_of_an_array_takes_the_configuration_of_its_number(tmp_path):
-    _, calls = run_script(tmp_path, ARRAY="/runs/a b/configs", SLURM_ARRAY_TASK_ID="7")
-    assert [line.split("|")[-3:-1] for line in calls["python"]] == [["train", "/runs/a b/configs/7.yaml"]] * 2
+    """And goes back to the queue by itself: one task's SLURM_JOB_ID is that of the whole array."""
+    done, calls = run_script(tmp_path, ARRAY="/runs/a b/configs", SLURM_ARRAY_TASK_ID="7",
+                             SLURM_ARRAY_JOB_ID="12345678", CODE="75")
+    assert done.returncode == 75 and calls["scontrol"] == ["requeue 12345678_7"]
+    assert calls["python"][0].split("|")[-3:-1] == ["train", "/runs/a b/configs/7.yaml"]
 
 
 def test_another_command_than_train(tmp_path):
