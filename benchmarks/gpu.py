@@ -322,7 +322,7 @@ def section_ladder(args) -> str:
 
 def section_step(args) -> list[dict]:
     rows = []
-    for compiled in (False, True):
+    for compiled in (False,) if args.smoke else (False, True):  # the ladder compiles too
         for micro in args.micro:
             try:
                 rows.append(time_steps(args.sizes, micro, compiled, args.steps))

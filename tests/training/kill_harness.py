@@ -59,7 +59,7 @@ def run(config: str, kills: int, seed: int, overrides: list[str]) -> dict:
     rng, moments, lives, killed = random.Random(seed), Counter(), 0, 0
     folder = Path(next(o.partition("=")[2] for o in overrides if o.startswith("run.dir=")))
     while True:
-        patience = rng.uniform(0.05, 1.0) if killed < kills else 1e9
+        patience = rng.uniform(0.05, 0.8) if killed < kills else 1e9
         lives += 1
         if live(["train", config, *overrides, f"data.workers={rng.choice([0, 0, 1])}"], patience):
             return {"kills": killed, "lives": lives, "moments": dict(moments)}

@@ -21,7 +21,7 @@ OPTIONS = ("checkpoint.every=2", "eval.every=7", "eval.samples=4")
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(debug_tokens, tmp_path):
-    steps = "train.steps=1000"
+    steps = "train.steps=800"
     run_cli(*arguments(debug_tokens, tmp_path / "whole", steps, *OPTIONS))
     done = subprocess.run([sys.executable, "-m", "tests.training.kill_harness", "cfgs/train/debug.yaml", "55", "1",
                            f"data.root={debug_tokens}",
@@ -40,7 +40,7 @@ def test_fifty_kills_change_nothing(debug_tokens, tmp_path):
 @pytest.mark.slow
 def test_a_worker_killed_under_torchrun_changes_nothing(debug_tokens, tmp_path):
     """torchrun --nproc-per-node 2 --max-restarts 100, one of the workers killed five times."""
-    options = ("train.steps=400", *OPTIONS)
+    options = ("train.steps=300", *OPTIONS)
     _torchrun(debug_tokens, tmp_path / "whole", 2, *options)
     run, rng = tmp_path / "killed", random.Random(2)
     process = start_cli(*arguments(debug_tokens, run, *options), torchrun=2, launcher=("--max-restarts", "100"),
@@ -54,7 +54,7 @@ def test_a_worker_killed_under_torchrun_changes_nothing(debug_tokens, tmp_path):
             if len(workers) == 2:
                 os.kill(int(rng.choice(workers)), signal.SIGKILL)
                 kills, seen = kills + 1, steps
-                time.sleep(3)
+                time.sleep(1)
         time.sleep(0.05)
     assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     assert kills == 5
