@@ -45,7 +45,7 @@ class ModelArgs:
     """Any size; `variant` gelu (with biases), swiglu (without) or swiglu_qknorm. embedding_std: of the token
     tables at the start; 0.02 as released, nearer 1 (the size of the position table) for short trainings. fill_to: where
     gradients are made, blocks compute micro-batches filled up to a multiple of so many tokens a side, which come in few
-    shapes (0 = as they are; 2048 for the released sizes)."""
+    shapes (0 = as they are; 1024 for 32 samples of the released budgets)."""
 
     dim: int
     num_heads: int

@@ -38,8 +38,8 @@ class TrainArgs:
     """batch_size is the global batch; micro_batch_size what one process computes at a time (0 = all of its part).
     One of steps and tokens (samples x budget) says how long. precision: compute type, weights stay float32
     (float64 computes and stores in float64). deterministic: refuse operations that vary from run to run.
-    compile: torch.compile the transformer's blocks and the loss's softmax, with dynamic lengths, or a tokenizer as a
-    whole. parallel: how several processes share the model, ddp
+    compile: torch.compile the transformer's blocks and the loss's softmax, with dynamic lengths (not for tokenizers).
+    parallel: how several processes share the model, ddp
     (a copy each) or fsdp (sharded, for models that do not fit). timeout_s: a rank that keeps the others waiting so long
     is lost and ends the run (first_timeout_s until the first step is done, when data and kernels are being prepared).
     max_skipped: so many steps in a row without a finite loss and gradient end the run. ema: decay a step of a moving

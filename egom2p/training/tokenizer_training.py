@@ -149,6 +149,8 @@ class TokenizerTask:
 
     def __init__(self, config: TokenizerConfig, world: World) -> None:
         self.config, self.world = config, world
+        if config.train.compile:
+            raise UserError("train.compile is for the masked transformer; leave it out for a tokenizer")
         self.source = config.tokenizer.modality.source or config.tokenizer.name
         if config.data.widen and config.tokenizer.modality.signal != "pose":
             raise UserError("data.widen is for head motion (signal: pose)")

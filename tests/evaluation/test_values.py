@@ -1,5 +1,7 @@
 """What the figures beside a model mean, by hand or by somebody else's code."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -241,3 +243,60 @@ def test_what_changed_since_the_last_evaluation_in_a_folder(tmp_path):
     assert changes[0].ci95 == pytest.approx([-0.5, -0.5]) and changes[0].is_real
     mixed = {k: v + (0.5 if i % 2 else -0.5) for i, (k, v) in enumerate(before.items())}
     assert not changes_since(tmp_path, evaluation_of(mixed, "b"))[1][0].is_real
+
+
+def test_gains_and_their_intervals_are_named_and_signed():
+    """Constant differences, so that an interval is the difference itself: others minus the model."""
+    rows = rows_of("ate_m", model=[1.0, 2.0, 4.0], shuffled=[3.0, 4.0, 6.0], ceiling=[0.5] * 3, base_x=[1.5, 2.5, 4.5])
+    told = summarise(rows)["ate_m"]
+    assert told["shuffled_minus_value_ci95"] == pytest.approx([2.0, 2.0])
+    assert told["baseline_minus_value_ci95"] == pytest.approx([0.5, 0.5])
+    assert told["ci95"][0] < told["value"] < told["ci95"][1] and told["baselines"] == {"x": pytest.approx(17 / 6)}
+    assert (told["clips"], told["coverage"]) == (3, 1.0)
+
+
+def test_the_bootstrap_is_the_seeded_percentile_interval():
+    values = np.r_[50.0, np.random.default_rng(3).normal(0, 1, 30), np.nan]
+    finite, rng = values[:-1], np.random.default_rng(0)
+    means = np.array([finite[rng.integers(0, 31, 31)].mean() for _ in range(400)])
+    low, high = bootstrap(values, 400)
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    assert bootstrap(values, 400) == [low, high]
+    assert np.isnan(bootstrap(np.array([np.nan]))).all() and len(bootstrap(np.array([]))) == 2
+
+
+def test_changes_are_found_after_variants_and_among_clips_without_a_number(tmp_path):
+    first, second = ({f"c{i}": 1.0 + i for i in range(6)} for _ in range(2))
+    before = evaluation_of(first, "a")
+    before.rows["rgb2cam"].rows["model"]["rte_m"] = [float("nan"), 1, 1, 1, 1, 1]
+    write_results(tmp_path / "new/folder", before)
+    now = evaluation_of(second, "b")
+    now.rows["rgb2cam"].rows["model"]["rte_m"] = [float("nan"), 2, 2, 2, 2, 2]
+    _, changes = changes_since(tmp_path / "new/folder", now)
+    assert [(c.metric, c.before, c.now, c.ci95) for c in changes] == [("rte_m", 1.0, 2.0, [1.0, 1.0])]
+    (tmp_path / "new/folder/clips.json").unlink()
+    assert changes_since(tmp_path / "new/folder", now) == ({}, [])
+
+
+def test_what_is_written_can_be_read_back(tmp_path):
+    evaluation = evaluation_of({"a": 1.0, "b": 3.0}, "x")
+    write_results(tmp_path, evaluation, {"seconds": 5})
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert told["about"] == {"commit": "x"} and told["seconds"] == 5 and told["rgb2cam"]["ate_m"]["value"] == 2.0
+    assert told["reliability"] == {"rgb2cam": {}}  # equal confidences
+    clips = json.loads((tmp_path / "clips.json").read_text())["rgb2cam"]
+    assert clips["keys"] == ["a", "b"] and clips["doubts"] == ["", ""] and clips["confidences"] == [0.5, 0.5]
+    assert clips["rows"]["model"]["ate_m"] == [1.0, 3.0]
+
+
+def test_the_table_to_the_letter():
+    rows = TaskRows(keys=["a", "b"], doubts=["static", "straight"], asked=2, main="ate_m")
+    for source, value in (("model", 1.0), ("shuffled", 3.0), ("ceiling", 0.25), ("baseline: x", 2.0)):
+        for _ in range(2):
+            rows.add(source, {"ate_m": value, "ate_m@sim3": value, "ate_m@none": value, "rte_m": value})
+    assert table({"rgb2cam": summarise(rows)}, {"rgb2cam": {"rte_m": 0.5}}) == (
+        "task         metric        model  baseline  shuffled   ceiling  clips  strongest baseline\n"
+        "rgb2cam      ate_m        1.0000    2.0000    3.0000    0.2500      2  x\n"
+        "rgb2cam      rte_m        1.0000    2.0000    3.0000    0.2500      2  x  (published: 0.5)\n"
+        "rgb2cam      1 static, 1 straight clips: fits with scale mean nothing there and leave them out\n"
+        "and 2 variants (other alignments, horizons, thresholds) in results.json")

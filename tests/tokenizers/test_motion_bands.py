@@ -123,3 +123,9 @@ def test_only_head_motion_is_widened(world_clips, tmp_path):
     done = run_cli("tokenizer", "train", "tokenizers/world_gaze/config.yaml", f"data.clips={world_clips}/*.tar",
                    f"run.dir={tmp_path}", "data.widen=true", check=False)
     assert done.returncode == 2 and "data.widen is for head motion" in done.stderr
+
+
+def test_a_tokenizer_is_not_compiled(world_clips, tmp_path):
+    done = run_cli("tokenizer", "train", "tokenizers/world_cam/config.yaml", f"data.clips={world_clips}/*.tar",
+                   f"run.dir={tmp_path}", "train.compile=true", check=False)
+    assert done.returncode == 2 and "train.compile is for the masked transformer" in done.stderr
