@@ -120,10 +120,8 @@ def wait(condition, seconds: float, what: str, log: Path | None = None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cause", ["preempted", "time limit"])
-def test_a_job_is_stopped_requeued_and_resumed_exactly(cluster, debug_tokens, tmp_path, monkeypatch, cause):
-    """Two processes under torchrun in a SLURM job, stopped by a job of higher priority, or by the signal before the
-    limit."""
+def test_a_preempted_job_is_requeued_and_resumed_exactly(cluster, debug_tokens, tmp_path, monkeypatch):
+    """Two processes under torchrun in a SLURM job, stopped by a job of higher priority."""
     for key, value in cluster.items():
         monkeypatch.setenv(key, value)
     options = [f"data.root={debug_tokens}", "train.threads=1", "train.steps=400", "eval.every=50", "checkpoint.every=0"]
@@ -136,13 +134,10 @@ def test_a_job_is_stopped_requeued_and_resumed_exactly(cluster, debug_tokens, tm
     assert job.isdigit(), done.stdout
     wait(lambda: len(read_metrics(run)) > 20, 90, "the first steps", output)
     before = len(read_metrics(run))
-    if cause == "preempted":
-        high = subprocess.run(["sbatch", "--parsable", "--partition=high", "--ntasks=1", "--cpus-per-task=2",
-                               "--mem=500", f"--output={tmp_path / 'high.out'}", "--wrap", "sleep 3"],
-                              env=cluster, capture_output=True, text=True)
-        assert high.returncode == 0, high.stderr
-    else:
-        subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=cluster, check=True)
+    high = subprocess.run(["sbatch", "--parsable", "--partition=high", "--ntasks=1", "--cpus-per-task=2",
+                           "--mem=500", f"--output={tmp_path / 'high.out'}", "--wrap", "sleep 3"],
+                          env=cluster, capture_output=True, text=True)
+    assert high.returncode == 0, high.stderr
     wait(lambda: (run / "checkpoints/latest").exists(), 60, "the checkpoint", output)
     stopped_at = len(read_metrics(run))
     assert before <= stopped_at < 400
@@ -156,6 +151,37 @@ def test_a_job_is_stopped_requeued_and_resumed_exactly(cluster, debug_tokens, tm
     _torchrun(debug_tokens, tmp_path / "whole", 2, *options)
     assert curve(run) == curve(tmp_path / "whole")
     assert same_weights(run, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_as_an_array_whose_tasks_stop_and_go_on_alone(cluster, debug_tokens, tmp_path, monkeypatch):
+    """Two runs side by side; one gets the signal that precedes a time limit, saves and is requeued, the other never
+    notices. Each is exactly the run without SLURM; sent once more, nothing is left to do, and they can be compared."""
+    for key, value in cluster.items():
+        monkeypatch.setenv(key, value)
+    options = [f"data.root={debug_tokens}", "train.threads=1", "train.steps=500", "eval.every=100",
+               "checkpoint.every=0", "optim.warmup_steps=0"]
+    sweep, output = tmp_path / "sweep.yaml", tmp_path / "job-0.out"
+    sweep.write_text(f"base: cfgs/train/debug.yaml\nout: {tmp_path}/runs\noverrides: [{', '.join(options)}]\n"
+                     "axes: {optim.lr: [0.001, 0.002]}\nfigures: [loss]\n")
+    submit = (f"--nodes 1 --gpus-per-node 0 --processes 1 --cpus-per-task 1 --time 10:00 --partition low --venv "
+              f"{Path(sys.executable).parent.parent} --sbatch output={tmp_path}/job-%a.out mem=900")
+    job = run_cli("ablate", sweep, f"--submit={submit}").stdout.strip()
+    assert job.isdigit(), job
+    runs = [tmp_path / "runs" / name for name in ("lr=0.001", "lr=0.002")]
+    wait(lambda: all(len(read_metrics(run)) > 20 for run in runs), 120, "the first steps", output)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{job}_0"], env=cluster, check=True)
+    wait(lambda: (runs[0] / "checkpoints/latest").exists(), 60, "the checkpoint", output)
+    wait(lambda: not state_of(cluster, job), 240, "the end of the array", output)
+    first, second = ((tmp_path / f"job-{n}.out").read_text() for n in (0, 1))
+    assert "start 1:" in first and "resuming" in first, first[-3000:]
+    assert "start 1:" not in second and "resuming" not in second, second[-3000:]
+    for run, rate in zip(runs, ("0.001", "0.002"), strict=True):
+        assert read_metrics(run)[-1]["step"] == 500, first[-3000:]
+        run_cli("train", "cfgs/train/debug.yaml", *options, f"optim.lr={rate}", f"run.dir={tmp_path / rate}")
+        assert curve(run) == curve(tmp_path / rate) and same_weights(run, tmp_path / rate)
+    assert "every run is trained" in run_cli("ablate", sweep, f"--submit={submit}").stdout
+    assert "loss" in run_cli("ablate", sweep).stdout
 
 
 def test_submit_freezes_what_it_sends(debug_tokens, tmp_path):
