@@ -300,3 +300,32 @@ def test_the_table_to_the_letter():
         "rgb2cam      rte_m        1.0000    2.0000    3.0000    0.2500      2  x  (published: 0.5)\n"
         "rgb2cam      1 static, 1 straight clips: fits with scale mean nothing there and leave them out\n"
         "and 2 variants (other alignments, horizons, thresholds) in results.json")
+
+
+def at(places: np.ndarray) -> np.ndarray:
+    poses = np.tile(np.eye(4), (len(places), 1, 1))
+    poses[:, :3, 3] = places
+    return poses
+
+
+def test_what_is_degenerate_does_not_depend_on_where_or_how_far():
+    """Static is within 5 cm of the mean place, wherever that is; straight is a matter of proportions."""
+    turn = np.linspace(0, np.pi, 40)
+    bow = np.stack([np.cos(turn), np.sin(turn), 0 * turn], -1)
+    for centre in (0.0, 100.0):
+        assert degenerate(at(0.04 * bow + centre)) == "static" and degenerate(at(0.2 * bow + centre)) == ""
+    flat = bow * [1, 0.02, 0]
+    for size in (0.2, 1.0, 30.0):
+        assert degenerate(at(size * flat)) == "straight" and degenerate(at(size * bow * [1, 0.3, 0])) == ""
+
+
+def test_horizons_a_clip_is_too_short_for_are_left_out():
+    assert horizons(60, 30.0)["2s"] == 59 and "2s" not in horizons(59, 30.0)
+    assert horizons(31, 30.0) == {"0.5s": 15, "1s": 30} and horizons(30, 30.0)["1s"] == 29
+
+
+def test_defaults_of_the_camera_errors_are_the_published_ones():
+    truth, guess = walk(seed=1), walk(seed=2)
+    assert ate(guess, truth) == ate(guess, truth, "se3") != ate(guess, truth, "none")
+    assert rte(guess, truth) == rte(guess, truth, 1) != rte(guess, truth, 2)
+    assert rre(guess, truth) == rre(guess, truth, 1) != rre(guess, truth, 2)
