@@ -40,7 +40,8 @@ class TrainArgs:
     (float64 computes and stores in float64). deterministic: refuse operations that vary from run to run.
     compile: torch.compile the transformer's blocks and the loss's softmax, with dynamic lengths (not for tokenizers).
     parallel: how several processes share the model, ddp
-    (a copy each) or fsdp (sharded, for models that do not fit). timeout_s: a rank that keeps the others waiting so long
+    (a copy each) or fsdp (sharded, for models that do not fit). reduce: the type in which gradients are summed over
+    processes; bfloat16 sends half as much, for slow networks. timeout_s: a rank that keeps the others waiting so long
     is lost and ends the run (first_timeout_s until the first step is done, when data and kernels are being prepared).
     max_skipped: so many steps in a row without a finite loss and gradient end the run. ema: decay a step of a moving
     average of the weights (0 = none, .999 say), which evaluations and exports then hold. profile: FROM:TO, steps
@@ -55,6 +56,7 @@ class TrainArgs:
     deterministic: bool = False
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    reduce: Literal["float32", "bfloat16"] = "float32"
     threads: int = 0
     first_timeout_s: int = 1800
     timeout_s: int = 300
@@ -71,6 +73,8 @@ class TrainArgs:
             raise ValueError("timeout_s, first_timeout_s and max_skipped must be at least 1")
         if not 0 <= self.ema < 1:
             raise ValueError("ema must lie in 0 .. 1, 1 left out")
+        if self.reduce == "bfloat16" and self.precision == "float64":
+            raise ValueError("precision float64 sums in float64; leave reduce out")
         profiled_steps(self.profile)
 
     def num_steps(self, tokens_per_sample: int) -> int:

@@ -118,7 +118,7 @@ class Loop:
         folder, state = self._find_checkpoint(before=replayed)
         if folder:
             restore_weights(folder, self.model)
-        self.forward = spread(self.model, config.train.parallel, world, config.train.precision)
+        self.forward = spread(self.model, config.train.parallel, world, config.train.precision, config.train.reduce)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         if folder:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -15,26 +16,31 @@ from egom2p.distributed import World
 from egom2p.model.blocks import DecoderBlock, EncoderBlock
 
 
-def spread(model: nn.Module, mode: str, world: World, precision: str = "float32") -> nn.Module:
+def spread(model: nn.Module, mode: str, world: World, precision: str = "float32",
+           reduce: str = "float32") -> nn.Module:
     """The module to call: the model itself, a DistributedDataParallel around it, or the model with its blocks sharded.
 
-    mode: ddp or fsdp. Both average gradients over ranks, in float32. With precision bfloat16 sharded blocks are
-    gathered in it, which halves what is sent; tables and heads stay float32. Sharding replaces the model's parameters,
-    so it comes before the optimiser is made.
+    mode: ddp or fsdp. Both average gradients over ranks, in the type `reduce`: bfloat16 sends half as much and rounds
+    every gradient. With precision bfloat16 sharded blocks are gathered in it, which halves what is sent; tables and
+    heads stay float32. Sharding replaces the model's parameters, so it comes before the optimiser is made.
     """
     if world.size == 1:
         return model
     if mode == "fsdp":
         mesh = init_device_mesh(world.device.type, (world.size,))
-        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        policy = half if precision == "bfloat16" else MixedPrecisionPolicy()
+        summed = torch.bfloat16 if reduce == "bfloat16" else torch.float32
+        half = MixedPrecisionPolicy(torch.bfloat16, summed, cast_forward_inputs=False)
+        root = MixedPrecisionPolicy(reduce_dtype=summed) if reduce == "bfloat16" else MixedPrecisionPolicy()
         for module in model.modules():
             if isinstance(module, (EncoderBlock, DecoderBlock)):
-                fully_shard(module, mesh=mesh, mp_policy=policy)
-        return fully_shard(model, mesh=mesh)
+                fully_shard(module, mesh=mesh, mp_policy=half if precision == "bfloat16" else root)
+        return fully_shard(model, mesh=mesh, mp_policy=root)
     # Buffers are tables that never change, or are moved by every rank alike (a tokenizer's running codebook).
-    return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+    replicas = DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+                                       broadcast_buffers=False, gradient_as_bucket_view=True)
+    if reduce == "bfloat16":
+        replicas.register_comm_hook(None, bf16_compress_hook)
+    return replicas
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from egom2p.modalities import ModalitySet
 from egom2p.training import loop
 from egom2p.training.pretraining import PretrainConfig
 from tests.conftest import ROOT, start_cli
-from tests.training.test_reliability import arguments, small_disk  # noqa: F401
-from tests.training.test_training import curve, train
+from tests.training.test_reliability import _torchrun, arguments, same_weights, small_disk  # noqa: F401
+from tests.training.test_training import curve, reference, train  # noqa: F401
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -99,3 +99,15 @@ def test_the_newest_flash_attention_that_is_installed_is_used(monkeypatch, insta
     with caplog.at_level("INFO"):
         assert loop.newest_flash_attention() == ("FA3" if installed else "")
     assert ("attention by FA3" in caplog.text) == installed and "FA4 is not used: no FA4" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_summed_in_bfloat16_train_as_well(debug_tokens, reference, tmp_path, parallel):  # noqa: F811
+    """Two processes against one: the same losses up to the rounding of the sums, which is there."""
+    _torchrun(debug_tokens, tmp_path / "run", 2, "train.reduce=bfloat16", f"train.parallel={parallel}")
+    for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3), ours["step"]
+    assert not same_weights(tmp_path / "run", reference)
+    done = train(debug_tokens, tmp_path / "x", "train.reduce=bfloat16", "train.precision=float64", check=False)
+    assert done.returncode == 2 and "precision float64" in done.stderr
