@@ -136,8 +136,7 @@ def _run(sweep: SweepConfig, run: Combination) -> bool:
 def _trained(folder: Path, config: PretrainConfig) -> bool:
     """Whether the last checkpoint is that of the last step."""
     state = folder / "checkpoints/latest/state.json"
-    total = config.train.num_steps(config.masking.input_tokens + config.masking.target_tokens)
-    return state.exists() and read_json(state)["step"] >= total
+    return state.exists() and read_json(state)["step"] >= config.num_steps
 
 
 def _finished(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from egom2p.datasets.card import describe
 from egom2p.datasets.prepare import PrepareArgs, prepare
 from egom2p.errors import UserError
 from egom2p.evaluation.results import Evaluation
-from egom2p.evaluation.run import Task, evaluate, predict
+from egom2p.evaluation.run import Task, evaluate, predict_clip
 from egom2p.files import write_whole
 from egom2p.generation.pipeline import Pipeline
 from egom2p.generation.schedule import TargetArgs
@@ -96,7 +96,5 @@ def predict_aside(pipeline: Pipeline, shares: Shares, targets: Iterable[str], re
     asked, made = pipeline.recipes(recipes), []
     for number in np.unique(np.linspace(0, len(index) - 1, shown).astype(int)):
         clip = index.read(int(number))
-        condition = {"rgb": pipeline.tokenizer("rgb").encode(clip.signals["rgb"])[None]}
-        made.append((clip, {t: predict(pipeline.model, pipeline.tokenizer(t), condition, t, asked[t], 0, [clip.key])[0]
-                            for t in targets}))
+        made.append((clip, predict_clip(pipeline, clip, ["rgb"], {t: asked[t] for t in targets})))
     return made

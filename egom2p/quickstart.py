@@ -27,7 +27,7 @@ from egom2p.data.shardtools import SHARD_CLIPS, check
 from egom2p.datasets.world import write_world
 from egom2p.errors import UserError
 from egom2p.evaluation.results import changes_since, reliability, table, write_results
-from egom2p.evaluation.run import Task, evaluate, predict
+from egom2p.evaluation.run import Task, evaluate, predict_clip
 from egom2p.evaluation.takes import take_of
 from egom2p.generation.pipeline import Pipeline
 from egom2p.generation.recordings import GenerateArgs, generate_files
@@ -260,9 +260,8 @@ def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, 
     metrics = read_metrics(model_dir)
     training = load(PretrainConfig, model_dir / "config.yaml")
     kinds = {n: m.signal for n, m in training.modalities.items()}
-    steps = training.train.num_steps(training.masking.input_tokens + training.masking.target_tokens)
     facts = [("clips", f"{sum(s.clips for s in config.train.values())} for training, {config.test.clips} held out"),
-             ("samples seen", f"{steps * training.train.batch_size:,}"),
+             ("samples seen", f"{training.num_steps * training.train.batch_size:,}"),
              ("device", f"{environment['device']}, {environment['threads']} threads"),
              ("torch", environment["torch"]), ("commit", (environment["commit"] or "none")[:10])]
     shown = _merge_shown(evaluation.shown)
@@ -283,12 +282,11 @@ def _drawn(config: QuickstartConfig, shown: dict, pipeline: Pipeline) -> list[tu
         task = Task.parse(name, pipeline.model.modalities.names)
         if task.target not in config.drawn or not pairs:
             continue
-        tokenizer, rows = pipeline.tokenizer(task.target), []
+        target, rows = task.target, []
         for clip, predicted in pairs:
-            given = {n: pipeline.tokenizer(n).encode(clip.signals[n])[None] for n in task.inputs}
-            draw = predict(pipeline.model, tokenizer, given, task.target, config.drawn[task.target], 0, [clip.key])[0]
-            rows.append({f"true {task.target}": clip.signals[tokenizer.modality.clip_signal],
-                         "predicted: the mean, as measured": predicted[task.target], "one draw": draw})
+            draw = predict_clip(pipeline, clip, task.inputs, {target: config.drawn[target]})
+            rows.append({f"true {target}": clip.signals[pipeline.tokenizer(target).modality.clip_signal],
+                         "predicted: the mean, as measured": predicted[target], "one draw": draw[target]})
         figures.append((f"{name}, the first clips", plots.draws_figure(rows)))
     return figures
 

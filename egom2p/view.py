@@ -13,7 +13,7 @@ from egom2p.config import read_json
 from egom2p.data.clips import RATES, Clip, ClipIndex
 from egom2p.data.video import FrameStream
 from egom2p.errors import UserError
-from egom2p.evaluation.run import predict
+from egom2p.evaluation.run import predict_clip
 from egom2p.evaluation.takes import place_depth, take_of
 from egom2p.generation.pipeline import Pipeline
 from egom2p.model.egom2p import EgoM2P
@@ -60,10 +60,8 @@ def _predicted(pipeline: Pipeline, clip: Clip, targets: Sequence[str]) -> Take:
     wanted = targets or [n for n in modalities if n != shown]
     if strangers := [n for n in wanted if n not in modalities]:
         raise UserError(f"the model has no modality '{strangers[0]}'; there are {', '.join(modalities)}")
-    condition = {shown: pipeline.tokenizer(shown).encode(clip.signals[modalities[shown].clip_signal])[None]}
-    recipes = pipeline.recipes(None)
-    made = {n: predict(pipeline.model, pipeline.tokenizer(n), condition, n, recipes[n], 0, [clip.key])[0]
-            for n in wanted}
+    recipes = pipeline.recipes()
+    made = predict_clip(pipeline, clip, [shown], {n: recipes[n] for n in wanted})
     signals = {n: clip.signals[m.clip_signal] for n, m in modalities.items() if m.clip_signal in clip.signals}
     renamed = Clip(clip.key, clip.dataset, signals, clip.meta)
     return take_of(renamed, {n: m.signal for n, m in modalities.items()}, made)

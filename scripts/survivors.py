@@ -17,9 +17,9 @@ FUNCTION = re.compile(r"^( *)(?:async )?def (\S*__mutmut_(?:orig|\d+))\(", re.M)
 @cache
 def functions(module: str) -> dict[str, list[str]]:
     """{name: lines} of every variant of every function in a mutated module."""
-    text = (Path("mutants") / f"{module.replace('.', '/')}.py")
-    text = text if text.exists() else Path("mutants") / module.replace(".", "/") / "__init__.py"
-    source = text.read_text()
+    path = Path("mutants", *module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    source = path.read_text()
     found = list(FUNCTION.finditer(source))
     ends = [m.start() for m in found[1:]] + [len(source)]
     return {m[2]: source[m.end() : end].splitlines() for m, end in zip(found, ends, strict=True)}

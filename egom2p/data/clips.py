@@ -109,6 +109,8 @@ class ClipIndex:
     having: only clips that have this signal. keys (N,); shard_sizes (S,) clips a tar.
     """
 
+    is_remote = False
+
     def __init__(self, pattern: str, having: str = "") -> None:
         self.is_remote = is_remote(pattern)
         self._build([p for p in _local_paths(pattern) if p.suffix == ".tar"], pattern, having)
@@ -117,7 +119,6 @@ class ClipIndex:
     def of(cls, paths: Sequence[Path]) -> "ClipIndex":
         """The clips of some tars, in this order."""
         index = cls.__new__(cls)
-        index.is_remote = False
         index._build(paths, str(paths[0].parent) if paths else "no tar", "")
         return index
 

@@ -80,6 +80,11 @@ class ShardCache:
         self.folder, self.limit, self.retry_s = folder, limit, retry_s
         self._ahead: tuple[int, ThreadPoolExecutor] | None = None
 
+    @classmethod
+    def usual(cls) -> "ShardCache":
+        """Where no configuration says another."""
+        return cls(default_cache(), 50e9, 60.0)
+
     def path(self, url: str) -> Path:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}-{re.split(r'[/ ]', url)[-1][-80:]}"
 
@@ -156,7 +161,7 @@ def list_shards(url: str, cache: ShardCache) -> list[RemoteShard]:
 def local_copies(urls: list[str], cache: ShardCache | None = None) -> list[Path]:
     """The tars that URLs name, all of them fetched. Raises UserError when one cannot be had, or when they are more than
     the cache holds."""
-    cache = cache or ShardCache(default_cache(), 50e9, 60.0)
+    cache = cache or ShardCache.usual()
     too_many = UserError(f"{urls[0]}: these clips are more than the {cache.limit / 1e9:.3g} GB that are kept in "
                          f"{cache.folder}; copy them to a disk and name the folder")
     try:

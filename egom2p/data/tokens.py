@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from egom2p.data.clips import expand_pattern
-from egom2p.data.remote import RemoteShard, ShardCache, default_cache, index_remote, is_remote, list_shards
+from egom2p.data.remote import RemoteShard, ShardCache, index_remote, is_remote, list_shards
 from egom2p.data.tarindex import TarEntry, index_tars, read_at
 from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import Modality, ModalitySet
@@ -252,7 +252,7 @@ def _modality_files(root: str, name: str, pattern: str, modality: Modality, moda
     for text in expand_pattern(chosen):
         if is_remote(text) or is_remote(root):
             url = text if is_remote(text) else f"{root.rstrip('/')}/{text}"
-            found = list_shards(url, cache or ShardCache(default_cache(), 50e9, 60.0))
+            found = list_shards(url, cache or ShardCache.usual())
         else:
             found = _local_files(Path(root), text)
         if not found and text.endswith((".tar", ".npz", ".npy")) and not any(c in text for c in "*?"):

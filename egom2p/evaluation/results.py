@@ -129,7 +129,7 @@ def changes_since(out: Path, evaluation: Evaluation) -> tuple[dict[str, Any], li
             theirs = old[task]["rows"]["model"].get(metric)
             if VARIANT in metric or theirs is None:
                 continue
-            now, before = (np.array([float("nan") if v is None else v for v in side], np.float64)[list(picked)]
+            now, before = (np.array(side, np.float64)[list(picked)]
                            for side, picked in zip((values, theirs), zip(*pairs, strict=True), strict=True))
             if not np.array_equal(now, before, equal_nan=True):
                 changes.append(Change(task, metric, mean_of_finite(before), mean_of_finite(now),

@@ -30,6 +30,7 @@ from egom2p.distributed import World, barrier
 from egom2p.errors import DamagedClip, UserError
 from egom2p.evaluation.measures import MEASURES, MeasureArgs, is_better
 from egom2p.evaluation.results import Evaluation, TaskRows, check_same_model, summarise, write_results
+from egom2p.generation.pipeline import Pipeline
 from egom2p.generation.sampler import generate
 from egom2p.generation.schedule import TargetArgs, recipes_of
 from egom2p.model.egom2p import EgoM2P
@@ -225,7 +226,7 @@ class _Runner:
     def _predict(self, task: Task, tokens: list[dict[str, np.ndarray]],
                  keys: list[str]) -> tuple[list[np.ndarray], list[float]]:
         condition = {n: np.stack([t[n] for t in tokens]) for n in task.inputs}
-        return predict_surely(self.model, self.loaded[task.target], condition, task.target,
+        return predict(self.model, self.loaded[task.target], condition, task.target,
                        self.recipes[task.target], self.seed, keys)
 
     def _gather(self, task: Task) -> TaskRows:
@@ -355,13 +356,7 @@ def comparison_table(named: dict[str, Tokenizer], data: str, limit: int = 0) -> 
 
 
 def predict(model: EgoM2P, tokenizer: Tokenizer, condition: dict[str, np.ndarray], target: str, recipe: TargetArgs,
-            seed: int, keys: list[str]) -> list[np.ndarray]:
-    """Raw signals of `target` for a batch of clips, given token grids of the condition."""
-    return predict_surely(model, tokenizer, condition, target, recipe, seed, keys)[0]
-
-
-def predict_surely(model: EgoM2P, tokenizer: Tokenizer, condition: dict[str, np.ndarray], target: str,
-                   recipe: TargetArgs, seed: int, keys: list[str]) -> tuple[list[np.ndarray], list[float]]:
+            seed: int, keys: list[str]) -> tuple[list[np.ndarray], list[float]]:
     """Raw signals of `target` for a batch of clips, given token grids of the condition, and how sure the model was of
     each (`TaskRows.confidences`)."""
     codes = {target: tokenizer.codes().detach()} if recipe.expected else None
@@ -370,6 +365,15 @@ def predict_surely(model: EgoM2P, tokenizer: Tokenizer, condition: dict[str, np.
     if recipe.expected:
         return [tokenizer.decode_from_codes(c) for c in made.expected[target]], sure
     return [tokenizer.decode(ids) for ids in made.tokens[target]], sure
+
+
+def predict_clip(pipeline: Pipeline, clip: Clip, inputs: Iterable[str],
+                 targets: dict[str, TargetArgs]) -> dict[str, np.ndarray]:
+    """{target: raw signal} of one clip, given its own signals of `inputs`; targets {modality: how it is asked for}."""
+    shown = {name: pipeline.tokenizer(name) for name in inputs}
+    condition = {name: t.encode(clip.signals[t.modality.clip_signal])[None] for name, t in shown.items()}
+    return {name: predict(pipeline.model, pipeline.tokenizer(name), condition, name, recipe, 0, [clip.key])[0][0]
+            for name, recipe in targets.items()}
 
 
 def _limited(data: str, limit: int, only: set[str]) -> Iterator[Clip]:

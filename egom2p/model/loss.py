@@ -16,7 +16,6 @@ from egom2p.errors import UserError
 # large there: 1 GB in float32, 4 194 rows of 64 000 (counted, not measured: 58 chunks a micro-batch become 4).
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 
-
 Softmax = Callable[..., tuple[Tensor, Tensor, Tensor]]
 NEAREST = 32  # ids over which a target may be spread
 
@@ -50,9 +49,7 @@ def softmax_step(logits_TV: Tensor, target_T: Tensor, scale_T: Tensor,
     The first two are the same unless targets are spread over near codes. Both are float32 (float64 for float64 logits),
     the gradient is in the logits' type.
     """
-    log_probs = F.log_softmax(_wide(logits_TV), dim=-1)
-    losses_T = F.nll_loss(log_probs, target_T, reduction="none")
-    minimised_T = losses_T if near is None else _spread(log_probs, target_T, near)
+    log_probs, minimised_T, losses_T = _losses(logits_TV, target_T, near)
     grad = log_probs.exp_()
     if near is None:
         grad[torch.arange(len(target_T), device=target_T.device), target_T] -= 1
@@ -75,6 +72,13 @@ def softmax_step_to_fuse(logits_TV: Tensor, target_T: Tensor, scale_T: Tensor,
         wanted = torch.zeros_like(wide).scatter_add(1, near.ids[target_T], near.share[target_T].to(wide.dtype))
     grad = (log_probs.exp() - wanted) * scale_T[:, None].to(wide.dtype)
     return minimised_T, losses_T, grad.to(logits_TV.dtype)
+
+
+def _losses(logits_TV: Tensor, target_T: Tensor, near: NearCodes | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(log probabilities (T, V), the first two of `softmax_step`)."""
+    log_probs = F.log_softmax(_wide(logits_TV), dim=-1)
+    losses_T = F.nll_loss(log_probs, target_T, reduction="none")
+    return log_probs, losses_T if near is None else _spread(log_probs, target_T, near), losses_T
 
 
 def _spread(log_probs: Tensor, target_T: Tensor, near: NearCodes) -> Tensor:
@@ -109,16 +113,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         for hidden, target, scale in zip(hidden_TD.split(chunk), target_T.split(chunk), scale_T.split(chunk),
                                          strict=True):
             logits = hidden @ compute_weight.T
-            if not needs_grad:
-                log_probs = F.log_softmax(_wide(logits), dim=-1)
-                losses.append(F.nll_loss(log_probs, target, reduction="none"))
-                minimised.append(losses[-1] if near is None else _spread(log_probs, target, near))
-                continue
-            low, loss, grad = softmax(logits, target, scale, near)
+            if needs_grad:
+                low, loss, grad = softmax(logits, target, scale, near)
+                grad_hidden.append(grad @ compute_weight)
+                _add_product(grad_weight, grad.T, hidden)
+            else:
+                _, low, loss = _losses(logits, target, near)
             minimised.append(low)
             losses.append(loss)
-            grad_hidden.append(grad @ compute_weight)
-            _add_product(grad_weight, grad.T, hidden)
         losses_T, minimised_T = (torch.cat(x) if x else hidden_TD.new_zeros(0) for x in (losses, minimised))
         if needs_grad:
             ctx.save_for_backward(torch.cat(grad_hidden) if grad_hidden else torch.zeros_like(hidden_TD), grad_weight)

@@ -204,20 +204,20 @@ class Checkpoints:
         _flush(self.folder)
 
 
-def restore_weights(folder: Path, model: nn.Module) -> None:
-    """Load the weights that training goes on from, in place, before the model is spread over processes."""
-    weights = load_file(folder / WEIGHTS)
-    if (folder / TRAINING).exists():
-        weights |= load_file(folder / TRAINING)
-    load_weights(model, weights, folder / WEIGHTS)
+def restore_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Load the weights that training goes on from, in place, before the model is spread over processes. Returns those
+    of the export, which are others when they are averaged."""
+    exported = load_file(folder / WEIGHTS)
+    training = load_file(folder / TRAINING) if (folder / TRAINING).exists() else {}
+    load_weights(model, exported | training, folder / WEIGHTS)
+    return exported
 
 
-def restore_average(folder: Path, average: WeightAverage) -> None:
-    """Load the averaged weights of a whole checkpoint; every rank takes its part of them. In one without an average it
+def restore_average(exported: dict[str, Tensor], average: WeightAverage) -> None:
+    """Go on with the weights of a checkpoint's export; every rank takes its part of them. In one without an average it
     begins with the weights."""
-    weights = load_file(folder / WEIGHTS)
     for name, parameter in average.model.named_parameters():
-        average.tensors[name] = like_parameter(weights[name], parameter)
+        average.tensors[name] = like_parameter(exported[name], parameter)
 
 
 def restore_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

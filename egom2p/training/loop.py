@@ -116,15 +116,14 @@ class Loop:
         replayed = config.debug.replay_step or None
         self.checkpoints = Checkpoints(run_dir, config.checkpoint, world.is_main and not replayed)
         folder, state = self._find_checkpoint(before=replayed)
-        if folder:
-            restore_weights(folder, self.model)
+        exported = restore_weights(folder, self.model) if folder else {}
         self.forward = spread(self.model, config.train.parallel, world, config.train.precision, config.train.reduce)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         if folder:
             restore_optimizer(folder, self.model, self.optimizer)
         if folder and self.average:
-            restore_average(folder, self.average)
+            restore_average(exported, self.average)
         self.step, self.damaged = state.get("step", 0), state.get("damaged", 0)
         self._say_other_length(state.get("total", self.total))
         self.said_slow = False

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +91,14 @@ class PretrainConfig(TrainingConfig):
     init: InitArgs = InitArgs()
     generation: dict[str, TargetArgs] = field(default_factory=dict)
 
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.masking.input_tokens + self.masking.target_tokens
+
+    @property
+    def num_steps(self) -> int:
+        return self.train.num_steps(self.tokens_per_sample)
+
 
 def pretrain(config: PretrainConfig) -> Path:
     """Train EgoM2P; returns the run's folder."""
@@ -119,7 +127,7 @@ class PretrainTask:
         self._spread_targets(config.loss)
         self.plan = BatchPlan(config.train.batch_size, config.train.micro_batch(world.size),
                               config.loss.group_samples or config.train.batch_size, world.rank, world.size)
-        self.tokens_per_sample = config.masking.input_tokens + config.masking.target_tokens
+        self.tokens_per_sample = config.tokens_per_sample
         self.weight_M = self._weights(config.loss)
         self.scale_GM = torch.empty(0)
         self._fingerprint = self.stream.fingerprint()
@@ -246,14 +254,13 @@ class PretrainTask:
     def _spread_targets(self, args: LossArgs) -> None:
         if not args.near_codes:
             return
-        outputs = [m.name for m in self.modalities if m.target]
-        for name in args.near_modalities or outputs:
+        names = args.near_modalities or [m.name for m in self.modalities if m.target]
+        for name in names:
             if name not in self.modalities.names or not self.modalities.by_name(name).tokenizer:
                 raise UserError(f"loss.near_codes needs the code vectors of '{name}', which "
                                 f"{'has no tokenizer' if name in self.modalities.names else 'is no modality'}; "
                                 f"name those that have one in loss.near_modalities")
-        self.model.spread_targets({m.name: load_tokenizer(m.tokenizer).codes() for m in self.modalities
-                                   if m.name in (args.near_modalities or outputs)}, args.near_codes)
+        self.model.spread_targets(code_vectors(self.modalities, names), args.near_codes)
 
     def _name_absent(self) -> None:
         """Warn of modalities that no clip has: their tables and heads stay as they start."""
@@ -290,11 +297,16 @@ def per_sample(micro: PackedBatch, values: Tensor) -> Tensor:
     return values.new_zeros(micro.num_samples).index_add_(0, owner[micro.targets.by_modality], values)
 
 
+def code_vectors(modalities: ModalitySet, names: Iterable[str]) -> dict[str, Tensor]:
+    """{modality: (vocab, L) code vectors} of those that have a tokenizer."""
+    return {name: load_tokenizer(modalities.by_name(name).tokenizer).codes() for name in names}
+
+
 def start_model(model: EgoM2P, args: InitArgs, seed: int) -> None:
     """Starting weights and frozen parts, as `init` says."""
     if args.codes:
-        model.start_from_codes({m.name: load_tokenizer(m.tokenizer).codes() for m in model.modalities if m.tokenizer},
-                               seed)
+        named = [m.name for m in model.modalities if m.tokenizer]
+        model.start_from_codes(code_vectors(model.modalities, named), seed)
     if args.from_:
         start = EgoM2P.from_pretrained(args.from_)
         for name in start.origins.keys() & model.origins.keys():
