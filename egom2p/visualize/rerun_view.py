@@ -42,7 +42,10 @@ def serve(takes: list[Take]) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 raise UserError(f"port {port} is in use, perhaps by another `egom2p view --web`; end that one first")
     rr.init("egom2p", spawn=False)
-    data = rr.serve_grpc(grpc_port=DATA_PORT, default_blueprint=_blueprint(takes))
+    data = rr.serve_grpc(grpc_port=DATA_PORT)
+    # Not serve_grpc(default_blueprint=...): it waits with Python's lock held (0.33, python_bridge.rs) for a thread that
+    # frees arrays of Python's, and on a busy machine waits for ever.
+    _blueprint(takes).connect_grpc("egom2p", url=data)
     rr.serve_web_viewer(web_port=WEB_PORT, open_browser=False, connect_to=data)
     _log(rr, takes)
     host = socket.gethostname()

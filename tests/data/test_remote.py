@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from egom2p.data.remote import RemoteShard, ShardCache, is_remote, list_shards, retry
+from egom2p.data.remote import _FILESYSTEMS, RemoteShard, ShardCache, is_remote, list_shards, retry
 from egom2p.data.tokens import TokenDataset
 from egom2p.modalities import ModalitySet
 from egom2p.training.log import read_metrics
@@ -81,7 +81,10 @@ def bucket(debug_tokens):
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Flaky)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     os.environ["AWS_ENDPOINT_URL"] = address = f"http://127.0.0.1:{proxy.server_port}"
+    # s3fs reads the address once. A worker that takes over tests of this file may have had another bucket before.
+    _FILESYSTEMS.clear()
     yield address
+    _FILESYSTEMS.clear()
     for key in [*keys, "AWS_ENDPOINT_URL"]:
         os.environ.pop(key, None)
     proxy.shutdown()
