@@ -40,6 +40,7 @@ from benchmarks.printing import heading, say
 from benchmarks.train_step import RELEASED, make_samples, model_sizes
 from egom2p.config import load
 from egom2p.data.batch import FlatTokens, MaskedSample, PackedBatch, pack
+from egom2p.distributed import multiplies_bfloat16
 from egom2p.generation.sampler import generate_targets
 from egom2p.generation.schedule import RecipeConfig
 from egom2p.modalities import Modality, ModalitySet
@@ -213,6 +214,11 @@ def check_model() -> dict[str, float]:
     return errors
 
 
+def half() -> torch.autocast:
+    """bfloat16 where it is what one would train in."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=multiplies_bfloat16(DEVICE))
+
+
 class Trainer:
     """Model, optimiser and batches of one step measurement."""
 
@@ -232,7 +238,7 @@ class Trainer:
 
     def step(self, number: int) -> None:
         batch: PackedBatch = self.host[number % len(self.host)].to(DEVICE)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with half():
             loss, _ = self.model(batch, self.scales[number % len(self.host)])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -380,7 +386,7 @@ def section_generate(args) -> dict[str, float]:
                    for k, t in recipe.targets.items()} if args.smoke else recipe.targets
         grid = np.random.default_rng(0).integers(0, 64000, (1, 5, 32, 32))
         started = time.perf_counter()
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with half():
             generate_targets(model, {recipe.input or "rgb": grid}, targets, codes=None)
         wait()
         seconds[name] = time.perf_counter() - started

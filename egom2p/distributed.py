@@ -57,6 +57,12 @@ def environment_world(device: str = "") -> World:
     return World(rank, size, local_rank, place)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are made by the hardware. A CPU without them (before avx512_bf16 and AMX on x86-64)
+    takes some forty times as long as for float32."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @contextmanager
 def process_group(first_timeout_s: int) -> Iterator[World]:
     """Join the group torchrun describes in the environment, if any, and leave it at the end.

@@ -149,9 +149,10 @@ def render(scene: Scene, world_from_camera: np.ndarray, size: int) -> tuple[np.n
     centres = (np.arange(size, dtype=np.float32) + 0.5) / (size / 2) - 1
     x, y = np.meshgrid(centres, centres)
     camera_rays = np.stack([x, y, np.ones_like(x)], -1).reshape(-1, 3)
-    origin = world_from_camera[:, None, :3, 3].astype(np.float32)
     rays = camera_rays[None] @ np.swapaxes(world_from_camera[:, :3, :3], -1, -2).astype(np.float32)
-    rays = np.where(np.abs(rays) < 1e-6, np.float32(1e-6), rays)
+    # Axes first, (3, T, P): least and greatest over three whole arrays are several times faster than over triples.
+    rays = np.ascontiguousarray(np.moveaxis(np.where(np.abs(rays) < 1e-6, np.float32(1e-6), rays), -1, 0))
+    origin = world_from_camera[:, :3, 3].astype(np.float32).T[..., None]
     depth, colour = _hit_room(scene, origin, rays)
     for box, box_colour in zip(scene.boxes.astype(np.float32), scene.box_colours, strict=True):
         _hit_box(box, box_colour, origin, rays, depth, colour)
@@ -163,42 +164,51 @@ def render(scene: Scene, world_from_camera: np.ndarray, size: int) -> tuple[np.n
     return frames.reshape(*shape, 3), np.where(depth > DEPTH_RANGE_M, 0, depth).astype(np.float16).reshape(shape)
 
 
+def _least(a: np.ndarray) -> np.ndarray:
+    """Over the first of (3, T, P)."""
+    return np.minimum(np.minimum(a[0], a[1]), a[2])
+
+
+def _greatest(a: np.ndarray) -> np.ndarray:
+    return np.maximum(np.maximum(a[0], a[1]), a[2])
+
+
 def _hit_room(scene: Scene, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Depth (T, P) and colour (T, P, 3) of the walls, floor and ceiling, seen from inside."""
+    """Depth (T, P) and colour (T, P, 3) of the walls, floor and ceiling, seen from inside. origin: (3, T, 1)."""
     ahead = rays > 0
-    distance = (np.where(ahead, scene.size.astype(np.float32), 0) - origin) / rays
-    axis = distance.argmin(-1)
-    depth = np.take_along_axis(distance, axis[..., None], -1)[..., 0]
-    face = 2 * axis + np.take_along_axis(ahead, axis[..., None], -1)[..., 0]
-    waves = np.sin((origin + rays * depth[..., None]) * np.float32(2 * np.pi / TEXTURE_WAVELENGTH_M))
-    pattern = np.where(axis == 0, waves[..., 1] * waves[..., 2],
-                       np.where(axis == 1, waves[..., 0] * waves[..., 2], waves[..., 0] * waves[..., 1]))
+    distance = (np.where(ahead, scene.size.astype(np.float32)[:, None, None], 0) - origin) / rays
+    depth = _least(distance)
+    first, second = distance[0] == depth, distance[1] == depth
+    axis = np.where(first, 0, np.where(second, 1, 2))
+    face = 2 * axis + np.where(first, ahead[0], np.where(second, ahead[1], ahead[2]))
+    waves = np.sin((origin + rays * depth) * np.float32(2 * np.pi / TEXTURE_WAVELENGTH_M))
+    pattern = np.where(first, waves[1] * waves[2], np.where(second, waves[0] * waves[2], waves[0] * waves[1]))
     return depth, scene.face_colours[face] * (1 + 0.25 * pattern)[..., None]
 
 
 def _hit_box(box: np.ndarray, box_colour: np.ndarray, origin: np.ndarray, rays: np.ndarray,
              depth: np.ndarray, colour: np.ndarray) -> None:
     """Draw one axis-aligned box into `depth` and `colour` (slab method)."""
-    to_lower, to_upper = (box[0] - origin) / rays, (box[1] - origin) / rays
+    to_lower, to_upper = ((corner[:, None, None] - origin) / rays for corner in box)
     near = np.minimum(to_lower, to_upper)
-    enter, leave = near.max(-1), np.maximum(to_lower, to_upper).min(-1)
+    enter, leave = _greatest(near), _least(np.maximum(to_lower, to_upper))
     hit = (enter < leave) & (enter > 0.05) & (enter < depth)
     depth[hit] = enter[hit]
-    colour[hit] = box_colour * np.array([0.8, 0.95, 1.15], np.float32)[near[hit].argmax(-1)][:, None]
+    colour[hit] = box_colour * np.array([0.8, 0.95, 1.15], np.float32)[near[:, hit].argmax(0)][:, None]
 
 
 def _hit_ball(ball: np.ndarray, radius: float, origin: np.ndarray, rays: np.ndarray,
               depth: np.ndarray, colour: np.ndarray) -> None:
     """Draw one sphere into `depth` and `colour`."""
-    to_ball = ball - origin
-    a = (rays**2).sum(-1)
-    b = (rays * to_ball).sum(-1)
-    discriminant = b**2 - a * ((to_ball**2).sum(-1) - np.float32(radius) ** 2)
+    to_ball = ball[:, None, None] - origin
+    a = rays[0] ** 2 + rays[1] ** 2 + rays[2] ** 2
+    b = rays[0] * to_ball[0] + rays[1] * to_ball[1] + rays[2] * to_ball[2]
+    discriminant = b**2 - a * ((to_ball**2).sum(0) - np.float32(radius) ** 2)
     enter = (b - np.sqrt(np.maximum(discriminant, 0))) / a
     hit = (discriminant > 0) & (enter > 0.05) & (enter < depth)
     depth[hit] = enter[hit]
-    normal = (np.broadcast_to(to_ball, rays.shape)[hit] - rays[hit] * enter[hit][:, None]) / np.float32(radius)
-    facing = (normal * rays[hit]).sum(-1) / np.sqrt(a[hit])
+    normal = (np.broadcast_to(to_ball, rays.shape)[:, hit] - rays[:, hit] * enter[hit]) / np.float32(radius)
+    facing = (normal * rays[:, hit]).sum(0) / np.sqrt(a[hit])
     colour[hit] = BALL_COLOUR * (0.6 + 0.6 * facing)[:, None]
 
 

@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from egom2p.config import dump, read_yaml, to_plain
-from egom2p.distributed import World, barrier, max_over_ranks, process_group, shorten_timeout, sum_over_ranks
+from egom2p.distributed import (
+    World,
+    barrier,
+    max_over_ranks,
+    multiplies_bfloat16,
+    process_group,
+    shorten_timeout,
+    sum_over_ranks,
+)
 from egom2p.errors import Preempted, UserError
 from egom2p.lock import RunLock
 from egom2p.model.flops import peak_flops
@@ -88,6 +96,9 @@ def run_training(config: Any, make_task: Any) -> Path:
     """
     _set_up_torch(config.train)
     with process_group(config.train.first_timeout_s) as world:
+        if config.train.precision == "bfloat16" and world.is_main and not multiplies_bfloat16(world.device):
+            log.warning("this CPU has no bfloat16 products and imitates them, some forty times slower than float32: "
+                        "train.precision=float32 is the faster one here")
         task = make_task(config, world)
         run_dir, replaying = Path(config.run.dir), bool(config.debug.replay_step)
         _check_same_run(config, run_dir, config.resume.force)

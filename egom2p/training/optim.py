@@ -13,7 +13,7 @@ from egom2p.model.blocks import DecoderBlock, EncoderBlock
 
 @dataclass(frozen=True)
 class OptimArgs:
-    """name: adamw, or muon (Jordan et al. 2024; torch's) for the matrices of the blocks and AdamW for tables, heads and
+    """name: adamw, or muon (Jordan et al. 2024) for the matrices of the blocks and AdamW for tables, heads and
     vectors, both at the same lr (Muon's steps are scaled to AdamW's size). lr: peak learning rate; with lr_batch > 0 it
     is multiplied by batch_size / lr_batch (MAE's rule). Linear warm-up for warmup_steps (or warmup_tokens), then the
     schedule, down to final_lr_share of the peak: cosine; wsd: constant, and a straight line down over the last
@@ -44,9 +44,9 @@ class OptimArgs:
 
 def make_optimizer(model: nn.Module, args: OptimArgs) -> "torch.optim.AdamW | MuonAndAdamW":
     """Weight decay on matrices and tables, not on vectors (norms, biases, modality embeddings). Fused AdamW."""
-    from timm.optim import param_groups_weight_decay  # a second to import
-
-    groups = param_groups_weight_decay(model, args.weight_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+              {"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]
     if args.name == "muon":
         return MuonAndAdamW(model, groups, args)
     return _adamw(groups, args)
@@ -54,6 +54,58 @@ def make_optimizer(model: nn.Module, args: OptimArgs) -> "torch.optim.AdamW | Mu
 
 def _adamw(groups: list[dict[str, Any]], args: OptimArgs) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=tuple(args.betas), fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon's step, on 2-D parameters (Nesterov momentum, five Newton-Schulz steps, AdamW's size), in the
+    type that the device multiplies fast.
+
+    torch's and timm's optimisers orthogonalise in bfloat16 everywhere. A CPU without bfloat16 products (before
+    avx512_bf16 and AMX) takes twenty times as long for that as for float32, so here a CPU has float32. Matrices of one
+    shape go together. The iteration is timm's function.
+    """
+
+    COEFFICIENTS = [(3.4445, -4.7750, 2.0315)]  # Jordan's, as torch has them
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        from timm.optim.muon import get_lr_scale
+
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p, update in zip(params, self._orthogonal([self._momentum(p, group["momentum"]) for p in params]),
+                                 strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * get_lr_scale(p.shape, "match_rms_adamw"))
+
+    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(state["momentum_buffer"], momentum)
+
+    def _orthogonal(self, updates: list[Tensor]) -> list[Tensor]:
+        from timm.optim.muon import zeropower_via_newtonschulz
+        from torch.distributed.tensor import DTensor
+
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for i, update in enumerate(updates):
+            alike[i if isinstance(update, DTensor) else update.shape].append(i)  # shards of FSDP2 one by one
+        found = list(updates)
+        for numbers in alike.values():
+            dtype = torch.float32 if updates[numbers[0]].device.type == "cpu" else torch.bfloat16
+            if isinstance(updates[numbers[0]], DTensor):
+                found[numbers[0]] = zeropower_via_newtonschulz(updates[numbers[0]], 5, self.COEFFICIENTS, dtype=dtype)
+                continue
+            stack = torch.stack([updates[i] for i in numbers])
+            for i, update in zip(numbers, zeropower_via_newtonschulz(stack, 5, self.COEFFICIENTS, dtype=dtype),
+                                 strict=True):
+                found[i] = update
+        return found
 
 
 class MuonAndAdamW:
@@ -68,8 +120,7 @@ class MuonAndAdamW:
         chosen = {id(p) for p in inside if p.ndim == 2}
         matrices = [{**g, "params": [p for p in g["params"] if id(p) in chosen]} for g in groups]
         others = [{**g, "params": [p for p in g["params"] if id(p) not in chosen]} for g in groups]
-        self.muon = torch.optim.Muon([g for g in matrices if g["params"]] or [{"params": []}], lr=args.lr,
-                                     momentum=args.momentum, adjust_lr_fn="match_rms_adamw")
+        self.muon = Muon([g for g in matrices if g["params"]] or [{"params": []}], args.lr, args.momentum)
         self.adamw = _adamw(others, args)
         self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         self.muon.state = self.adamw.state = self.state

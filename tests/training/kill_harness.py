@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import timm.optim  # noqa: F401 - imported before forking, as are the others that a run needs
 import torch._dynamo  # noqa: F401
 
 import egom2p.training.pretraining  # noqa: F401

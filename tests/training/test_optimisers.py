@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.training.average import WeightAverage
-from egom2p.training.optim import MuonAndAdamW, OptimArgs, make_optimizer, make_schedule
+from egom2p.training.optim import Muon, MuonAndAdamW, OptimArgs, make_optimizer, make_schedule
 from tests.model.test_attention import MODALITIES
 from tests.training.test_reliability import _torchrun, forget_after, same_weights
 from tests.training.test_training import curve, reference, train, weights  # noqa: F401
@@ -42,8 +42,9 @@ def with_gradients(model, seed):
         parameter.grad = torch.randn_like(parameter)
 
 
-def test_matrices_of_the_blocks_go_to_muon_and_the_rest_to_adamw():
-    """Against torch's two optimisers, run by hand on the two halves."""
+def test_matrices_of_the_blocks_go_to_muon_and_the_rest_to_adamw(monkeypatch):
+    """Against torch's two optimisers, run by hand on the two halves; torch's Muon kept from going to bfloat16."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     args = OptimArgs(name="muon", lr=0.01, weight_decay=0.2, betas=(0.8, 0.9), momentum=0.9)
     ours, theirs = small_model(), small_model()
     optimizer = make_optimizer(ours, args)
@@ -65,6 +66,25 @@ def test_matrices_of_the_blocks_go_to_muon_and_the_rest_to_adamw():
             one.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_newton_schulz_is_in_a_type_that_the_device_multiplies_fast():
+    """bfloat16 takes a CPU without such products twenty times as long; other devices have them."""
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "addbmm" in str(function):
+                seen.append(args[1].dtype)
+            return function(*args, **(kwargs or {}))
+
+    for device, dtype in (("cpu", torch.float32), ("meta", torch.bfloat16)):
+        updates = [torch.ones(4, 3, device=device), torch.ones(3, 4, device=device), torch.ones(4, 3, device=device)]
+        with Watch():
+            found = Muon([{"params": []}], 0.1, 0.9)._orthogonal(updates)
+        assert [x.shape for x in found] == [x.shape for x in updates]
+        assert set(seen) == {dtype} and len(seen) == 5 * 3 * 2  # two shapes
+        seen.clear()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

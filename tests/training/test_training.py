@@ -194,6 +194,15 @@ def test_bfloat16_and_checkpointing_train(debug_tokens, reference, tmp_path):
     assert weights(tmp_path / "b")["mask_token"].dtype == torch.float32
 
 
+def test_a_cpu_that_only_imitates_bfloat16_is_named(debug_tokens, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("egom2p.training.loop.multiplies_bfloat16", lambda device: True)
+    train(debug_tokens, tmp_path / "fast", "train.precision=bfloat16", "train.steps=1")
+    assert "bfloat16 products" not in caplog.text
+    monkeypatch.setattr("egom2p.training.loop.multiplies_bfloat16", lambda device: False)
+    train(debug_tokens, tmp_path / "slow", "train.precision=bfloat16", "train.steps=1")
+    assert "this CPU has no bfloat16 products" in caplog.text and "train.precision=float32" in caplog.text
+
+
 def test_wandb_offline(debug_tokens, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(debug_tokens, tmp_path / "run", "train.steps=2", "log.wandb=true", "eval.every=0")
