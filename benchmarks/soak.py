@@ -1,10 +1,11 @@
 """Are the first gradients of fresh processes the same bits, while another program takes the cores?
 
-    python -m benchmarks.soak [--processes 2000] [--threads 2] [--no-load] [--deterministic]
+    python -m benchmarks.soak [--processes 2000] [--threads 2] [--size world] [--no-load] [--deterministic]
 
-Forks one process after another; each builds the same small model, computes loss and gradients of the same micro-batch
-with a pool of threads of its own, and answers with a hash of every gradient. Beside them a matrix product loop keeps
-all cores busy. Prints how many differ from the first, and which parameters' gradients do.
+Forks one process after another; each builds the same model, computes loss and gradients of the same micro-batch with
+a pool of threads of its own, and answers with a hash of every gradient. Beside them a matrix product loop keeps all
+cores busy. Prints how many differ from the first, and which parameters' gradients do. --size: the quickstart's model
+and four samples of its tokens (a fraction of a second each), or a narrow one with the released heads.
 
 Seen on Intel machines with AMX under load: one of about 330 (issue 13, B3).
 """
@@ -22,27 +23,36 @@ import torch
 import torch._dynamo
 
 from benchmarks.printing import heading, say
-from benchmarks.train_step import RELEASED, make_samples
+from benchmarks.train_step import RELEASED, make_samples, model_sizes
 from egom2p.data.batch import pack
+from egom2p.data.masking import MaskArgs
+from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 
 LOAD = "import torch; a = torch.randn(1500, 1500)\nwhile True: a @ a"
 
+WORLD = ModalitySet([Modality("rgb", 4096, (5, 6, 6)), Modality("depth", 512, (5, 6, 6)),
+                     Modality("cam", 240, (30,)), Modality("gaze", 240, (30,))])
 
-def hashes(threads: int, deterministic: bool) -> dict[str, str]:
+
+def hashes(threads: int, deterministic: bool, size: str) -> dict[str, str]:
     """{parameter: hash of its gradient}, and `loss`."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
     torch.manual_seed(0)
-    model = EgoM2P(RELEASED, ModelArgs(64, 4, 2, 2))
-    batch = pack(make_samples(2, 0), len(RELEASED))
+    if size == "world":
+        model = EgoM2P(WORLD, model_sizes("world"))
+        batch = pack(make_samples(4, 0, WORLD, MaskArgs(180, 200)), len(WORLD))
+    else:
+        model = EgoM2P(RELEASED, ModelArgs(64, 4, 2, 2))
+        batch = pack(make_samples(2, 0), len(RELEASED))
     total, _ = model(batch, torch.full((len(batch.targets),), 1e-3))
     total.backward()
     tensors = {"loss": total.detach(), **{n: p.grad for n, p in model.named_parameters()}}
     return {name: hashlib.sha256(t.numpy().tobytes()).hexdigest()[:16] for name, t in tensors.items()}
 
 
-def in_a_fork(threads: int, deterministic: bool) -> dict[str, str]:
+def in_a_fork(threads: int, deterministic: bool, size: str) -> dict[str, str]:
     """`hashes`, computed in a process of its own, whose threads start there."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -51,7 +61,7 @@ def in_a_fork(threads: int, deterministic: bool) -> dict[str, str]:
         try:
             os.close(reader)
             with os.fdopen(writer, "w") as answer:
-                json.dump(hashes(threads, deterministic), answer)
+                json.dump(hashes(threads, deterministic, size), answer)
             code = 0
         finally:
             os._exit(code)
@@ -63,14 +73,14 @@ def in_a_fork(threads: int, deterministic: bool) -> dict[str, str]:
     return json.loads(text)
 
 
-def soak(processes: int, threads: int, load: bool, deterministic: bool) -> tuple[int, Counter[str]]:
+def soak(processes: int, threads: int, load: bool, deterministic: bool, size: str) -> tuple[int, Counter[str]]:
     """(processes that differ from the first, how often each parameter does)."""
     beside = subprocess.Popen([sys.executable, "-c", LOAD]) if load else None
     differing, names = 0, Counter()
     try:
-        first = in_a_fork(threads, deterministic)
+        first = in_a_fork(threads, deterministic, size)
         for _ in range(processes - 1):
-            told = in_a_fork(threads, deterministic)
+            told = in_a_fork(threads, deterministic, size)
             changed = [name for name in first if told[name] != first[name]]
             differing += bool(changed)
             names.update(changed)
@@ -85,12 +95,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--size", choices=["world", "released"], default="world")
     parser.add_argument("--no-load", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
     args = parser.parse_args()
     heading(__doc__, **vars(args))
     started = time.perf_counter()
-    differing, names = soak(args.processes, args.threads, not args.no_load, args.deterministic)
+    differing, names = soak(args.processes, args.threads, not args.no_load, args.deterministic, args.size)
     say(f"{differing} of {args.processes} processes differ from the first, in {time.perf_counter() - started:.0f} s"
         + "".join(f"\n  {name}: {count}" for name, count in names.most_common()))
 

@@ -53,9 +53,10 @@ def run_child(module: str, arguments: list[str], allocator: dict[str, str]) -> d
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def make_samples(count: int, start: int) -> list[MaskedSample]:
-    masker, rng = Masker(MaskArgs(), RELEASED, seed=0), np.random.default_rng(start)
-    tokens = [{i: rng.integers(0, m.vocab_size, m.num_tokens).astype(np.int32) for i, m in enumerate(RELEASED)}
+def make_samples(count: int, start: int, modalities: ModalitySet = RELEASED,
+                 args: MaskArgs | None = None) -> list[MaskedSample]:
+    masker, rng = Masker(args or MaskArgs(), modalities, seed=0), np.random.default_rng(start)
+    tokens = [{i: rng.integers(0, m.vocab_size, m.num_tokens).astype(np.int32) for i, m in enumerate(modalities)}
               for _ in range(count)]
     return [MaskedSample(start + i, *masker.mask(t, start + i)) for i, t in enumerate(tokens)]
 

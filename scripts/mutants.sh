@@ -3,6 +3,7 @@
 # and the fast tests that reach them run.
 #     bash scripts/mutants.sh geometry             one room or module: egom2p/geometry.py or egom2p/geometry/
 #     bash scripts/mutants.sh training 'tests/training/test_values.py tests/training/test_training.py'
+#     SAMPLE=100 bash scripts/mutants.sh data      so many slips of the room, drawn by chance (the same ones each time)
 # Prints every slip that was not noticed and the share that was. A line that ends in `# pragma: no mutate: REASON` is left alone.
 # The tests of a room are tests/ROOM or tests/test_ROOM.py, and every room's tests of values. Minutes a room.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -23,5 +24,10 @@ print("[mutmut]", "source_paths=egom2p", f"only_mutate={code if code.endswith('.
       "pytest_add_cli_args=\n    -m\n    not slow\n    -p\n    no:xdist\n    -o\n    addopts=", sep="\n")
 PYTHON
 rm -rf mutants
-mutmut run --max-children "$(getconf _NPROCESSORS_ONLN)" || true
+chosen=
+if [ -n "${SAMPLE:-}" ]; then
+    mutmut run none__such > mutants.log 2>&1 || true  # makes the slips and learns which tests reach them
+    chosen=$(python scripts/survivors.py --sample "$SAMPLE")
+fi
+mutmut run --max-children "$(getconf _NPROCESSORS_ONLN)" $chosen || true
 mutmut results --all true | python scripts/survivors.py

@@ -1,10 +1,12 @@
 """What mutation testing found: `mutmut results --all true | python scripts/survivors.py`, after `mutmut run`.
 
 Each slip that no test noticed with the line it changed, then the score: the share that was noticed of those that a test
-reached, and of all.
+reached, and of all. `--sample N` instead draws N names of the slips that mutmut has made.
 """
 
 import difflib
+import json
+import random
 import re
 import sys
 from collections import Counter
@@ -35,11 +37,20 @@ def change(name: str) -> str:
     return "  ->  ".join(line[1:].strip() for line in lines[:2])
 
 
+def sample(count: int) -> list[str]:
+    names = [name for path in sorted(Path("mutants").rglob("*.meta"))
+             for name in json.loads(path.read_text())["exit_code_by_key"]]
+    return random.Random(0).sample(names, min(count, len(names)))
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--sample"]:
+        print("\n".join(sample(int(sys.argv[2]))))
+        return
     outcomes: Counter[str] = Counter()
     for line in sys.stdin:
         name, _, outcome = line.strip().partition(": ")
-        if not outcome:
+        if not outcome or outcome == "not checked":
             continue
         outcomes[outcome] += 1
         if outcome not in ("killed", "timeout"):

@@ -1,4 +1,4 @@
-"""Axes of recording devices, written down from their own documentation and not taken from the code under test.
+"""Axes and lenses of recording devices, from their own documentation and not from the code under test.
 
 A matrix's columns say where OpenCV's axes (x right, y down, z forward) point in the other frame.
 """
@@ -31,3 +31,11 @@ def aria_matrix(params: np.ndarray) -> np.ndarray:
     """Aria's f, cu, cv count pixel centres as whole numbers; ours lie at halves."""
     f, cu, cv = params[:3]
     return np.array([[f, 0, cu + 0.5], [0, f, cv + 0.5], [0, 0, 1]])
+
+
+def opencv_distort(x: float, y: float, k1: float, k2: float, p1: float, p2: float, k3: float = 0, k4: float = 0,
+                   k5: float = 0, k6: float = 0) -> tuple[float, float]:
+    """Where a pinhole ray (x, y, 1) goes by OpenCV's rational lens, as its calib3d page writes it."""
+    r = (x**2 + y**2) ** 0.5
+    factor = (1 + k1 * r**2 + k2 * r**4 + k3 * r**6) / (1 + k4 * r**2 + k5 * r**4 + k6 * r**6)
+    return x * factor + 2 * p1 * x * y + p2 * (r**2 + 2 * x**2), y * factor + p1 * (r**2 + 2 * y**2) + 2 * p2 * x * y

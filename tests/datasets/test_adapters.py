@@ -17,10 +17,9 @@ from egom2p.data.clips import ClipIndex
 from egom2p.data.video import square
 from egom2p.datasets import ADAPTERS
 from egom2p.datasets.checks import reprojection_error
-from egom2p.datasets.lens import distort_rational
 from egom2p.signals.writers import write_video
 from tests.conftest import run_cli
-from tests.datasets.conventions import PSI_FROM_OPENCV
+from tests.datasets.conventions import PSI_FROM_OPENCV, opencv_distort
 from tests.datasets.miniature import Miniature, save_png
 
 SIZE = 64
@@ -266,7 +265,7 @@ def _distort(frame: np.ndarray, intrinsics: np.ndarray, lens: np.ndarray) -> np.
     guess = (np.concatenate([target, np.ones((height, width, 1))], -1) @ np.linalg.inv(intrinsics).T)[..., :2]
     wanted = guess.copy()
     for _ in range(30):  # fixed-point inversion of the lens
-        guess = guess - (distort_rational(guess, lens) - wanted)
+        guess = guess - (np.stack(opencv_distort(guess[..., 0], guess[..., 1], *lens), -1) - wanted)
     pixels = (np.concatenate([guess, np.ones((height, width, 1))], -1) @ intrinsics.T)[..., :2].astype(int)
     inside = ((pixels >= 0) & (pixels < [width, height])).all(-1)
     out = np.zeros_like(frame)

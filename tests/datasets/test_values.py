@@ -13,6 +13,7 @@ from egom2p.datasets.arctic import load_plain_pickle
 from egom2p.datasets.cutting import nearest, resample_points, resample_poses
 from egom2p.datasets.lens import Undistortion, distort_fisheye624, distort_rational
 from egom2p.datasets.recording import BadSequence, Track
+from tests.datasets.conventions import opencv_distort
 
 
 def test_the_upright_picture_and_its_intrinsics_agree():
@@ -40,6 +41,29 @@ def test_tangential_terms_of_the_rational_model_are_opencvs():
                                [0.3 + 0.1 * (r2 + 2 * 0.09), -0.2 + 0.1 * 2 * 0.3 * -0.2])
     np.testing.assert_allclose(distort_rational(ray, [0.5, 0.25, 0, 0, 2.0, 0.125, 0, 0]),
                                ray * (1 + 0.5 * r2 + 0.25 * r2**2 + 2 * r2**3) / (1 + 0.125 * r2))
+
+
+@pytest.mark.parametrize(("terms", "expected"), [
+    (8, [[0.0, 0.0], [0.2939919994951741, -0.19603799966344942], [-0.4768983041426362, 0.381272643314109],
+         [0.636077868840114, 0.5475167447200977], [-0.09386316127621776, -0.7398552902097421]]),
+    (5, [[0.0, 0.0], [0.29473935009999996, -0.19653623340000004], [-0.4805205655, 0.38417045240000003],
+         [0.6456812624999999, 0.555748225], [-0.0949495875, -0.7485467]])])
+def test_the_rational_model_is_opencvs(terms, expected):
+    """What cv2.projectPoints (5.0.0) gave for these rays and coefficients; the miniature's own formula agrees."""
+    lens = [-0.12, 0.03, 0.001, -0.002, 0.011, 0.02, -0.004, 0.0015][:terms]
+    rays = np.array([[0, 0], [0.3, -0.2], [-0.5, 0.4], [0.7, 0.6], [-0.1, -0.8]])
+    np.testing.assert_allclose(distort_rational(rays, lens), expected, atol=1e-12)
+    np.testing.assert_allclose([opencv_distort(*ray, *lens) for ray in rays], expected, atol=1e-12)
+
+
+def test_the_fisheye_is_project_arias():
+    """What projectaria_tools 2.3.0 (CameraCalibration.project) gave for these rays, every term of the lens in use."""
+    focal, centre = 300.0, [320.5, 318.25]
+    lens = [0.36, -0.17, -0.75, 2.4, -2.5, 0.87, 0.002, -0.003, 0.004, -0.001, -0.0025, 0.0015]
+    rays = np.array([[0, 0], [0.3, -0.2], [-0.5, 0.4], [0.7, 0.6], [-0.1, -0.8]])
+    expected = [[320.5, 318.25], [410.7611382820123, 258.0218351166226], [176.09361035257325, 433.72530627901847],
+                [515.0144904392283, 483.0405585741098], [293.0221431789519, 90.09637333197026]]
+    np.testing.assert_allclose(focal * distort_fisheye624(rays, lens) + centre, expected, atol=1e-9)
 
 
 def test_the_fisheye_keeps_angles_when_it_has_no_terms():

@@ -16,13 +16,14 @@ from tests.conftest import ROOT, run_cli, start_cli
 from tests.training.test_reliability import _torchrun, arguments, same_weights
 from tests.training.test_training import curve
 
-OPTIONS = ("checkpoint.every=2", "eval.every=7", "eval.samples=4")
+EVAL = ("eval.every=7", "eval.samples=4")
+OPTIONS = ("checkpoint.every=2", *EVAL)
 
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(debug_tokens, tmp_path):
     steps = "train.steps=800"
-    run_cli(*arguments(debug_tokens, tmp_path / "whole", steps, *OPTIONS))
+    run_cli(*arguments(debug_tokens, tmp_path / "whole", steps, *EVAL))
     done = subprocess.run([sys.executable, "-m", "tests.training.kill_harness", "cfgs/train/debug.yaml", "55", "1",
                            f"data.root={debug_tokens}",
                            f"run.dir={tmp_path / 'killed'}", "train.threads=1", steps,
@@ -41,7 +42,7 @@ def test_fifty_kills_change_nothing(debug_tokens, tmp_path):
 def test_a_worker_killed_under_torchrun_changes_nothing(debug_tokens, tmp_path):
     """torchrun --nproc-per-node 2 --max-restarts 100, one of the workers killed five times."""
     options = ("train.steps=300", *OPTIONS)
-    _torchrun(debug_tokens, tmp_path / "whole", 2, *options)
+    _torchrun(debug_tokens, tmp_path / "whole", 2, "train.steps=300", *EVAL)
     run, rng = tmp_path / "killed", random.Random(2)
     process = start_cli(*arguments(debug_tokens, run, *options), torchrun=2, launcher=("--max-restarts", "100"),
                         output=tmp_path / "log")
