@@ -53,6 +53,7 @@ from egom2p.training.optim import OptimArgs, make_optimizer
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GOAL = 177.0
 SMALL = ModalitySet([Modality("a", 70, (3, 4, 4)), Modality("b", 50, (2, 4, 4)), Modality("c", 17, (9,))])
+MODALITIES = RELEASED
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -224,14 +225,14 @@ class Trainer:
 
     def __init__(self, sizes: ModelArgs, micro: int, compiled: bool, batches: int = 4, fused: bool = True) -> None:
         torch.manual_seed(0)
-        self.model = EgoM2P(RELEASED, sizes).to(DEVICE)  # position tables come from numpy: `with device` leaves them
+        self.model = EgoM2P(MODALITIES, sizes).to(DEVICE)  # position tables come from numpy: `with device` leaves them
         if compiled:
             self.model.compile()
         if not fused:
             self.model.softmax = softmax_step
         self.optimizer = make_optimizer(self.model, OptimArgs())
         self.sizes = sizes
-        self.host = [pack(make_samples(micro, i * micro), 4) for i in range(batches)]
+        self.host = [pack(make_samples(micro, i * micro, MODALITIES), 4) for i in range(batches)]
         self.host = [b.pin_memory() for b in self.host] if DEVICE.type == "cuda" else self.host
         self.scales = [torch.cat([torch.full((n,), 1 / (4 * max(n, 1))) for n in b.targets.modality_counts]).to(DEVICE)
                        for b in self.host]
@@ -248,7 +249,7 @@ class Trainer:
     def work(self, number: int) -> tuple[float, int]:
         """Model FLOPs and real tokens of a step."""
         batch = self.host[number % len(self.host)]
-        flops = training_flops(self.sizes, [m.vocab_size for m in RELEASED], batch.inputs.lengths,
+        flops = training_flops(self.sizes, [m.vocab_size for m in MODALITIES], batch.inputs.lengths,
                                batch.targets.lengths)
         return flops, len(batch.inputs) + len(batch.targets)
 
@@ -378,13 +379,14 @@ def section_profile(args) -> str:
 
 def section_generate(args) -> dict[str, float]:
     torch.manual_seed(0)
-    model = EgoM2P(RELEASED, args.sizes).to(DEVICE).eval()
+    model = EgoM2P(MODALITIES, args.sizes).to(DEVICE).eval()
     seconds = {}
     for name in args.recipes:
         recipe = load(RecipeConfig, f"cfgs/generate/{name}.yaml")
         targets = {k: replace(t, steps=min(t.steps, 2))
                    for k, t in recipe.targets.items()} if args.smoke else recipe.targets
-        grid = np.random.default_rng(0).integers(0, 64000, (1, 5, 32, 32))
+        rgb = MODALITIES[0]
+        grid = np.random.default_rng(0).integers(0, rgb.vocab_size, (1, *rgb.grid))
         started = time.perf_counter()
         with half():
             generate_targets(model, {recipe.input or "rgb": grid}, targets, codes=None)
@@ -446,6 +448,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     args.sizes = model_sizes(args.size)
     if args.smoke:
+        globals()["MODALITIES"] = ModalitySet([replace(m, vocab_size=min(m.vocab_size, 500)) for m in RELEASED])
         args.sizes, args.micro, args.steps, args.recipes = ModelArgs(32, 2, 1, 1), [1], 1, ["rgb2cam"]
     heading(__doc__, size=args.size)
     results, summary = {}, []

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401
@@ -34,8 +35,8 @@ def check_latest(run: Path) -> None:
         assert hashlib.sha256((latest / name).read_bytes()).hexdigest() == digest, f"{latest.resolve()}/{name}"
 
 
-def live(arguments: list[str], seconds: float) -> bool:
-    """One life, killed after `seconds`; True when it was over before that."""
+def live(arguments: list[str], seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
+    """One life, killed after `seconds` or when `until` holds; True when it was over before that."""
     pid = os.fork()
     if pid == 0:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -48,6 +49,8 @@ def live(arguments: list[str], seconds: float) -> bool:
         if done:
             assert status == 0, f"the command failed by itself: {status}"
             return True
+        if until():
+            break
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -57,8 +60,12 @@ def live(arguments: list[str], seconds: float) -> bool:
 def run(config: str, kills: int, seed: int, overrides: list[str]) -> dict:
     rng, moments, lives, killed = random.Random(seed), Counter(), 0, 0
     folder = Path(next(o.partition("=")[2] for o in overrides if o.startswith("run.dir=")))
+    # How long this machine, with what else it does, takes to the first checkpoint; lives are measured by it.
+    started = time.monotonic()
+    live(["train", config, *overrides], 1e9, lambda: (folder / "checkpoints/latest").is_symlink())
+    unit = time.monotonic() - started
     while True:
-        patience = rng.uniform(0.05, 0.8) if killed < kills else 1e9
+        patience = rng.uniform(0.1, 2.2) * unit if killed < kills else 1e9
         lives += 1
         if live(["train", config, *overrides, f"data.workers={rng.choice([0, 0, 1])}"], patience):
             return {"kills": killed, "lives": lives, "moments": dict(moments)}

@@ -16,14 +16,16 @@ from tests.conftest import ROOT, run_cli, start_cli
 from tests.training.test_reliability import _torchrun, arguments, same_weights
 from tests.training.test_training import curve
 
-EVAL = ("eval.every=7", "eval.samples=4")
-OPTIONS = ("checkpoint.every=2", *EVAL)
+# Small steps: what is tried here is what lies between them.
+SMALL = ("eval.every=21", "eval.samples=4", "model.encoder_depth=1", "model.decoder_depth=1", "train.batch_size=4",
+         "train.micro_batch_size=2", "masking.input_tokens=24", "masking.target_tokens=24")
+OPTIONS = ("checkpoint.every=2", *SMALL)
 
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(debug_tokens, tmp_path):
     steps = "train.steps=800"
-    run_cli(*arguments(debug_tokens, tmp_path / "whole", steps, *EVAL))
+    run_cli(*arguments(debug_tokens, tmp_path / "whole", steps, *SMALL))
     done = subprocess.run([sys.executable, "-m", "tests.training.kill_harness", "cfgs/train/debug.yaml", "55", "1",
                            f"data.root={debug_tokens}",
                            f"run.dir={tmp_path / 'killed'}", "train.threads=1", steps,
@@ -42,7 +44,7 @@ def test_fifty_kills_change_nothing(debug_tokens, tmp_path):
 def test_a_worker_killed_under_torchrun_changes_nothing(debug_tokens, tmp_path):
     """torchrun --nproc-per-node 2 --max-restarts 100, one of the workers killed five times."""
     options = ("train.steps=300", *OPTIONS)
-    _torchrun(debug_tokens, tmp_path / "whole", 2, "train.steps=300", *EVAL)
+    _torchrun(debug_tokens, tmp_path / "whole", 2, "train.steps=300", *SMALL)
     run, rng = tmp_path / "killed", random.Random(2)
     process = start_cli(*arguments(debug_tokens, run, *options), torchrun=2, launcher=("--max-restarts", "100"),
                         output=tmp_path / "log")
