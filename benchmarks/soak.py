@@ -79,7 +79,9 @@ def soak(processes: int, threads: int, load: bool, deterministic: bool, size: st
     differing, names = 0, Counter()
     try:
         first = in_a_fork(threads, deterministic, size)
-        for _ in range(processes - 1):
+        for number in range(1, processes):
+            if number % 200 == 0:
+                say(f"{number}: {differing} differ")
             told = in_a_fork(threads, deterministic, size)
             changed = [name for name in first if told[name] != first[name]]
             differing += bool(changed)

@@ -1,12 +1,14 @@
 """Invariant 7, and every YAML in the repository parses and builds."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from egom2p.ablate import SweepConfig, combinations
-from egom2p.config import dump, load, to_plain
+from egom2p.config import build, dump, included_files, load, read_json, to_plain
 from egom2p.errors import UserError
 from egom2p.generation.schedule import RecipeConfig
 from egom2p.modalities import ModalitySet
@@ -133,3 +135,98 @@ def test_dump_reads_back_to_an_equal_config(tmp_path):
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(PretrainConfig, tmp_path / "config.yaml") == config
     assert to_plain(config)["init"]["from"] == "somewhere"
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str = ""
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One field of every kind that a configuration may have."""
+
+    number: float = 0.0
+    text: str = ""
+    maybe: str | None = None
+    either: int | list[int] = 0
+    flag: bool = False
+    items: list[int] = field(default_factory=list)
+    pair: tuple[float, ...] = ()
+    named: dict[str, Part] = field(default_factory=dict)
+    choice: Literal["plain", "fancy"] = "plain"
+    part: Part = field(default_factory=Part)
+    optional: Part | None = None
+    from_: str = ""
+
+
+@pytest.fixture
+def whole(tmp_path):
+    def read(*overrides: str) -> Whole:
+        (tmp_path / "whole.yaml").write_text("{}\n")
+        return load(Whole, tmp_path / "whole.yaml", overrides)
+
+    return read
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("number=[1]", "number (F) must be a number, not [1]"),
+    ("items=3", "items (F) must be a list, not 3"),
+    ("items=[1,two]", "items[1] (F) must be a whole number, not 'two'"),
+    ("text=[a]", "text (F) must be text (in quotes), not ['a']"),
+    ("flag=3", "flag (F) must be bool, not 3"),
+    ("part=3", "part (F) must be a mapping, not 3"),
+    ("named=3", "named (F) must be a mapping, not 3"),
+    ("named.a=3", "named.a (F) must be a mapping, not 3"),
+    ("named.a.size=x", "named.a.size (F) must be a whole number, not 'x'"),
+    ("either=x", "either (F) must be a list, not 'x'"),  # the last of the kinds it may have
+    ("choice=fanzy", "choice (F): 'fanzy' is not one of plain, fancy; did you mean 'fancy'?"),
+    ("choice=3", "choice (F): 3 is not one of plain, fancy; it may be one of plain, fancy"),
+    ("part.sise=3", "unknown key 'sise' in part (F); did you mean 'size'?"),
+    ("zzz=3", "unknown key 'zzz' in the configuration (F); it may be one of number, text, maybe, either, flag, items, "
+              "pair, named, choice, part, optional, from")])
+def test_what_is_said_to_the_letter(whole, tmp_path, override, message):
+    with pytest.raises(UserError) as error:
+        whole(override)
+    assert str(error.value) == message.replace("(F)", f"({tmp_path / 'whole.yaml'})")
+
+
+def test_a_file_that_is_no_mapping_inside(tmp_path):
+    with pytest.raises(UserError, match=r"^the configuration \(f\) must be a mapping, not 3$"):
+        build(Whole, 3, "", "f")
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    (["number=2"], Whole(number=2.0)), (["items=[3.0]"], Whole(items=[3])), (["pair=[1,2.5]"], Whole(pair=(1.0, 2.5))),
+    (["either=[1,2]"], Whole(either=[1, 2])), (["either=4"], Whole(either=4)), (["maybe=null"], Whole()),
+    (["flag=true"], Whole(flag=True)), (["from=x"], Whole(from_="x")),
+    (["named.a.size=2"], Whole(named={"a": Part("", 2)})), (["named.a.size=2", "named.a=null"], Whole()),
+    # What YAML would take for a number stays text where text is meant, at any depth.
+    (["text=4711"], Whole(text="4711")), (["text=007"], Whole(text="007")), (["text=1e3"], Whole(text="1e3")),
+    (["text=true"], Whole(text="true")), (["maybe=12"], Whole(maybe="12")), (["from=1"], Whole(from_="1")),
+    (["part.name=12"], Whole(part=Part("12"))), (["named.a.name=3"], Whole(named={"a": Part("3")})),
+    (["optional.name=5"], Whole(optional=Part("5"))), (["part.size=12"], Whole(part=Part("", 12)))])
+def test_values_of_every_kind(whole, overrides, expected):
+    found = whole(*overrides)
+    assert found == expected
+    assert {k: type(v) for k, v in vars(found).items()} == {k: type(v) for k, v in vars(expected).items()}
+
+
+def test_included_files_of_included_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for file, text in (("a.yaml", "include: [sub/b.yaml, d.yaml]\ntext: a\n"), ("sub/b.yaml", "include: c.yaml\n"),
+                       ("sub/c.yaml", "text: c\nnumber: 2\n"), ("d.yaml", "number: 3\n")):
+        (tmp_path / file).write_text(text)
+    assert included_files(tmp_path / "a.yaml") == [tmp_path / n for n in ("sub/b.yaml", "sub/c.yaml", "d.yaml")]
+    assert load(Whole, tmp_path / "a.yaml") == Whole(text="a", number=3.0)
+
+
+def test_json_that_cannot_be_read(tmp_path):
+    (tmp_path / "good.json").write_text('{"a": 1}')
+    assert read_json(tmp_path / "good.json") == {"a": 1}
+    with pytest.raises(UserError, match=f"^no file {tmp_path / 'none.json'}$"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"a":\n 1')
+    with pytest.raises(UserError, match=f"^{tmp_path / 'bad.json'}: unreadable JSON: Expecting .* delimiter: line 2"):
+        read_json(tmp_path / "bad.json")

@@ -16,6 +16,7 @@ def random_poses(rng, count=50):
 def test_nine_number_round_trip(rng):
     poses = random_poses(rng)
     assert np.allclose(geometry.nine_to_pose(geometry.pose_to_nine(poses)), poses, atol=1e-12)
+    assert geometry.nine_to_pose(geometry.pose_to_nine(poses.astype(np.float32))).dtype == np.float32
 
 
 def test_nine_numbers_are_columns_then_translation(rng):
