@@ -120,3 +120,12 @@ def test_windows_of_a_noisy_trajectory_join_to_rotations():
     angles = geometry.rotation_angle_deg(geometry.relative_to_first(truth)[:, :3, :3].transpose(0, 2, 1)
                                          @ geometry.relative_to_first(made)[:, :3, :3])
     assert angles.max() < 4
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.01}, {"top_k": -1}])
+def test_recipes_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match="steps must be at least 1, temperature and top_k at least 0, top_p in"):
+        TargetArgs(**wrong)
+    with pytest.raises(ValueError, match="not both"):
+        TargetArgs(guidance=2.0, condition_weights={"rgb": 1.0})
+    TargetArgs(steps=1, temperature=0, top_p=1, top_k=0, guidance=1.0, condition_weights={"rgb": 1.0})
