@@ -161,7 +161,7 @@ class _Job(NamedTuple):
 
 
 def _tar_jobs(pattern: str, out: Path, names: set[str]) -> Iterator[_Job]:
-    for entry in index_tars([p for p in expand_paths(pattern) if p.suffix == ".tar"]):
+    for entry in index_tars([p for p in _expand_or_none(pattern) if p.suffix == ".tar"]):
         if entry.damage:
             raise UserError(f"{entry.path}: {entry.damage}; mend or remove it first, nothing of it was converted")
         place = placed(entry.path, names)

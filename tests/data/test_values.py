@@ -11,7 +11,7 @@ from egom2p.data.loader import BatchPlan
 from egom2p.data.masking import MaskArgs, MaskComponent, Masker
 from egom2p.data.order import BLOCK, MixtureOrder, PassOrder
 from egom2p.data.shardtools import check, convert, placed
-from egom2p.data.tarindex import INDEX_FILE, index_tars, npy_bytes, write_tar
+from egom2p.data.tarindex import INDEX_FILE, index_tars, npy_bytes, read_at, split_name, write_tar
 from egom2p.data.tokens import TokenDataset, load_array
 from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalitySet
@@ -194,3 +194,47 @@ def test_two_sources_of_one_shard_are_refused(tmp_path, rng):
     with pytest.raises(UserError, match="would both become"):
         convert(str(tmp_path / "*/a/set/*.tar"), tmp_path / "new", {"a"})
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("wrong", [
+    {}, {"alpha": 1.0, "inputs": {"a": 1.0}}, {"alpha": 0.0}, {"alpha": 1.0, "weight": -0.5}, {"inputs": {"a": 0.0}},
+    {"inputs": {"a": 1.0}, "targets": {"b": -1.0}}, {"targets": {"b": 0.0}}])
+def test_components_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=r"give either alpha|concentrations must be above 0"):
+        MaskComponent(**wrong)
+    MaskComponent(weight=0.0, inputs={"a": 0.1}, targets={"b": 0.1})  # switched off, and small, are both allowed
+
+
+@pytest.mark.parametrize(("name", "key", "suffix"), [
+    ("a.npy", "a", "npy"), ("a.b.npy", "a", "b.npy"), ("P01.5_0003.rgb.npz", "P01.5_0003", "rgb.npz"),
+    ("x.rgb.mp4", "x", "rgb.mp4"), ("x.depth.mkv", "x", "depth.mkv"), ("P01.5.npy", "P01.5", "npy"),
+    ("a.b.json", "a.b", "json"), ("noext", "noext", ""), (".hidden", ".hidden", "")])
+def test_a_members_name_is_a_key_and_a_suffix(name, key, suffix):
+    assert split_name(name) == (key, suffix)
+
+
+def test_a_shard_that_is_not_there_is_an_entry_that_says_why(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", [{"__key__": "k", "npy": npy_bytes(np.arange(3))}])
+    there, gone = index_tars([tmp_path / "a.tar", tmp_path / "b.tar"])
+    assert there.damage == "" and gone.damage == "cannot be read (No such file or directory)"
+    assert f"{tmp_path / 'b.tar'}: cannot be read (No such file or directory)" in caplog.text
+    assert list(there.keys) == ["k"] and not len(gone.keys)
+
+
+def test_bytes_beyond_the_end_are_counted(tmp_path):
+    (tmp_path / "x").write_bytes(b"abcdefgh")
+    assert read_at(tmp_path / "x", 2, 3) == b"cde"
+    with pytest.raises(EOFError, match="file ends 4 bytes early"):
+        read_at(tmp_path / "x", 5, 7)
+    with pytest.raises(OSError, match="changed since"):
+        read_at(tmp_path / "x", 0, 1, (9, 0))
+
+
+def test_loose_arrays_are_sharded_in_the_order_of_their_keys(tmp_path):
+    """By key: `a` comes before `a-b`, though `a-b.npy` comes before `a.npy`."""
+    (tmp_path / "raw/a/set").mkdir(parents=True)
+    for key in ("a-b", "a", "c"):
+        np.save(tmp_path / f"raw/a/set/{key}.npy", np.zeros(40, np.int32))
+    convert(str(tmp_path / "raw"), tmp_path / "out", {"a"})
+    shard, = (tmp_path / "out").rglob("*.tar")
+    assert list(index_tars([shard])[0].keys) == ["a", "a-b", "c"]
