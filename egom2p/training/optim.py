@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,11 +62,12 @@ class Muon(torch.optim.Optimizer):
     type that the device multiplies fast.
 
     torch's and timm's optimisers orthogonalise in bfloat16 everywhere. A CPU without bfloat16 products (before
-    avx512_bf16 and AMX) takes twenty times as long for that as for float32, so here a CPU has float32. Matrices of one
-    shape go together. The iteration is timm's function.
+    avx512_bf16 and AMX) takes twenty times as long for that as for float32, so on a CPU it is the weights' own type.
+    Matrices of one shape go together. The iteration is timm's function.
     """
 
     COEFFICIENTS = [(3.4445, -4.7750, 2.0315)]  # Jordan's, as torch has them
+    TOGETHER = 1 << 24  # numbers of a stack of matrices
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
@@ -75,11 +77,20 @@ class Muon(torch.optim.Optimizer):
         from timm.optim.muon import get_lr_scale
 
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p, update in zip(params, self._orthogonal([self._momentum(p, group["momentum"]) for p in params]),
-                                 strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * get_lr_scale(p.shape, "match_rms_adamw"))
+            for params in self._alike([p for p in group["params"] if p.grad is not None]):
+                updates = self._orthogonal([self._momentum(p, group["momentum"]) for p in params])
+                for p, update in zip(params, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * get_lr_scale(p.shape, "match_rms_adamw"))
+
+    def _alike(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Matrices of one shape, at most TOGETHER numbers of them at a time; shards of FSDP2 one by one."""
+        shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for p in params:
+            shapes[p.shape].append(p)
+        for same in shapes.values():
+            count = 1 if hasattr(same[0], "placements") else max(1, self.TOGETHER // same[0].numel())
+            yield from (same[start : start + count] for start in range(0, len(same), count))
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]
@@ -88,24 +99,13 @@ class Muon(torch.optim.Optimizer):
         state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(state["momentum_buffer"], momentum)
 
-    def _orthogonal(self, updates: list[Tensor]) -> list[Tensor]:
+    def _orthogonal(self, updates: list[Tensor]) -> Sequence[Tensor]:
         from timm.optim.muon import zeropower_via_newtonschulz
-        from torch.distributed.tensor import DTensor
 
-        alike: dict[Any, list[int]] = defaultdict(list)
-        for i, update in enumerate(updates):
-            alike[i if isinstance(update, DTensor) else update.shape].append(i)  # shards of FSDP2 one by one
-        found = list(updates)
-        for numbers in alike.values():
-            dtype = torch.float32 if updates[numbers[0]].device.type == "cpu" else torch.bfloat16
-            if isinstance(updates[numbers[0]], DTensor):
-                found[numbers[0]] = zeropower_via_newtonschulz(updates[numbers[0]], 5, self.COEFFICIENTS, dtype=dtype)
-                continue
-            stack = torch.stack([updates[i] for i in numbers])
-            for i, update in zip(numbers, zeropower_via_newtonschulz(stack, 5, self.COEFFICIENTS, dtype=dtype),
-                                 strict=True):
-                found[i] = update
-        return found
+        dtype = updates[0].dtype if updates[0].device.type == "cpu" else torch.bfloat16
+        if len(updates) == 1:
+            return [zeropower_via_newtonschulz(updates[0], 5, self.COEFFICIENTS, dtype=dtype)]
+        return zeropower_via_newtonschulz(torch.stack(updates), 5, self.COEFFICIENTS, dtype=dtype).unbind()
 
 
 class MuonAndAdamW:

@@ -74,17 +74,37 @@ def test_newton_schulz_is_in_a_type_that_the_device_multiplies_fast():
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if "addbmm" in str(function):
+            if "addmm" in str(function) or "baddbmm" in str(function):
                 seen.append(args[1].dtype)
             return function(*args, **(kwargs or {}))
 
-    for device, dtype in (("cpu", torch.float32), ("meta", torch.bfloat16)):
-        updates = [torch.ones(4, 3, device=device), torch.ones(3, 4, device=device), torch.ones(4, 3, device=device)]
-        with Watch():
-            found = Muon([{"params": []}], 0.1, 0.9)._orthogonal(updates)
-        assert [x.shape for x in found] == [x.shape for x in updates]
-        assert set(seen) == {dtype} and len(seen) == 5 * 3 * 2  # two shapes
-        seen.clear()
+    muon = Muon([{"params": []}], 0.1, 0.9)
+    for device, given, dtype in (("cpu", torch.float32, torch.float32), ("cpu", torch.float64, torch.float64),
+                                 ("meta", torch.float32, torch.bfloat16)):
+        for count in (1, 3):
+            with Watch():
+                found = muon._orthogonal([torch.ones(4, 3, device=device, dtype=given)] * count)
+            assert [x.shape for x in found] == [(4, 3)] * count
+            assert seen == [dtype] * 5 * 3
+            seen.clear()
+
+
+def test_matrices_of_one_shape_go_together_up_to_a_size(monkeypatch):
+    """In any portions the same steps; a step of five large matrices never holds five more of them."""
+    params = [torch.zeros(4, 3), torch.zeros(3, 4), *(torch.zeros(4, 3) for _ in range(4))]
+    monkeypatch.setattr(Muon, "TOGETHER", 24)
+    portions = list(Muon([{"params": []}], 0.1, 0.9)._alike(params))
+    assert [[p.shape for p in portion] for portion in portions] == [[(4, 3)] * 2, [(4, 3)] * 2, [(4, 3)], [(3, 4)]]
+    assert {id(p) for portion in portions for p in portion} == {id(p) for p in params}
+    results = []
+    for together in (1, 1 << 24):
+        monkeypatch.setattr(Muon, "TOGETHER", together)
+        model = small_model()
+        optimizer = make_optimizer(model, OptimArgs(name="muon", lr=0.01))
+        with_gradients(model, 0)
+        optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
