@@ -37,7 +37,7 @@ from egom2p.training.log import read_metrics
 from egom2p.training.pretraining import PretrainConfig, pretrain
 from egom2p.training.tokenizer_training import TokenizerConfig
 from egom2p.visualize import plots
-from egom2p.visualize.report import OwnPart, write_report
+from egom2p.visualize.report import OwnPart, Report, write_report
 
 log = logging.getLogger(__name__)
 
@@ -268,11 +268,12 @@ def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, 
     sheets = _sheets(shown, kinds)
     takes = [take_of(clip, kinds, predicted) for clip, predicted in shown]
     drawn = _drawn(config, evaluation.shown, pipeline)
-    write_report(out / "report.html", "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds,
-                 facts, pictures, reliability={name: reliability(rows) for name, rows in evaluation.rows.items()},
-                 before=changes_since(out, evaluation), mine=mine, takes=takes, drawn=drawn,
-                 during=[(f"{p.stem} at step {int(p.parent.name[5:])}", p)
-                  for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]])
+    during = [(f"{p.stem} at step {int(p.parent.name[5:])}", p)
+              for p in sorted((model_dir / "pictures").glob("*/*.png"))[-4:]]
+    write_report(out / "report.html", Report(
+        "EgoM2P on the procedural world", evaluation.summary, metrics, sheets, seconds, facts, pictures, during, mine,
+        takes, {name: reliability(rows) for name, rows in evaluation.rows.items()}, changes_since(out, evaluation),
+        drawn))
 
 
 def _drawn(config: QuickstartConfig, shown: dict, pipeline: Pipeline) -> list[tuple[str, Any]]:

@@ -362,9 +362,7 @@ def predict(model: EgoM2P, tokenizer: Tokenizer, condition: dict[str, np.ndarray
     codes = {target: tokenizer.codes().detach()} if recipe.expected else None
     made = generate(model, condition, {target: recipe}, seed=seed, keys=keys, codes=codes)
     sure = np.exp(np.log(np.maximum(made.confidence[target], 1e-12)).mean(1)).tolist()
-    if recipe.expected:
-        return [tokenizer.decode_from_codes(c) for c in made.expected[target]], sure
-    return [tokenizer.decode(ids) for ids in made.tokens[target]], sure
+    return made.signals(target, tokenizer), sure
 
 
 def predict_clip(pipeline: Pipeline, clip: Clip, inputs: Iterable[str],

@@ -151,10 +151,8 @@ class Pipeline:
         codes = {n: self.tokenizer(n).codes().detach() for n, r in recipes.items() if r.expected}
         draws = generate_samples(self.model, {modality: ids[None]}, recipes, samples, seed, [key], codes=codes)
         signals, spread = {}, {}
-        for name, recipe in recipes.items():
-            tokenizer = self.tokenizer(name)
-            made = [tokenizer.decode_from_codes(d.expected[name][0])
-                    if recipe.expected else tokenizer.decode(d.tokens[name][0]) for d in draws]
+        for name in recipes:
+            made = [d.signals(name, self.tokenizer(name))[0] for d in draws]
             signals[name] = made[0]
             if samples > 1:
                 spread[name] = self.kind(name).spread(np.stack(made).astype(np.float64))

@@ -17,6 +17,7 @@ from egom2p.data.batch import FlatTokens, MaskedSample, pack
 from egom2p.errors import UserError
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
+from egom2p.tokenizers.base import Tokenizer
 
 NO_TOKENS = FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
 
@@ -29,6 +30,12 @@ class Generated:
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
     confidence: dict[str, np.ndarray] = field(default_factory=dict)
     expected: dict[str, Tensor] = field(default_factory=dict)
+
+    def signals(self, name: str, tokenizer: Tokenizer) -> list[np.ndarray]:
+        """The raw signal of each clip: of the mean codes where there are some, else of the tokens."""
+        if name in self.expected:
+            return [tokenizer.decode_from_codes(c) for c in self.expected[name]]
+        return [tokenizer.decode(ids) for ids in self.tokens[name]]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,45 +45,57 @@ class OwnPart:
     summary: dict[str, dict[str, dict]]
 
 
-def write_report(path: Path, title: str, summary: dict[str, dict[str, dict]], metrics: list[dict[str, Any]],
-                 sheets: list[tuple[str, plt.Figure]],
-                 seconds: dict[str, float], facts: list[tuple[str, str]],
-                 pictures: list[tuple[str, Path]] | None = None, during: list[tuple[str, Path]] | None = None,
-                 mine: OwnPart | None = None, takes: Sequence[Take] = (),
-                 reliability: dict[str, dict[str, Any]] | None = None,
-                 before: tuple[dict[str, Any], Sequence[Any]] = ({}, ()),
-                 drawn: Sequence[tuple[str, plt.Figure]] = ()) -> None:
-    """Write the page. sheets: (caption, figure); facts: (name, value); pictures, during (training): (caption, PNG
-    file); mine: the user's own recordings; takes: clips to turn and play, before everything else; reliability: by task,
-    `evaluation.results.reliability`; before: what `evaluation.results.changes_since` found in the folder; drawn:
-    (caption, figure) of pictures beside one draw."""
-    parts = [f"<h1>{html.escape(title)}</h1>", _lead(facts), _cards(summary), *_viewers(takes),
-             "<h2>Results on held-out clips</h2>", _RESULT_NOTE, _result_table(summary), *_changes(*before),
-             *_reliability(reliability or {}),
-             "<h2>Training</h2>", _image(plots.loss_curves(metrics)),
-             *(f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}'
-               for caption, file in during or []), "<h2>Clips</h2>", _CLIP_NOTE]
-    for caption, figure in sheets:
-        parts += [f'<p class="soft">{html.escape(caption)}</p>', _image(figure)]
-    if drawn:
-        parts += ["<h2>The mean and one draw</h2>", _DRAW_NOTE]
-        parts += [f'<p class="soft">{html.escape(caption)}</p>{_image(figure)}' for caption, figure in drawn]
-    if mine:
-        parts += _own_part(mine)
-    if pictures:
-        parts.append("<h2>Recordings from outside the world</h2><p>The same model on real videos it was never trained "
-                     "for: "
-                     "shown because the path from a plain file to trajectory, gaze and depth works, not because the "
-                     "predictions are good.</p>")
-        parts += [f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}'
-                  for caption, file in pictures]
-    parts += ["<h2>What each stage cost</h2>", _cost_table(seconds)]
+@dataclass
+class Report:
+    """What the page shows. summary: the evaluation's; metrics: the training's rows; sheets: (caption, figure) of clips;
+    seconds: by stage; facts: (name, value). pictures: (caption, PNG file) of recordings from outside the world; during:
+    the same, made while training; mine: the user's own recordings; takes: clips to turn and play, before everything
+    else; reliability: by task, `evaluation.results.reliability`; before: what `evaluation.results.changes_since` found
+    in the folder; drawn: (caption, figure) of pictures beside one draw."""
+
+    title: str
+    summary: dict[str, dict[str, dict]]
+    metrics: list[dict[str, Any]]
+    sheets: Sequence[tuple[str, plt.Figure]]
+    seconds: dict[str, float]
+    facts: Sequence[tuple[str, str]]
+    pictures: Sequence[tuple[str, Path]] = ()
+    during: Sequence[tuple[str, Path]] = ()
+    mine: OwnPart | None = None
+    takes: Sequence[Take] = ()
+    reliability: dict[str, dict[str, Any]] = field(default_factory=dict)
+    before: tuple[dict[str, Any], Sequence[Any]] = ({}, ())
+    drawn: Sequence[tuple[str, plt.Figure]] = ()
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the page."""
+    title = html.escape(report.title)
+    parts = [f"<h1>{title}</h1>", _lead(report.facts), _cards(report.summary), *_viewers(report.takes),
+             "<h2>Results on held-out clips</h2>", _RESULT_NOTE, _result_table(report.summary),
+             *_changes(*report.before), *_reliability(report.reliability),
+             "<h2>Training</h2>", _image(plots.loss_curves(report.metrics)), *_files(report.during),
+             "<h2>Clips</h2>", _CLIP_NOTE, *_figures(report.sheets)]
+    if report.drawn:
+        parts += ["<h2>The mean and one draw</h2>", _DRAW_NOTE, *_figures(report.drawn)]
+    if report.mine:
+        parts += _own_part(report.mine)
+    if report.pictures:
+        parts += ["<h2>Recordings from outside the world</h2>", _OUTSIDE_NOTE, *_files(report.pictures)]
+    parts += ["<h2>What each stage cost</h2>", _cost_table(report.seconds)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    style = STYLE + (viewer.VIEWER_STYLE if takes else "")
-    script = f"<script>{viewer.script()}</script>" if takes else ""
-    page = (f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title><style>{style}</style>'
-            f"<body>{''.join(parts)}{script}</body></html>")
-    path.write_text(page)
+    style = STYLE + (viewer.VIEWER_STYLE if report.takes else "")
+    script = f"<script>{viewer.script()}</script>" if report.takes else ""
+    path.write_text(f'<!doctype html><html lang="en">{head}<title>{title}</title><style>{style}</style>'
+                    f"<body>{''.join(parts)}{script}</body></html>")
+
+
+def _figures(sheets: Sequence[tuple[str, plt.Figure]]) -> list[str]:
+    return [f'<p class="soft">{html.escape(caption)}</p>{_image(figure)}' for caption, figure in sheets]
+
+
+def _files(pictures: Sequence[tuple[str, Path]]) -> list[str]:
+    return [f'<p class="soft">{html.escape(caption)}</p>{_inline(file.read_bytes())}' for caption, file in pictures]
 
 
 _RESULT_NOTE = """<p>Every row sets the model beside the strongest trivial prediction, beside itself with its inputs
@@ -96,6 +108,9 @@ _CLIP_NOTE = """<p>Held-out clips, not chosen: the first of the set. White ring:
 is relative inverse depth, bright is near. Trajectory, gaze and depth are predicted from rgb; rgb is predicted from
 depth.</p>"""
 
+
+_OUTSIDE_NOTE = """<p>The same model on real videos it was never trained for: shown because the path from a plain file
+to trajectory, gaze and depth works, not because the predictions are good.</p>"""
 
 _DRAW_NOTE = """<p>Colours are not in depth. The mean over all rooms that fit is what a squared error asks for, and
 is a blur; one draw, decoded in several steps, commits itself to a room, and is further from the true one on
@@ -111,10 +126,10 @@ def _own_part(mine: OwnPart) -> list[str]:
              "recordings themselves bring along, where they do.</p>"]
     if mine.summary:
         parts.append(_result_table(mine.summary))
-    return parts + [f'<p class="soft">{html.escape(caption)}</p>{_image(figure)}' for caption, figure in mine.sheets]
+    return parts + _figures(mine.sheets)
 
 
-def _lead(facts: list[tuple[str, str]]) -> str:
+def _lead(facts: Sequence[tuple[str, str]]) -> str:
     return '<p class="soft">' + " &middot; ".join(f"{html.escape(k)} {html.escape(v)}" for k, v in facts) + "</p>"
 
 
