@@ -433,6 +433,7 @@ SECTIONS = {"correct": section_correct, "sync": section_sync, "step": section_st
 
 
 def main() -> None:
+    global MODALITIES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="base")
     parser.add_argument("--sections", default=",".join(SECTIONS))
@@ -448,7 +449,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     args.sizes = model_sizes(args.size)
     if args.smoke:
-        globals()["MODALITIES"] = ModalitySet([replace(m, vocab_size=min(m.vocab_size, 500)) for m in RELEASED])
+        MODALITIES = ModalitySet([replace(m, vocab_size=min(m.vocab_size, 500)) for m in RELEASED])
         args.sizes, args.micro, args.steps, args.recipes = ModelArgs(32, 2, 1, 1), [1], 1, ["rgb2cam"]
     heading(__doc__, size=args.size)
     results, summary = {}, []

@@ -23,16 +23,15 @@ import torch
 import torch._dynamo
 
 from benchmarks.printing import heading, say
-from benchmarks.train_step import RELEASED, make_samples, model_sizes
+from benchmarks.train_step import RELEASED, make_samples
+from egom2p.config import load
 from egom2p.data.batch import pack
 from egom2p.data.masking import MaskArgs
-from egom2p.modalities import Modality, ModalitySet
+from egom2p.modalities import ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.training.pretraining import PretrainConfig
 
 LOAD = "import torch; a = torch.randn(1500, 1500)\nwhile True: a @ a"
-
-WORLD = ModalitySet([Modality("rgb", 4096, (5, 6, 6)), Modality("depth", 512, (5, 6, 6)),
-                     Modality("cam", 240, (30,)), Modality("gaze", 240, (30,))])
 
 
 def hashes(threads: int, deterministic: bool, size: str) -> dict[str, str]:
@@ -41,8 +40,10 @@ def hashes(threads: int, deterministic: bool, size: str) -> dict[str, str]:
     torch.use_deterministic_algorithms(deterministic)
     torch.manual_seed(0)
     if size == "world":
-        model = EgoM2P(WORLD, model_sizes("world"))
-        batch = pack(make_samples(4, 0, WORLD, MaskArgs(180, 200)), len(WORLD))
+        quickstart = load(PretrainConfig, "cfgs/train/quickstart.yaml")
+        modalities = ModalitySet.from_config(quickstart.modalities)
+        model = EgoM2P(modalities, quickstart.model)
+        batch = pack(make_samples(4, 0, modalities, MaskArgs(180, 200)), len(modalities))
     else:
         model = EgoM2P(RELEASED, ModelArgs(64, 4, 2, 2))
         batch = pack(make_samples(2, 0), len(RELEASED))

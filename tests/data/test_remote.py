@@ -84,7 +84,6 @@ def bucket(debug_tokens):
     # s3fs reads the address once. A worker that takes over tests of this file may have had another bucket before.
     _FILESYSTEMS.clear()
     yield address
-    _FILESYSTEMS.clear()
     for key in [*keys, "AWS_ENDPOINT_URL"]:
         os.environ.pop(key, None)
     proxy.shutdown()

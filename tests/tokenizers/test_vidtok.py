@@ -36,10 +36,10 @@ def test_ids_and_videos_are_those_of_the_original(given):
         video = tokenizer.decoder(codes[reference["ids"].long()].movedim(-1, 1))[:, :, -frames:]
     torch.testing.assert_close(video, reference["video"], atol=2e-3, rtol=0)
     # The miniature's norms over two channels magnify the last bit, and every processor has its own: a latent at the
-    # edge of a level may fall on the other side. One in fifty at most, and by one level.
+    # edge of a level may fall on the other side. In float64 it is one, by one level, everywhere.
     spacing = torch.stack([channel.unique().diff()[0] for channel in codes.T])
     levels = ((codes[made] - codes[reference["ids"].long()]) / spacing).abs()
-    assert levels.max() < 1.5 and (levels > 0.5).float().mean() <= 0.02
+    assert levels.max() < 1.5 and (levels > 0.5).sum() <= 1
 
 
 def test_import_encode_decode(given, tmp_path, rng):
