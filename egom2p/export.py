@@ -91,10 +91,10 @@ def upload(folder: Path, repo: str, private: bool, kind: str = "model") -> str:
     try:
         huggingface_hub.create_repo(repo, private=private, exist_ok=True, repo_type=kind)
         return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=folder, repo_type=kind))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:150]
-        raise UserError(f"{repo}: the Hub does not take it ({reason}); check the name and `hf auth login` with a token "
-                        f"that may write") from error
+    except Exception as error:  # the HTTP library beneath the client, which it has changed twice, has errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+        raise UserError(f"{repo}: the Hub does not take it ({reason}); check the network, the name, and `hf auth "
+                        f"login` with a token that may write") from error
 
 
 def export_in(path: Path) -> Path | None:

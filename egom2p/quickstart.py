@@ -7,16 +7,18 @@ times them, and keeps the two cores busy (the tokenizers are independent, so two
 import json
 import logging
 import os
-import subprocess
+import runpy
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from egom2p import own
@@ -33,6 +35,7 @@ from egom2p.generation.pipeline import Pipeline
 from egom2p.generation.recordings import GenerateArgs, generate_files
 from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
+from egom2p.processes import forks
 from egom2p.training.log import read_metrics
 from egom2p.training.pretraining import PretrainConfig, pretrain
 from egom2p.training.tokenizer_training import TokenizerConfig
@@ -162,8 +165,7 @@ def _train_tokenizers(config: QuickstartConfig, out: Path) -> dict[str, str]:
             totals[folder] = entry.train.steps
             if (folder / f"checkpoints/step_{entry.train.steps:08d}/state.json").exists():
                 continue
-            commands.append([sys.executable, "-m", "egom2p", "tokenizer", "train", path, f"run.dir={folder}",
-                             "train.threads=1", *overrides])
+            commands.append(["tokenizer", "train", path, f"run.dir={folder}", "train.threads=1", *overrides])
         lanes.append(_Lane(commands, out / f"tokenizers-{number}.log"))
     with tqdm(total=sum(totals.values()), desc="tokenizers", unit="step") as bar:
         while not _all_done(lanes):
@@ -175,26 +177,38 @@ def _train_tokenizers(config: QuickstartConfig, out: Path) -> dict[str, str]:
 
 
 class _Lane:
-    """Commands run one after the other in the background."""
+    """Commands of egom2p run one after the other in the background, on one thread each."""
 
     def __init__(self, commands: list[list[str]], log_path: Path) -> None:
         self.commands, self.log_path = commands, log_path
-        self.process: subprocess.Popen | None = None
+        self.process: BaseProcess | None = None
 
     def advance(self) -> bool:
         """Start the next command when the last one ended; True when all are done."""
         if self.process is not None:
-            if self.process.poll() is None:
+            if self.process.is_alive():
                 return False
-            if self.process.returncode:
+            if self.process.exitcode:
                 lines = self.log_path.read_text().splitlines()[-1:] or ["no output"]
-                raise UserError(f"{' '.join(self.process.args[2:6])} failed: {lines[0]} (all of it in {self.log_path})")
+                raise UserError(f"{self.process.name} failed: {lines[0]} (all of it in {self.log_path})")
         if not self.commands:
             return True
-        with self.log_path.open("a") as output:
-            self.process = subprocess.Popen(self.commands.pop(0), stdout=output, stderr=output,
-                                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+        words = self.commands.pop(0)
+        self.process = forks().Process(target=_run_command, args=(words, self.log_path, dict(os.environ)),
+                                       name=f"egom2p {' '.join(words[:3])}")
+        self.process.start()
         return False
+
+
+def _run_command(words: list[str], log_path: Path, environment: dict[str, str]) -> None:
+    """`python -m egom2p WORDS` in this process; what it prints is added to a file."""
+    os.environ.update(environment)
+    with log_path.open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv[1:] = words
+    runpy.run_module("egom2p", run_name="__main__", alter_sys=True)
 
 
 def _all_done(lanes: list[_Lane]) -> bool:
@@ -205,8 +219,8 @@ def _all_done(lanes: list[_Lane]) -> bool:
 def _encode(train: list[str], out: Path, folders: dict[str, str]) -> None:
     """Encode the training sets side by side and the held-out set, then check every shard."""
     def command(name: str) -> list[str]:
-        return [sys.executable, "-m", "egom2p", "tokenizer", "encode", *folders.values(), "--clips",
-                f"{out}/clips/{name}/*.tar", "--out", f"{out}/tokens", "--dataset", Path(name).name, "--workers", "0"]
+        return ["tokenizer", "encode", *folders.values(), "--clips", f"{out}/clips/{name}/*.tar", "--out",
+                f"{out}/tokens", "--dataset", Path(name).name, "--workers", "0"]
 
     names = [f"train/{name}" for name in train]
     lanes = [_Lane([command(n) for n in names[i::2] + (["held_out"] if i else [])], out / f"encode-{i}.log")

@@ -1,16 +1,22 @@
 """Fixtures shared by all tests. References outside the repository are used when present, and skips say so."""
 
+import atexit
 import contextlib
 import fcntl
+import functools
 import io
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.zygote import Forked, Zygote
 
 os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -88,18 +94,41 @@ def run_cli(*args: object, check: bool = True) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
-def start_cli(*args: object, torchrun: int = 0, launcher: tuple[str, ...] = (), prefix: tuple[str, ...] = (),
-              output: Path | None = None, **env: str) -> subprocess.Popen:
-    """`egom2p ARGS` as a process of its own, or under torchrun with so many processes and further `launcher` options.
+def start_cli(*args: object, output: Path | None = None, **env: str) -> Forked:
+    """`egom2p ARGS` as a process of its own: a fork, whose start is quick. Its output goes to `output`, or a file."""
+    return _zygote().start(*args, output=output, **env)
+
+
+def run_ranks(ranks: int, *args: object, code: int = 0) -> str:
+    """`egom2p ARGS` by so many processes, which meet as torchrun's do; what the first one printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks),
+                   "LOCAL_WORLD_SIZE": str(ranks)}
+    processes = [start_cli(*args, **meeting, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
+    printed = [process.communicate(timeout=400)[0] for process in processes]
+    assert all(p.returncode == code for p in processes), "\n".join(text[-3000:] for text in printed)
+    return printed[0]
+
+
+def start_torchrun(processes: int, *args: object, launcher: tuple[str, ...] = (), prefix: tuple[str, ...] = (),
+                   output: Path | None = None, **env: str) -> subprocess.Popen:
+    """`egom2p ARGS` under torchrun itself, with so many processes and further `launcher` options.
     prefix: a command to start it with, such as `ip netns exec NAME`. Its output goes to the file `output`, or a
     pipe."""
     where = [] if "--nnodes" in launcher else ["--standalone"]
-    torchrun_args = ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(torchrun),
-                     *launcher] if torchrun else []
-    command = [*prefix, sys.executable, *torchrun_args, "-m", "egom2p", *map(str, args)]
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(processes),
+               *launcher, "-m", "egom2p", *map(str, args)]
     return subprocess.Popen(command, cwd=ROOT, stdout=output.open("w") if output else subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10", **env})
+
+
+@functools.cache
+def _zygote() -> Zygote:
+    zygote = Zygote(Path(tempfile.mkdtemp()))
+    atexit.register(zygote.close)
+    return zygote
 
 
 @pytest.fixture(scope="session")

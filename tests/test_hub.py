@@ -1,6 +1,5 @@
 """Models and data to a Hub and back, through huggingface_hub's own client and a small server that speaks its API."""
 
-import os
 import subprocess
 import sys
 
@@ -9,31 +8,35 @@ import pytest
 from egom2p.hub import model_card
 from tests.conftest import ROOT, run_cli
 from tests.training.test_training import curve
+from tests.zygote import Zygote
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """(environment for the client, folder of the server)."""
+    """(where commands start that know our server, its folder, its clients' home)."""
     folder = tmp_path_factory.mktemp("hub")
     process = subprocess.Popen([sys.executable, "-m", "tests.hub_server", "0", str(folder / "server")], cwd=ROOT,
                                stdout=subprocess.PIPE, text=True)
     port = process.stdout.readline().strip()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(folder / "home"), "HF_TOKEN": "good",
-           "HF_HUB_DISABLE_XET": "1"}, folder / "server"
+    # The client reads its address when it is imported, so these commands are forks of a process that read ours.
+    zygote = Zygote(folder, HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HOME=str(folder / "home"), HF_TOKEN="good",
+                    HF_HUB_DISABLE_XET="1")
+    yield zygote, folder / "server", folder / "home"
+    zygote.close()
     process.kill()
 
 
-def command(hub, *words, code=0, **more):
-    """`egom2p WORDS` in a process of its own, since the client reads its address when it is imported."""
-    done = subprocess.run([sys.executable, "-m", "egom2p", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, **hub[0], **more}, timeout=200)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
-    return done
+def command(hub, *words, code=0, token="good", **more):
+    """What `egom2p WORDS` prints, in a process of its own."""
+    done = hub[0].start(*words, HF_TOKEN=token, **more)
+    printed = done.communicate(timeout=200)[0]
+    assert done.returncode == code, printed[-3000:]
+    return printed
 
 
 @pytest.fixture(scope="module")
 def pushed(hub, finished):
-    printed = command(hub, "push", finished[0] / "model", "me/walker", "--licence", "apache-2.0").stdout
+    printed = command(hub, "push", finished[0] / "model", "me/walker", "--licence", "apache-2.0")
     assert "me/walker" in printed
     return hub
 
@@ -45,8 +48,10 @@ def test_a_pushed_model_decodes_on_the_other_side(pushed, finished, tmp_path):
     assert (folder / "tokenizers/cam/config.json").is_file()
     assert "license: apache-2.0" in (folder / "README.md").read_text()
     words = ("--inputs", finished[2], "--targets", "cam,gaze", "--out")
-    for number, more in enumerate(({}, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})):
-        command(pushed, "generate", "me/walker", *words, tmp_path / str(number), **more)
+    offline = Zygote(tmp_path, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(pushed[2]))
+    for number, hub in enumerate((pushed, [offline])):
+        command(hub, "generate", "me/walker", *words, tmp_path / str(number))
+    offline.close()
     run_cli("generate", finished[0] / "model", *words, tmp_path / "own")
     for name in ("cam.npy", "gaze.npy"):
         assert len({(tmp_path / n / "walk" / name).read_bytes() for n in ("0", "1", "own")}) == 1
@@ -56,8 +61,8 @@ def test_a_pushed_model_decodes_on_the_other_side(pushed, finished, tmp_path):
 def test_revisions_are_pinned_and_unknown_ones_refused(pushed, finished, tmp_path):
     words = ("features", "--clips", finished[0] / "clips/test/*.tar", "--out")
     command(pushed, words[0], "me/walker@main", *words[1:], tmp_path / "a")
-    done = command(pushed, words[0], "me/walker@v9", *words[1:], tmp_path / "b", code=2)
-    assert "has no revision 'v9'" in done.stderr
+    printed = command(pushed, words[0], "me/walker@v9", *words[1:], tmp_path / "b", code=2)
+    assert "has no revision 'v9'" in printed
 
 
 @pytest.mark.slow
@@ -68,15 +73,17 @@ def test_what_cannot_be_had_is_one_line(pushed, repo, words, tmp_path):
     if repo != "me/nothing":
         (pushed[1] / "models" / repo).mkdir(parents=True, exist_ok=True)
         (pushed[1] / "models" / repo / "config.json").write_text("{}")
-    done = command(pushed, "generate", repo, "--inputs", "x.mp4", "--targets", "cam", "--out", tmp_path, code=2,
-                   HF_TOKEN="")
-    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    printed = command(pushed, "generate", repo, "--inputs", "x.mp4", "--targets", "cam", "--out", tmp_path, code=2,
+                      token="")
+    assert words in printed and len(printed.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_without_a_token_nothing_is_pushed(hub, finished):
-    done = command(hub, "push", finished[0] / "model", "me/other", code=2, HF_TOKEN="bad")
-    assert "me/other: the Hub does not take it" in done.stderr and not (hub[1] / "models/me/other").exists()
+    printed = command(hub, "push", finished[0] / "model", "me/other", code=2, token="bad")
+    unreachable = command(hub, "push", finished[0] / "model", "me/other", code=2, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "check the network" in unreachable and len(unreachable.strip().splitlines()) == 1
+    assert "me/other: the Hub does not take it" in printed and not (hub[1] / "models/me/other").exists()
 
 
 @pytest.mark.slow
@@ -105,12 +112,12 @@ def test_training_and_features_straight_from_the_hub(hub, finished, tmp_path):
                 tmp_path / f"features-{name}", **cache)
     ours, theirs = ({p.name: p.read_bytes() for p in (tmp_path / f"features-{n}").glob("*.safetensors")} for n in clips)
     assert ours == theirs and ours
-    done = command(hub, "features", finished[0] / "model", "--clips", "hf://datasets/me/clips/none-*.tar", "--out",
-                   tmp_path / "none", code=2, **cache)
-    assert "no tar at hf://datasets/me/clips/none-*.tar" in done.stderr
-    done = command(hub, "features", finished[0] / "model", "--clips", "hf://datasets/me/no-such/*.tar", "--out",
-                   tmp_path / "none", code=2, **cache)
-    assert len(done.stderr.strip().splitlines()) == 1 and "hf://datasets/me/no-such" in done.stderr
+    printed = command(hub, "features", finished[0] / "model", "--clips", "hf://datasets/me/clips/none-*.tar", "--out",
+                      tmp_path / "none", code=2, **cache)
+    assert "no tar at hf://datasets/me/clips/none-*.tar" in printed
+    printed = command(hub, "features", finished[0] / "model", "--clips", "hf://datasets/me/no-such/*.tar", "--out",
+                      tmp_path / "none", code=2, **cache)
+    assert len(printed.strip().splitlines()) == 1 and "hf://datasets/me/no-such" in printed
 
 
 def test_the_card_says_what_was_trained_and_measured(finished):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from egom2p.signals.writers import write_video
-from tests.conftest import ROOT, run_cli, start_cli
+from tests.conftest import ROOT, run_cli, start_torchrun
 from tests.model.test_parity import reference, write_released
 
 SMALLER = {"--clips 500": "--clips 12", "--size 48": "--size 24"}
@@ -53,7 +53,7 @@ def test_every_command_runs_in_the_order_of_the_page(finished_alone, places):
             command = command.replace(old, new)
         words = shlex.split(command)
         if words[0] == "torchrun":
-            process = start_cli(*words[words.index("egom2p") + 1 :], torchrun=2)
+            process = start_torchrun(2, *words[words.index("egom2p") + 1 :])
             output = process.communicate(timeout=300)[0]
             assert process.returncode == 0, f"{command}\n{output[-3000:]}"
             continue

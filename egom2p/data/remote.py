@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.utils import stringify_path
+from huggingface_hub.errors import HfHubHTTPError
 
 from egom2p.data.tarindex import INDEX_FILE, TarEntry, index_tars, parse_index, to_entry
 from egom2p.errors import UserError
@@ -149,11 +150,14 @@ def list_shards(url: str, cache: ShardCache) -> list[RemoteShard]:
         if any(c in path for c in "*?"):
             return [(p, info.get("size", -1)) for p, info in sorted(fs.glob(path, detail=True).items())]
         if path.endswith(".tar"):
-            return [(path, fs.info(path).get("size", -1))] if fs.exists(path) else []
+            return [(path, fs.info(path).get("size", -1))]  # `exists` says no of a server that cannot be reached
         rows = fs.ls(path.rstrip("/"), detail=True) if fs.exists(path) else []
         return sorted((row["name"], row.get("size", -1)) for row in rows if row["name"].endswith(".tar"))
 
-    found = retry(ask, url, cache.retry_s)
+    try:
+        found = retry(ask, url, cache.retry_s)
+    except FileNotFoundError:
+        return []
     fs, _ = filesystem(url)
     return [RemoteShard(fs.unstrip_protocol(path), -1 if size is None else size, cache) for path, size in found]
 
@@ -174,7 +178,8 @@ def local_copies(urls: list[str], cache: ShardCache | None = None) -> list[Path]
         cache.ahead(missing)
         paths = [shard.local() for shard in shards]
     except OSError as error:
-        raise UserError(f"{urls[0]}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(reason if urls[0] in reason else f"{urls[0]}: {reason}") from error
     if not all(path.exists() for path in paths):  # sizes were not told, and the first had to go for the last
         raise too_many
     return paths
@@ -218,21 +223,29 @@ def retry(action: Callable[[], T], what: str, patience_s: float) -> T:
     while True:
         try:
             return action()
-        except PERMANENT:
-            raise
-        except (OSError, EOFError, TimeoutError, *_client_errors()) as error:
+        except (OSError, EOFError, TimeoutError, ImportError, *_client_errors()) as error:
+            if isinstance(error, PERMANENT) and not _was_not_asked(error):
+                raise
             left = patience_s - (time.monotonic() - started)
             if left <= 0:
-                reason = " ".join(str(error).split())[:200]
+                reason = " ".join(str(error.__cause__ or error).split())[:200]
                 raise OSError(f"{what} could not be had in {patience_s:g} s ({reason})") from error
             log.info("%s: %s; trying again", what, " ".join(str(error).split())[:200])
         time.sleep(min(pause * random.uniform(0.5, 1.5), left))
         pause = min(2 * pause, 30.0)
 
 
+def _was_not_asked(error: Exception) -> bool:
+    """fsspec calls a file not found when its server could not be asked, or was busy, too."""
+    answer = getattr(error.__cause__, "response", None)
+    status = getattr(answer, "status_code", None) or getattr(error.__cause__, "status", 503)
+    return isinstance(error.__cause__, _client_errors()) and (status >= 500 or status in (408, 429))
+
+
 def _client_errors() -> tuple[type[Exception], ...]:
     """Exceptions of the HTTP clients that are installed."""
-    found: list[type[Exception]] = []
+    # huggingface_hub has changed its client twice; the base of that one's errors is among those of its own.
+    found: list[type[Exception]] = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
     with suppress(ImportError):
         from aiohttp import ClientError
 

@@ -5,7 +5,6 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from egom2p.data.tarindex import index_tars, npy_bytes, read_at, write_tar
 from egom2p.data.tokens import ShardPlace, encode_tokens, load_array, place_of
 from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalitySet
+from egom2p.processes import forks
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def convert(pattern: str, out: Path, names: Iterable[str] = (), workers: int = 1
             raise UserError(f"{other} and {job.sources[0][0]} would both become {job.target}; convert them one after "
                             f"the other, each with its own --out")
     written = 0
-    with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max(1, workers), mp_context=forks()) as pool:
         run = pool.map(_convert, jobs) if workers > 1 else map(_convert, jobs)
         for was_written in tqdm(run, total=len(jobs), desc="convert", unit="shard"):
             written += was_written

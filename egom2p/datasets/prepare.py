@@ -11,7 +11,6 @@ import importlib
 import inspect
 import json
 import logging
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from egom2p.datasets.cutting import SECONDS, cut, safe
 from egom2p.datasets.recording import Adapter, BadSequence, NotARecording, Recording, stamp_of
 from egom2p.errors import UserError
 from egom2p.files import write_whole
+from egom2p.processes import forks
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def _run(name: str, root: Path, out: Path, args: PrepareArgs, jobs: list[Job], t
                 yield prepare_sequence(name, root, out, args, job)
                 bar.update(1)
             return
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=forks()) as pool:
             for done in as_completed([pool.submit(prepare_sequence, name, root, out, args, job) for job in jobs]):
                 yield done.result()
                 bar.update(1)

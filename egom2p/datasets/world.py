@@ -18,6 +18,7 @@ from tqdm import tqdm
 from egom2p import geometry
 from egom2p.data.clips import RATES, Clip, write_clips
 from egom2p.errors import UserError
+from egom2p.processes import forks
 
 CLIP_SECONDS = 2.0
 VIDEO_FRAMES, MOTION_FRAMES = 16, 60
@@ -308,7 +309,7 @@ def _run_jobs(jobs: list[tuple], processes: int | None) -> Iterator[int]:
     if processes <= 1:
         yield from map(_write_shard, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with forks().Pool(processes) as pool:
         yield from pool.imap_unordered(_write_shard, jobs)
 
 

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfFileSystem
 
 from egom2p.data.remote import _FILESYSTEMS, RemoteShard, ShardCache, is_remote, list_shards, retry
 from egom2p.data.tokens import TokenDataset
@@ -143,6 +144,15 @@ def test_missing_things_fail_at_once_and_passing_failures_do_not(tmp_path):
     assert retry(passing, "x", 30) == 7
     with pytest.raises(FileNotFoundError):
         retry(lambda: (tmp_path / "none").read_bytes(), "x", 30)
+
+
+def test_a_server_that_cannot_be_asked_is_not_one_that_has_nothing(tmp_path):
+    """Through fsspec's own clients: both are tried again, and say why in the end."""
+    with pytest.raises(OSError, match=r"x\.tar could not be had in 0\.3 s .*annot connect"):
+        list_shards("http://127.0.0.1:9/x.tar", ShardCache(tmp_path, 1e9, 0.3))
+    hub = HfFileSystem(endpoint="http://127.0.0.1:9", skip_instance_cache=True)
+    with pytest.raises(OSError, match=r"could not be had in 0\.3 s .*onnection refused"):
+        retry(lambda: hub.ls("datasets/me/steps"), "hf://datasets/me/steps", 0.3)
 
 
 def test_https_and_pipe(debug_tokens, tmp_path):

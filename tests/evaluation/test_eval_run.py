@@ -18,7 +18,7 @@ from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
 from egom2p.tokenizers.perceptual import Lpips
 from egom2p.training.log import read_metrics
-from tests.conftest import ROOT, run_cli, start_cli
+from tests.conftest import ROOT, run_cli, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,7 @@ def command(model, clips, out, *more):
 def test_ranks_share_the_clips_and_agree(finished, clips, tmp_path):
     model = finished[0] / "model"
     run_cli(*command(model, clips, tmp_path / "one"))
-    process = start_cli(*command(model, clips, tmp_path / "two"), torchrun=2)
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == 0, output[-3000:]
-    assert output.count("rgb2cam      ate_m") == 1
+    assert run_ranks(2, *command(model, clips, tmp_path / "two")).count("rgb2cam      ate_m") == 1
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
     for task in ("rgb2cam", "rgb2depth"):
         for metric, figures in one[task].items():

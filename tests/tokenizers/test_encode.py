@@ -18,7 +18,7 @@ from egom2p.modalities import Modality, ModalitySet
 from egom2p.tokenizers import encode
 from egom2p.tokenizers.encode import EncodeArgs, encode_clips
 from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
-from tests.conftest import run_cli, start_cli
+from tests.conftest import run_cli, run_ranks, start_torchrun
 
 
 def tokenizer(name, kind, channels, seed=0):
@@ -162,14 +162,12 @@ def test_a_killed_job_goes_on_under_torchrun(finished, tmp_path):
     command = ("tokenizer", "encode", out / "tokenizers/cam", "--clips", tmp_path / "clips.tar", "--workers", 0,
                "--out")
     run_cli(*command, tmp_path / "whole")
-    first = start_cli(*command, tmp_path / "tokens", torchrun=2)
+    first = start_torchrun(2, *command, tmp_path / "tokens")
     while not list((tmp_path / "tokens").rglob("shard-*.tar")) and first.poll() is None:
         time.sleep(0.02)
     first.kill()
     first.wait()
-    done = start_cli(*command, tmp_path / "tokens", torchrun=2)
-    printed = done.communicate(timeout=120)[0]
-    assert done.returncode == 0 and "cam: 6000 clips" in printed
+    assert "cam: 6000 clips" in run_ranks(2, *command, tmp_path / "tokens")
     assert shards(tmp_path / "tokens") == shards(tmp_path / "whole")
 
 

@@ -13,7 +13,7 @@ from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
 from egom2p.tokenizers.quantize import EmaCodebook
 from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
 from egom2p.training.log import read_metrics
-from tests.conftest import run_cli, start_cli
+from tests.conftest import run_cli, run_ranks
 
 SMALL = ("train.steps=40", "train.batch_size=8", "log.every=10", "optim.warmup_steps=5", "eval.every=40",
          "eval.samples=8")
@@ -60,10 +60,8 @@ def test_ema_codebook_two_processes_equal_one(world_clips, tmp_path):
                  "tokenizer.motion.latent_dim=8", "train.steps=12",
                  "log.every=1", "eval.every=0"]
     for world in (1, 2):
-        process = start_cli("tokenizer", "train", "tokenizers/world_cam/config.yaml",
-                            f"run.dir={tmp_path / str(world)}", *overrides, torchrun=world)
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output[-2000:]
+        run_ranks(world, "tokenizer", "train", "tokenizers/world_cam/config.yaml", f"run.dir={tmp_path / str(world)}",
+                  *overrides)
     one, two = ([m["error"] for m in read_metrics(tmp_path / str(w))] for w in (1, 2))
     assert one == pytest.approx(two, rel=1e-3)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from egom2p.training.log import read_metrics
-from tests.conftest import start_cli
+from tests.conftest import start_torchrun
 from tests.training.test_reliability import arguments, forget_after, wait_for
 from tests.training.test_training import curve, train
 
@@ -42,13 +42,13 @@ def cable():
 
 def start(root, run, port: int) -> list[subprocess.Popen]:
     """One torchrun on each host, meeting at the first."""
-    return [start_cli(*arguments(root, run, "train.steps=160", "train.timeout_s=8", "train.first_timeout_s=60",
-                                 "checkpoint.every=10", "checkpoint.keep_last=99"), torchrun=1,
-                      launcher=("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint",
-                                f"{HOSTS['egoa']}:{port}", "--local-addr", address, "--rdzv-conf",
-                                f"is_host={str(name == 'egoa').lower()}"),
-                      prefix=("ip", "netns", "exec", name),
-                      GLOO_SOCKET_IFNAME=f"{name}0") for name, address in HOSTS.items()]
+    return [start_torchrun(1, *arguments(root, run, "train.steps=160", "train.timeout_s=8", "train.first_timeout_s=60",
+                                         "checkpoint.every=10", "checkpoint.keep_last=99"),
+                           launcher=("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint",
+                                     f"{HOSTS['egoa']}:{port}", "--local-addr", address, "--rdzv-conf",
+                                     f"is_host={str(name == 'egoa').lower()}"),
+                           prefix=("ip", "netns", "exec", name),
+                           GLOO_SOCKET_IFNAME=f"{name}0") for name, address in HOSTS.items()]
 
 
 def running_children(pid: int) -> list[str]:

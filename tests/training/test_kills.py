@@ -12,8 +12,8 @@ import time
 import pytest
 
 from egom2p.training.log import read_metrics
-from tests.conftest import ROOT, run_cli, start_cli
-from tests.training.test_reliability import _torchrun, arguments, same_weights
+from tests.conftest import ROOT, run_cli, run_ranks, start_torchrun
+from tests.training.test_reliability import arguments, same_weights
 from tests.training.test_training import curve
 
 # Small steps: what is tried here is what lies between them.
@@ -44,10 +44,10 @@ def test_fifty_kills_change_nothing(debug_tokens, tmp_path):
 def test_a_worker_killed_under_torchrun_changes_nothing(debug_tokens, tmp_path):
     """torchrun --nproc-per-node 2 --max-restarts 100, one of the workers killed five times."""
     options = ("train.steps=300", *OPTIONS)
-    _torchrun(debug_tokens, tmp_path / "whole", 2, "train.steps=300", *SMALL)
+    run_ranks(2, *arguments(debug_tokens, tmp_path / "whole", "train.steps=300", *SMALL))
     run, rng = tmp_path / "killed", random.Random(2)
-    process = start_cli(*arguments(debug_tokens, run, *options), torchrun=2, launcher=("--max-restarts", "100"),
-                        output=tmp_path / "log")
+    process = start_torchrun(2, *arguments(debug_tokens, run, *options), launcher=("--max-restarts", "100"),
+                             output=tmp_path / "log")
     kills, seen, deadline = 0, 0, time.time() + 400
     while process.poll() is None and time.time() < deadline:
         steps = len(read_metrics(run))

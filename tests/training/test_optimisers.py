@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.training.average import WeightAverage
 from egom2p.training.optim import Muon, MuonAndAdamW, OptimArgs, make_optimizer, make_schedule
+from tests.conftest import run_ranks
 from tests.model.test_attention import MODALITIES
-from tests.training.test_reliability import _torchrun, forget_after, same_weights
+from tests.training.test_reliability import arguments, forget_after, same_weights
 from tests.training.test_training import curve, reference, train, weights  # noqa: F401
 
 MUON = ("optim.name=muon", "optim.schedule=wsd", "train.ema=0.9")
@@ -236,7 +237,7 @@ def test_muon_and_the_average_resume_exactly_and_on_other_numbers_of_processes(d
     assert same_weights(tmp_path / "run", tmp_path / "whole")
     whole = weights(tmp_path / "whole")
     for parallel in ("ddp", "fsdp"):
-        _torchrun(debug_tokens, tmp_path / parallel, 2, *MUON, f"train.parallel={parallel}")
+        run_ranks(2, *arguments(debug_tokens, tmp_path / parallel, *MUON, f"train.parallel={parallel}"))
         for ours, theirs in zip(curve(tmp_path / parallel), curve(tmp_path / "whole"), strict=True):
             assert ours == pytest.approx(theirs, rel=2e-3), (parallel, ours["step"])
         for name, tensor in weights(tmp_path / parallel).items():

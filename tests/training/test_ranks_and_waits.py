@@ -17,8 +17,8 @@ from egom2p.data.tokens import load_array
 from egom2p.modalities import ModalitySet
 from egom2p.training import loop
 from egom2p.training.pretraining import PretrainConfig
-from tests.conftest import ROOT, start_cli
-from tests.training.test_reliability import _torchrun, arguments, same_weights, small_disk  # noqa: F401
+from tests.conftest import ROOT, run_ranks, start_torchrun
+from tests.training.test_reliability import arguments, same_weights, small_disk  # noqa: F401
 from tests.training.test_training import curve, reference, train  # noqa: F401
 
 
@@ -37,8 +37,8 @@ def test_ranks_wait_longer_for_a_disk_than_for_each_other(debug_tokens, small_di
     run, said = small_disk / "run", tmp_path / "said"
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 160 * 1024))
-    process = start_cli(*arguments(debug_tokens, run, "checkpoint.retry_s=100", "train.timeout_s=4"), torchrun=2,
-                        output=said)
+    process = start_torchrun(2, *arguments(debug_tokens, run, "checkpoint.retry_s=100", "train.timeout_s=4"),
+                             output=said)
     until = time.time() + 100
     while "trying again in" not in said.read_text() and process.poll() is None and time.time() < until:
         time.sleep(0.2)
@@ -105,7 +105,7 @@ def test_the_newest_flash_attention_that_is_installed_is_used(monkeypatch, insta
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_summed_in_bfloat16_train_as_well(debug_tokens, reference, tmp_path, parallel):  # noqa: F811
     """Two processes against one: the same losses up to the rounding of the sums, which is there."""
-    _torchrun(debug_tokens, tmp_path / "run", 2, "train.reduce=bfloat16", f"train.parallel={parallel}")
+    run_ranks(2, *arguments(debug_tokens, tmp_path / "run", "train.reduce=bfloat16", f"train.parallel={parallel}"))
     for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3), ours["step"]
     assert not same_weights(tmp_path / "run", reference)

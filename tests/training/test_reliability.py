@@ -20,15 +20,16 @@ from egom2p.errors import Preempted
 from egom2p.training.checkpoint import CheckpointArgs, Checkpoints
 from egom2p.training.log import MetricsLog, read_metrics
 from egom2p.training.stop import StopRequest
-from tests.conftest import run_cli, start_cli
+from tests.conftest import run_cli, run_ranks, start_cli, start_torchrun
 from tests.training.test_training import curve, reference, train, weights  # noqa: F401
+from tests.zygote import Forked
 
 
 def arguments(root: Path, run: Path, *overrides: str) -> tuple[str, ...]:
     return ("train", "cfgs/train/debug.yaml", f"data.root={root}", f"run.dir={run}", "train.threads=1", *overrides)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen | Forked, seconds: float = 120) -> None:
     deadline = time.time() + seconds
     while not condition() and time.time() < deadline and process.poll() is None:
         time.sleep(0.01)
@@ -65,14 +66,14 @@ def test_a_signal_saves_and_ends_with_75(debug_tokens, reference, tmp_path, numb
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(debug_tokens, reference, tmp_path):  # noqa: F811
     run = tmp_path / "run"
-    process = start_cli(*arguments(debug_tokens, run, "checkpoint.every=0"), torchrun=2)
+    process = start_torchrun(2, *arguments(debug_tokens, run, "checkpoint.every=0"))
     wait_for(lambda: len(read_metrics(run)) > 2, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGUSR1)
     output = process.communicate(timeout=90)[0]
     assert "stopped as asked after step" in output, output[-3000:]
     assert Checkpoints(run, CheckpointArgs()).newest_whole() is not None
-    _torchrun(debug_tokens, run, 2)
+    run_ranks(2, *arguments(debug_tokens, run))
     for ours, theirs in zip(curve(run), curve(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4)
 
@@ -240,9 +241,7 @@ def test_bad_numbers_are_left_out_and_named(poisoned, tmp_path, caplog):
     assert guilty
     assert {(r["dataset"], r["key"]) for r in guilty} == {("full", "00000007")}
     assert all(f"samples {', '.join(str(r['sample']) for r in guilty)} have" in named[0] for r in guilty)
-    process = start_cli(*arguments(tokens, tmp_path / "two", *options), torchrun=2)
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == 0, output[-3000:]
+    run_ranks(2, *arguments(tokens, tmp_path / "two", *options))
     assert [r["step"] for r in read_metrics(tmp_path / "two") if r["loss"] is None] == bad
 
 
@@ -272,12 +271,6 @@ def test_replay_repeats_the_step_and_touches_nothing(debug_tokens, reference, tm
     assert train(debug_tokens, run, "debug.replay_step=21", check=False).returncode == 2
 
 
-def _torchrun(root: Path, run: Path, processes: int, *overrides: str) -> None:
-    process = start_cli(*arguments(root, run, *overrides), torchrun=processes)
-    output = process.communicate(timeout=400)[0]
-    assert process.returncode == 0, output[-3000:]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-9),
                                                       pytest.param("float32", 1e-4, marks=pytest.mark.slow)])
@@ -292,7 +285,7 @@ def test_one_two_four_and_one_process_again(debug_tokens, tmp_path, precision, t
         if processes == 1:
             train(debug_tokens, run, *options, f"train.micro_batch_size={micro}")
         else:
-            _torchrun(debug_tokens, run, processes, *options, f"train.micro_batch_size={micro}")
+            run_ranks(processes, *arguments(debug_tokens, run, *options, f"train.micro_batch_size={micro}"))
     ours, theirs = curve(run), curve(tmp_path / "whole")
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     for a, b in zip(ours, theirs, strict=True):
@@ -302,11 +295,11 @@ def test_one_two_four_and_one_process_again(debug_tokens, tmp_path, precision, t
 @pytest.mark.slow
 def test_four_processes_resume_bitwise(debug_tokens, tmp_path):
     """Above two ranks the order of summation depends on how gradients are grouped; it must not change on resume."""
-    _torchrun(debug_tokens, tmp_path / "whole", 4, "checkpoint.keep_last=9")
+    run_ranks(4, *arguments(debug_tokens, tmp_path / "whole", "checkpoint.keep_last=9"))
     run = tmp_path / "run"
     shutil.copytree(tmp_path / "whole", run, symlinks=True)
     forget_after(run, 10)
-    _torchrun(debug_tokens, run, 4, "checkpoint.keep_last=9")
+    run_ranks(4, *arguments(debug_tokens, run, "checkpoint.keep_last=9"))
     assert curve(run) == curve(tmp_path / "whole")
     assert same_weights(run, tmp_path / "whole")
 
@@ -314,7 +307,7 @@ def test_four_processes_resume_bitwise(debug_tokens, tmp_path):
 @pytest.mark.slow
 def test_sharded_and_replicated_checkpoints_are_the_same_files(debug_tokens, reference, tmp_path):  # noqa: F811
     """FSDP2 on two processes up to step 10 of one run, from step 10 of another: the same losses, names and shapes."""
-    _torchrun(debug_tokens, tmp_path / "sharded", 2, "train.parallel=fsdp", "checkpoint.keep_last=9")
+    run_ranks(2, *arguments(debug_tokens, tmp_path / "sharded", "train.parallel=fsdp", "checkpoint.keep_last=9"))
     for ours, theirs in zip(curve(tmp_path / "sharded"), curve(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4), ours["step"]
     shapes = [{f"{file}/{k}": (v.shape, v.dtype) for file in ("model", "optimizer")
@@ -325,7 +318,7 @@ def test_sharded_and_replicated_checkpoints_are_the_same_files(debug_tokens, ref
     train(debug_tokens, tmp_path / "sharded", "train.parallel=ddp")
     shutil.copytree(reference, tmp_path / "replicated", symlinks=True)
     forget_after(tmp_path / "replicated", 15)
-    _torchrun(debug_tokens, tmp_path / "replicated", 2, "train.parallel=fsdp")
+    run_ranks(2, *arguments(debug_tokens, tmp_path / "replicated", "train.parallel=fsdp"))
     for run in ("sharded", "replicated"):
         for ours, theirs in zip(curve(tmp_path / run), curve(reference), strict=True):
             assert ours == pytest.approx(theirs, rel=2e-4), (run, ours["step"])
@@ -334,7 +327,7 @@ def test_sharded_and_replicated_checkpoints_are_the_same_files(debug_tokens, ref
 def test_a_failing_rank_shows_its_own_error_and_takes_the_others_down(debug_tokens, tmp_path):
     """One of two ranks is killed in mid-run; nobody hangs."""
     started = time.time()
-    process = start_cli(*arguments(debug_tokens, tmp_path / "run"), torchrun=2)
+    process = start_torchrun(2, *arguments(debug_tokens, tmp_path / "run"))
     wait_for(lambda: len(read_metrics(tmp_path / "run")) > 2, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from egom2p.model.egom2p import EgoM2P
 from egom2p.training.checkpoint import CheckpointArgs, Checkpoints
 from egom2p.training.log import cut_after, read_metrics
-from tests.conftest import run_cli, start_cli
+from tests.conftest import run_cli, run_ranks, start_cli, start_torchrun
 
 EXACT = ("step", "loss", "loss/rgb", "loss/depth", "loss/cam", "loss/gaze", "lr", "grad_norm", "eval/loss/rgb",
          "eval/loss/cam")
@@ -75,8 +75,8 @@ def test_groups_restore_the_released_weights(debug_tokens, tmp_path):
 
 
 def test_two_processes_equal_one(debug_tokens, reference, tmp_path):
-    process = start_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path / 'run'}",
-                        torchrun=2)
+    process = start_torchrun(2, "train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}",
+                             f"run.dir={tmp_path / 'run'}")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output[-3000:]
     for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):
@@ -166,11 +166,9 @@ def test_changed_data_and_changed_config_are_refused(debug_tokens, reference, tm
 
 
 def test_batch_that_does_not_divide_lists_what_would(debug_tokens, tmp_path):
-    process = start_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}",
-                        "train.batch_size=9", torchrun=2)
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode
-    assert "use one of [1, 3, 9] processes" in output
+    printed = run_ranks(2, "train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}",
+                        "train.batch_size=9", code=2)
+    assert "use one of [1, 3, 9] processes" in printed
 
 
 def test_start_from_an_export_with_modalities_added_and_left_out(debug_tokens, reference, tmp_path):
