@@ -167,7 +167,7 @@ def _train_tokenizers(config: QuickstartConfig, out: Path) -> dict[str, str]:
                 continue
             commands.append(["tokenizer", "train", path, f"run.dir={folder}", "train.threads=1", *overrides])
         lanes.append(_Lane(commands, out / f"tokenizers-{number}.log"))
-    with tqdm(total=sum(totals.values()), desc="tokenizers", unit="step") as bar:
+    with tqdm(total=sum(totals.values()), desc="tokenizers", unit="step") as bar, _to_the_end(lanes):
         while not _all_done(lanes):
             time.sleep(0.5)
             last = {f.name: read_metrics(f)[-1:] for f in totals}
@@ -199,6 +199,12 @@ class _Lane:
         self.process.start()
         return False
 
+    def stop(self) -> None:
+        """Not to leave a process behind: a training saves first."""
+        if self.process is not None and self.process.is_alive():
+            self.process.terminate()
+            self.process.join()
+
 
 def _run_command(words: list[str], log_path: Path, environment: dict[str, str]) -> None:
     """`python -m egom2p WORDS` in this process; what it prints is added to a file."""
@@ -209,6 +215,16 @@ def _run_command(words: list[str], log_path: Path, environment: dict[str, str]) 
     torch.set_num_threads(1)
     sys.argv[1:] = words
     runpy.run_module("egom2p", run_name="__main__", alter_sys=True)
+
+
+@contextmanager
+def _to_the_end(lanes: list[_Lane]) -> Iterator[None]:
+    """When one lane fails, or the user leaves, the others end too."""
+    try:
+        yield
+    finally:
+        for lane in lanes:
+            lane.stop()
 
 
 def _all_done(lanes: list[_Lane]) -> bool:
@@ -227,7 +243,7 @@ def _encode(train: list[str], out: Path, folders: dict[str, str]) -> None:
              for i in range(2)]
     clips = [count_clips(f"{out}/clips/{name}/*.tar") for name in [*names, "held_out"]]
     expected = len(folders) * sum(-(-count // SHARD_CLIPS) for count in clips)
-    with tqdm(total=expected, desc="encode", unit="shard") as bar:
+    with tqdm(total=expected, desc="encode", unit="shard") as bar, _to_the_end(lanes):
         while not _all_done(lanes):
             time.sleep(0.5)
             bar.n = len(list((out / "tokens").glob("*/*/*.tar")))

@@ -1,13 +1,15 @@
 """The whole pipeline in small, through the real commands; and generation from plain files."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
 from egom2p import EgoM2P, Pipeline
 from egom2p.data.video import decode_video
-from egom2p.errors import UserError
+from egom2p.errors import Preempted, UserError
+from egom2p.quickstart import _all_done, _Lane, _to_the_end
 from egom2p.training.log import read_metrics
 from tests.conftest import run_cli
 
@@ -91,6 +93,22 @@ def test_generate_from_token_files_and_with_a_released_recipe(finished, tmp_path
     assert np.array_equal(np.load(tmp_path / "a/tokens/cam.npy"), np.load(tmp_path / "b/tokens/cam.npy"))
     note = json.loads((tmp_path / "a/tokens/generated.json").read_text())
     assert note["recipes"]["cam"]["guidance"] == 2.0
+
+
+def test_a_stage_that_fails_is_named_and_leaves_no_process_behind(tmp_path, world_clips):
+    (tmp_path / "bad.yaml").write_text("train: {steps: many}\n")
+    endless = ["tokenizer", "train", "tokenizers/world_cam/config.yaml", f"data.clips={world_clips}/*.tar",
+               f"run.dir={tmp_path / 'run'}", "train.threads=1", "train.steps=100000", "checkpoint.every=0"]
+    bad = _Lane([["tokenizer", "train", str(tmp_path / "bad.yaml")]], tmp_path / "bad.log")
+    lanes = [_Lane([endless], tmp_path / "endless.log"), bad]
+    with (pytest.raises(UserError, match=r"egom2p tokenizer train .*bad.yaml failed: egom2p: missing key 'run'"),
+          _to_the_end(lanes)):
+        while not _all_done(lanes[:1]) and not read_metrics(tmp_path / "run"):
+            time.sleep(0.05)
+        while not _all_done(lanes):
+            time.sleep(0.05)
+    assert lanes[0].process.exitcode == Preempted.EXIT_CODE  # it saved
+    assert list((tmp_path / "run/checkpoints").glob("step_*"))
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

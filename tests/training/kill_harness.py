@@ -24,6 +24,15 @@ import torch._dynamo  # noqa: F401
 import egom2p.training.pretraining  # noqa: F401
 from egom2p.cli import main
 
+# A life that gets so far is over, so that a run of as many steps as this times the kills cannot be done before them.
+STEPS_A_LIFE = 8
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint; 0 before the first."""
+    latest = run / "checkpoints/latest"
+    return int(os.readlink(latest).rpartition("_")[2]) if latest.is_symlink() else 0
+
 
 def check_latest(run: Path) -> None:
     """`latest` names a whole checkpoint, or there is none yet."""
@@ -60,14 +69,19 @@ def live(arguments: list[str], seconds: float, until: Callable[[], bool] = lambd
 def run(config: str, kills: int, seed: int, overrides: list[str]) -> dict:
     rng, moments, lives, killed = random.Random(seed), Counter(), 0, 0
     folder = Path(next(o.partition("=")[2] for o in overrides if o.startswith("run.dir=")))
-    # How long this machine, with what else it does, takes to the first checkpoint; lives are measured by it.
-    started = time.monotonic()
-    live(["train", config, *overrides], 1e9, lambda: (folder / "checkpoints/latest").is_symlink())
-    unit = time.monotonic() - started
+    command = ["train", config, *overrides]
+    # How long this machine, with what else it does, takes to a checkpoint; lives are measured by it.
+    units = []
+    for _ in range(2):
+        started, before = time.monotonic(), newest(folder)
+        live(command, 1e9, lambda before=before: newest(folder) > before)
+        units.append(time.monotonic() - started)
     while True:
-        patience = rng.uniform(0.1, 2.2) * unit if killed < kills else 1e9
+        over = killed >= kills
+        patience = 1e9 if over else rng.uniform(0.1, 2.2) * min(units)
+        enough = 1e9 if over else newest(folder) + STEPS_A_LIFE
         lives += 1
-        if live(["train", config, *overrides, f"data.workers={rng.choice([0, 0, 1])}"], patience):
+        if live([*command, f"data.workers={rng.choice([0, 0, 1])}"], patience, lambda e=enough: newest(folder) >= e):
             return {"kills": killed, "lives": lives, "moments": dict(moments)}
         killed += 1
         parts = list((folder / "checkpoints").glob(".*.part"))

@@ -24,7 +24,7 @@ OPTIONS = ("checkpoint.every=2", *SMALL)
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(debug_tokens, tmp_path):
-    steps = "train.steps=800"
+    steps = "train.steps=480"
     run_cli(*arguments(debug_tokens, tmp_path / "whole", steps, *SMALL))
     done = subprocess.run([sys.executable, "-m", "tests.training.kill_harness", "cfgs/train/debug.yaml", "55", "1",
                            f"data.root={debug_tokens}",
