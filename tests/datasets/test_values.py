@@ -1,5 +1,6 @@
 """Where pixels, poses and moments end up on their way into clips."""
 
+import json
 import pickle
 from collections import Counter
 
@@ -8,12 +9,14 @@ import pytest
 from scipy.spatial.transform import Rotation, Slerp
 
 from egom2p import geometry
-from egom2p.datasets import aria
-from egom2p.datasets.arctic import load_plain_pickle
+from egom2p.datasets import aria, hot3d
+from egom2p.datasets.arctic import Arctic, load_plain_pickle
+from egom2p.datasets.ase import ASE
 from egom2p.datasets.cutting import nearest, resample_points, resample_poses
 from egom2p.datasets.lens import Undistortion, distort_fisheye624, distort_rational
 from egom2p.datasets.recording import BadSequence, Track
 from tests.datasets.conventions import opencv_distort
+from tests.datasets.miniature import save_png
 
 
 def test_the_upright_picture_and_its_intrinsics_agree():
@@ -29,6 +32,35 @@ def test_the_upright_picture_and_its_intrinsics_agree():
     upright_ray = np.array([-ray[1], ray[0], 1])  # a quarter turn clockwise of the picture
     pixel = geometry.project(upright_ray, aria.turn_intrinsics(raw, 40))
     np.testing.assert_allclose(pixel, [new_column + 0.5, new_row + 0.5], atol=1e-9)
+
+
+@pytest.mark.parametrize("side", [704, 352])
+def test_the_principal_point_of_synthetic_environments(tmp_path, side):
+    """ASE's published calibration is of 704 x 704 pixels whose centres are at whole numbers; pictures come turned by a
+    quarter (numbers by hand)."""
+    save_png(tmp_path / "3/rgb/vignette0000000.png", np.zeros((side, side, 3), np.uint8))
+    intrinsics = ASE().open(tmp_path, "3").intrinsics * 704 / side
+    np.testing.assert_allclose(intrinsics[:2], [[297.63754, 0, 704 - 349.69225], [0, 297.63754, 358.15992]], atol=1e-4)
+
+
+def test_hot3ds_participants_are_dealt_as_the_authors_deal_them():
+    want = {"P0001": "val", "P0014": "val", "P0004": "test", "P0020": "test", "P0002": "train", "P0015": "train"}
+    assert {participant: hot3d._split(participant) for participant in want} == want
+
+
+@pytest.mark.parametrize(("said", "full"), [({}, (2800, 2000)), ({"image_size": [[1400, 1000]]}, (1400, 1000))])
+def test_arctics_lens_is_that_of_the_size_that_its_notes_say(tmp_path, said, full):
+    poses = {"R_k_cam_np": np.tile(np.eye(3), (30, 1, 1)), "T_k_cam_np": np.zeros((30, 3, 1))}
+    matrix = np.array([[1000.0, 0, 1400], [0, 900, 1000], [0, 0, 1]])
+    save_png(tmp_path / "images/s01/mixer/0/00015.png", np.zeros((100, 140, 3), np.uint8))
+    (tmp_path / "images/s01/mixer/0/00015.png").rename(tmp_path / "images/s01/mixer/0/00015.jpg")
+    (tmp_path / "raw_seqs/s01").mkdir(parents=True)
+    np.save(tmp_path / "raw_seqs/s01/mixer.egocam.dist.npy", {**poses, "intrinsics": matrix, "dist8": np.zeros(8)})
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/misc.json").write_text(json.dumps({"s01": {"ioi_offset": 0, **said}}))
+    recording = Arctic().open(tmp_path, "s01/mixer")
+    wanted = np.diag([140 / full[0], 100 / full[1], 1]) @ matrix
+    np.testing.assert_allclose(recording.intrinsics, wanted)
 
 
 def test_tangential_terms_of_the_rational_model_are_opencvs():
