@@ -208,6 +208,36 @@ def test_wandb_offline(debug_tokens, tmp_path, monkeypatch):
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
+class Service:
+    """Stands for a Weights & Biases run: keeps what it is told, or fails."""
+
+    def __init__(self, reason: str = "") -> None:
+        self.told, self.reason, self.ended = [], reason, False
+
+    def log(self, figures: dict, step: int) -> None:
+        if self.reason:
+            raise RuntimeError(self.reason)
+        self.told.append({"step": step, **figures})
+
+    def finish(self) -> None:
+        self.ended = True
+
+
+def test_wandb_is_told_every_figure(debug_tokens, tmp_path, monkeypatch):
+    service = Service()
+    monkeypatch.setattr("egom2p.training.log.start_wandb", lambda *_: service)
+    train(debug_tokens, tmp_path, "train.steps=4", "log.wandb=true", "eval.every=2")
+    assert service.told == read_metrics(tmp_path) and service.ended
+    assert any("eval/loss/cam" in row for row in service.told)
+
+
+def test_a_service_that_fails_costs_the_run_nothing(debug_tokens, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("egom2p.training.log.start_wandb", lambda *_: Service("over quota"))
+    train(debug_tokens, tmp_path, "train.steps=3", "log.wandb=true", "eval.every=0")
+    assert len(read_metrics(tmp_path)) == 3
+    assert caplog.text.count("Weights & Biases fails (over quota)") == 1
+
+
 def test_metrics_are_cut_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 6)) + '{"step": 6, "lo')
