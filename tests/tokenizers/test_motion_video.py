@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from vector_quantize_pytorch import VectorQuantize
 
 from egom2p import geometry, tokenizers
@@ -23,6 +24,18 @@ def train(name, clips, run, *overrides):
     run_cli("tokenizer", "train", f"tokenizers/world_{name}/config.yaml", f"data.clips={clips}/*.tar", f"run.dir={run}",
             *SMALL, *overrides)
     return tokenizers.load(run)
+
+
+def test_an_exported_tokenizer_holds_the_average_of_its_weights(world_clips, tmp_path):
+    """That of the second step, worked out from the first one's and the weights."""
+    options = ("train.steps=2", "train.ema=0.5", "checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=0")
+    train("gaze", world_clips, tmp_path, *options)
+    first, averaged = (load_file(tmp_path / f"checkpoints/step_{n:08d}/model.safetensors") for n in (1, 2))
+    last = load_file(tmp_path / "checkpoints/step_00000002/training.safetensors")
+    name = "out.weight"
+    share = 1 - min(0.5, 2 / 11)
+    torch.testing.assert_close(averaged[name], first[name] + share * (last[name] - first[name]))
+    assert not torch.equal(averaged[name], last[name])
 
 
 @pytest.mark.parametrize("name", ["cam", "gaze", "rgb", "depth"])
