@@ -126,7 +126,9 @@ def start_torchrun(processes: int, *args: object, launcher: tuple[str, ...] = ()
 
 @functools.cache
 def _zygote() -> Zygote:
-    zygote = Zygote(Path(tempfile.mkdtemp()))
+    folder = Path(tempfile.mkdtemp())
+    zygote = Zygote(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(zygote.close)
     return zygote
 

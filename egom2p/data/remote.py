@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 CHUNK = 1 << 20
 READERS = 4
-PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def is_remote(text: str | os.PathLike) -> bool:
@@ -149,9 +149,10 @@ def list_shards(url: str, cache: ShardCache) -> list[RemoteShard]:
         fs, path = filesystem(url)
         if any(c in path for c in "*?"):
             return [(p, info.get("size", -1)) for p, info in sorted(fs.glob(path, detail=True).items())]
+        info = fs.info(path)  # not `exists`, which says no of a server that cannot be asked
         if path.endswith(".tar"):
-            return [(path, fs.info(path).get("size", -1))]  # `exists` says no of a server that cannot be reached
-        rows = fs.ls(path.rstrip("/"), detail=True) if fs.exists(path) else []
+            return [(path, info.get("size", -1))]
+        rows = fs.ls(path.rstrip("/"), detail=True)
         return sorted((row["name"], row.get("size", -1)) for row in rows if row["name"].endswith(".tar"))
 
     try:
@@ -223,7 +224,7 @@ def retry(action: Callable[[], T], what: str, patience_s: float) -> T:
     while True:
         try:
             return action()
-        except (OSError, EOFError, TimeoutError, ImportError, *_client_errors()) as error:
+        except (OSError, EOFError, TimeoutError, *_client_errors()) as error:
             if isinstance(error, PERMANENT) and not _was_not_asked(error):
                 raise
             left = patience_s - (time.monotonic() - started)
@@ -261,11 +262,12 @@ def _client_errors() -> tuple[type[Exception], ...]:
 def _remote_index(folder: str, cache: ShardCache) -> dict[str, dict]:
     def ask() -> dict[str, dict]:
         fs, path = filesystem(f"{folder}/{INDEX_FILE}")
-        return parse_index(json.loads(fs.cat_file(path))) if fs.exists(path) else {}
+        fs.info(path)
+        return parse_index(json.loads(fs.cat_file(path)))
 
     try:
         return retry(ask, f"{folder}/{INDEX_FILE}", cache.retry_s)
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return {}
 
 

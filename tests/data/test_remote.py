@@ -148,8 +148,9 @@ def test_missing_things_fail_at_once_and_passing_failures_do_not(tmp_path):
 
 def test_a_server_that_cannot_be_asked_is_not_one_that_has_nothing(tmp_path):
     """Through fsspec's own clients: both are tried again, and say why in the end."""
-    with pytest.raises(OSError, match=r"x\.tar could not be had in 0\.3 s .*annot connect"):
-        list_shards("http://127.0.0.1:9/x.tar", ShardCache(tmp_path, 1e9, 0.3))
+    for place in ("x.tar", "folder"):
+        with pytest.raises(OSError, match=rf"{place} could not be had in 0\.3 s .*annot connect"):
+            list_shards(f"http://127.0.0.1:9/{place}", ShardCache(tmp_path, 1e9, 0.3))
     hub = HfFileSystem(endpoint="http://127.0.0.1:9", skip_instance_cache=True)
     with pytest.raises(OSError, match=r"could not be had in 0\.3 s .*onnection refused"):
         retry(lambda: hub.ls("datasets/me/steps"), "hf://datasets/me/steps", 0.3)
@@ -180,6 +181,7 @@ def test_https_and_pipe(debug_tokens, tmp_path):
             assert (ids == local.read(5).tokens[m]).all()
     cache = ShardCache(tmp_path / "cache", 1e9, 1.0)
     assert list_shards(f"http://127.0.0.1:{server.server_port}/rgb/full/shard-000009.tar", cache) == []
+    assert list_shards(f"http://127.0.0.1:{server.server_port}/rgb/none", cache) == []
     server.shutdown()
 
 
