@@ -23,6 +23,7 @@ exclude_patterns = ["_build"]
 autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_use_type_comments = False
 # Docstrings here are plain English with `code` in single backquotes; they are shown as they are, not parsed as reST.
 suppress_warnings = ["ref.python", "misc.highlighting_failure"]
 

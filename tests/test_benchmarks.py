@@ -1,15 +1,12 @@
 """The benchmarks' reference computes the same loss and gradients as ours, and the scripts run."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from benchmarks.plain import PlainEgoM2P
 from egom2p.data.batch import pack
 from egom2p.model.egom2p import EgoM2P, ModelArgs
-from tests.conftest import ROOT
+from tests.conftest import start_cli
 from tests.model.test_attention import MODALITIES, SAMPLES
 
 
@@ -46,6 +43,7 @@ def test_plain_padded_network_equals_ours(variant):
 def test_benchmark_runs(command, expected, tmp_path):
     """Every section of the script works, whatever the machine; no figure is asserted."""
     out = ["--out", str(tmp_path)] if command[0] == "benchmarks.gpu" else []
-    done = subprocess.run([sys.executable, "-m", *command, *out], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert expected in done.stdout
+    process = start_cli(*command[1:], *out, module=command[0])
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed[-4000:]
+    assert expected in printed

@@ -1,5 +1,5 @@
-"""`egom2p` commands as forks of one process that has imported everything: a start takes milliseconds, where a new
-interpreter takes seconds of a core to import torch. What runs is the command's own `main`, in a process of its own.
+"""`python -m egom2p` and its like as forks of one process that has imported everything: a start takes milliseconds,
+where a new interpreter takes seconds of a core to import torch. What runs is the module, in a process of its own.
 
 The zygote itself never computes, so that a fork of it is as good as new (torch's threads do not live through a fork).
 """
@@ -7,6 +7,7 @@ The zygote itself never computes, so that a fork of it is as good as new (torch'
 import atexit
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -59,12 +60,12 @@ class Zygote:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         env={**os.environ, **self.environment})
 
-    def start(self, *args: object, output: Path | None = None, **environment: str) -> Forked:
-        """`egom2p ARGS` in a fork, whose environment is this process's now, and `environment`."""
+    def start(self, *args: object, module: str = "egom2p", output: Path | None = None, **environment: str) -> Forked:
+        """`python -m module ARGS` in a fork, whose environment is this process's now, and `environment`."""
         self.started += 1
         output, status = output or self.folder / f"{self.started}.out", self.folder / f"{self.started}.status"
         output.write_text("")
-        job = {"args": [str(a) for a in args], "output": str(output), "status": str(status),
+        job = {"module": module, "args": [str(a) for a in args], "output": str(output), "status": str(status),
                "environment": {**os.environ, **self.environment, **environment}}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return Forked(int(self.process.stdout.readline()), output, status)
@@ -89,21 +90,20 @@ def _keep(job: dict) -> None:
 
 
 def _live(job: dict) -> None:
-    from egom2p.cli import main
-
     os.environ.clear()
     os.environ.update(job["environment"])
     for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, job["output"], os.O_WRONLY | os.O_APPEND)):
         os.dup2(os.open(path, flags), number)
     os.dup2(1, 2)
     sys.stdout.reconfigure(line_buffering=True)
-    sys.argv[:] = ["egom2p", *job["args"]]
-    code = 1
+    sys.argv[:] = [job["module"], *job["args"]]
+    code = 0
     try:
-        code = main(job["args"])
+        runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 1
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:
+        code = 1
         sys.excepthook(*sys.exc_info())
     finally:
         atexit._run_exitfuncs()
@@ -115,6 +115,7 @@ def _live(job: dict) -> None:
 def _serve() -> None:
     import torch._dynamo  # noqa: F401 (a training's optimiser imports it)
 
+    import egom2p.cli
     import egom2p.evaluation.run
     import egom2p.generation.recordings
     import egom2p.tokenizers.encode

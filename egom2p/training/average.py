@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from egom2p.training.parallel import local_tensor
 
 
 class WeightAverage:
@@ -46,8 +47,4 @@ class WeightAverage:
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name, parameter in self.model.named_parameters():
-            yield _local(self.tensors[name]), _local(parameter.detach())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            yield local_tensor(self.tensors[name]), local_tensor(parameter.detach())
