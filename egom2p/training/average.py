@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-
-from egom2p.training.parallel import local_tensor
+from torch.distributed.tensor import DTensor
 
 
 class WeightAverage:
@@ -47,4 +46,8 @@ class WeightAverage:
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name, parameter in self.model.named_parameters():
-            yield local_tensor(self.tensors[name]), local_tensor(parameter.detach())
+            yield _local(self.tensors[name]), _local(parameter.detach())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

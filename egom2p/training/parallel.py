@@ -1,8 +1,4 @@
-"""One model over several processes: replicated (DDP) or sharded (FSDP2). Checkpoints of both are the same files.
-
-A sharded tensor (DTensor) or module (FSDPModule) is known by what it can do, and FSDP2 is imported by the run that
-shards: to import it takes a second or two, a third of what every other command would wait for at its start.
-"""
+"""One model over several processes: replicated (DDP) or sharded (FSDP2). Checkpoints of both are the same files."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from egom2p.distributed import World
@@ -27,45 +27,32 @@ def spread(model: nn.Module, mode: str, world: World, precision: str = "float32"
     if world.size == 1:
         return model
     if mode == "fsdp":
-        return _shard(model, world, precision, reduce)
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        summed = torch.bfloat16 if reduce == "bfloat16" else torch.float32
+        half = MixedPrecisionPolicy(torch.bfloat16, summed, cast_forward_inputs=False)
+        root = MixedPrecisionPolicy(reduce_dtype=summed) if reduce == "bfloat16" else MixedPrecisionPolicy()
+        for module in model.modules():
+            if isinstance(module, (EncoderBlock, DecoderBlock)):
+                fully_shard(module, mesh=mesh, mp_policy=half if precision == "bfloat16" else root)
+        return fully_shard(model, mesh=mesh, mp_policy=root)
     # Buffers are tables that never change, or are moved by every rank alike (a tokenizer's running codebook).
     replicas = DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
                                        broadcast_buffers=False, gradient_as_bucket_view=True)
     if reduce == "bfloat16":
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
         replicas.register_comm_hook(None, bf16_compress_hook)
     return replicas
-
-
-def _shard(model: nn.Module, world: World, precision: str, reduce: str) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    summed = torch.bfloat16 if reduce == "bfloat16" else torch.float32
-    half = MixedPrecisionPolicy(torch.bfloat16, summed, cast_forward_inputs=False)
-    root = MixedPrecisionPolicy(reduce_dtype=summed) if reduce == "bfloat16" else MixedPrecisionPolicy()
-    for module in model.modules():
-        if isinstance(module, (EncoderBlock, DecoderBlock)):
-            fully_shard(module, mesh=mesh, mp_policy=half if precision == "bfloat16" else root)
-    return fully_shard(model, mesh=mesh, mp_policy=root)
-
-
-def _is_sharded(module_or_tensor: Any) -> bool:
-    return hasattr(module_or_tensor, "unshard") or hasattr(module_or_tensor, "full_tensor")
 
 
 @contextlib.contextmanager
 def unsharded_root(forward: nn.Module) -> Iterator[None]:
     """Tables, heads and norms of a sharded model whole, for work on it that does not go through its `forward`, such as
     sampling. Its blocks gather themselves when they are called."""
-    if _is_sharded(forward):
+    if isinstance(forward, FSDPModule):
         forward.unshard()
     try:
         yield
     finally:
-        if _is_sharded(forward):
+        if isinstance(forward, FSDPModule):
             forward.reshard()
 
 
@@ -73,7 +60,7 @@ def unsharded_root(forward: nn.Module) -> Iterator[None]:
 def gradients_stay_local(forward: nn.Module, local: bool) -> Iterator[None]:
     """Backward passes inside leave gradients unsummed over ranks when `local`: all micro-batches of a step but the
     last."""
-    if _is_sharded(forward):
+    if isinstance(forward, FSDPModule):
         forward.set_requires_gradient_sync(not local)
         yield
     elif isinstance(forward, DistributedDataParallel) and local:
@@ -85,19 +72,12 @@ def gradients_stay_local(forward: nn.Module, local: bool) -> Iterator[None]:
 
 def full_tensor(tensor: Any) -> Any:
     """The whole of a sharded tensor (every rank must ask), any other tensor as it is."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
-
-
-def local_tensor(tensor: Any) -> Any:
-    """This rank's share of a sharded tensor, any other tensor as it is."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like_parameter(tensor: Tensor, parameter: Tensor) -> Tensor:
     """`tensor` on the parameter's device, and sharded as it is when it has its shape."""
     tensor = tensor.to(parameter.device)
-    if _is_sharded(parameter) and tensor.shape == parameter.shape:
-        from torch.distributed.tensor import distribute_tensor
-
+    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor
