@@ -1,7 +1,9 @@
 """Pictures in clip tars: depth comes back bit for bit, frames as the eye sees them, and both are small."""
 
+import io
 import json
 
+import av
 import numpy as np
 import pytest
 
@@ -41,6 +43,14 @@ def test_frames_of_any_size_keep_their_colours(size):
     back = from_file(extension, data)
     assert extension == "mp4" and back.shape == frames.shape
     assert np.abs(back.astype(int) - frames).mean() < 4.0
+
+
+@pytest.mark.parametrize("rate", [8.0, 29.97])
+@pytest.mark.parametrize("frames", [np.zeros((5, 16, 16, 3), np.uint8), np.zeros((5, 16, 16), np.float16)],
+                         ids=["colour", "depth"])
+def test_films_run_at_the_rate_of_their_signal(frames, rate):
+    with av.open(io.BytesIO(to_file(frames, "mp4", rate)[1])) as film:
+        assert float(film.streams.video[0].average_rate) == pytest.approx(rate, rel=1e-3)
 
 
 def test_real_clips_take_a_tenth_of_the_bytes(examples, tmp_path):

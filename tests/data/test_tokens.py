@@ -67,6 +67,17 @@ def test_modalities_pair_by_key_and_a_lacking_one_is_absent(tmp_path, rng):
         assert all(np.array_equal(sample.tokens[i], expected[i]) for i in expected)
 
 
+def test_a_shard_that_is_named_and_not_there_is_said_and_no_other(tmp_path, rng, caplog):
+    write_set(tmp_path, grids(rng))
+    for pattern in ("[rgb,cam]/set/shard-000000.tar", "[rgb,cam]/set/*.tar"):
+        assert len(open_set(tmp_path, pattern=pattern).keys) == 6
+    assert not caplog.text
+    (tmp_path / "cam/set/shard-000001.tar").symlink_to("shard-000000.tar")
+    open_set(tmp_path, pattern="[rgb,cam]/set/shard-{000000..000001}.tar")
+    said = [record.getMessage() for record in caplog.records if "does not exist" in record.getMessage()]
+    assert len(said) == 1 and "shard-000001.tar does not exist; clips of that shard lack 'rgb'" in said[0]
+
+
 def test_released_forms_give_identical_samples(tmp_path, rng):
     """.npz tars in int32 / int64 with a `token` folder, loose folders, and our shards converted from both."""
     samples = grids(rng)

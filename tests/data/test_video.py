@@ -100,15 +100,17 @@ def test_the_display_matrix_turns_and_mirrors(tmp_path, name):
         assert np.abs(picture[corner] - wanted[corner]).max() < 25
 
 
-def test_pixels_that_are_not_square_are_stretched(tmp_path):
+@pytest.mark.parametrize(("ratio", "size"), [(Fraction(2, 1), (96, 192)), (Fraction(1, 2), (192, 96))])
+def test_pixels_that_are_not_square_are_stretched(tmp_path, ratio, size):
     frame = np.full((96, 96, 3), 30, np.uint8)
-    frame[32:64, 40:56] = 220
+    rows, columns = (32, 16) if ratio > 1 else (16, 32)
+    frame[32 : 32 + rows, 40 : 40 + columns] = 220
 
-    def ratio(stream):
-        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+    def pixels(stream):
+        stream.codec_context.sample_aspect_ratio = ratio
 
-    picture = next(shown(write(tmp_path / "wide.mp4", [frame] * 5, prepare=ratio))).picture()
-    assert picture.shape == (96, 192, 3)
+    picture = next(shown(write(tmp_path / "film.mp4", [frame] * 5, prepare=pixels))).picture()
+    assert picture.shape == (*size, 3)
     bright = picture.mean(-1) > 120
     assert abs(int(bright.any(1).sum()) - int(bright.any(0).sum())) <= 2
 
