@@ -18,8 +18,9 @@ export OMP_NUM_THREADS=1
 python - "$code" $tests <<'PYTHON' > setup.cfg
 import sys
 code, *tests = sys.argv[1:]
+beside = ["cfgs", "tokenizers", "scripts", "benchmarks", "docs", "notebooks", "req.txt", "setup.py", "README.md"]
 print("[mutmut]", "source_paths=egom2p", f"only_mutate={code if code.endswith('.py') else code + '/*.py'}",
-      "also_copy=\n    cfgs\n    tokenizers\n    scripts\n    benchmarks\n    docs\n    notebooks\n    req.txt\n    setup.py\n    README.md",
+      "also_copy=\n    " + "\n    ".join(beside),
       "pytest_add_cli_args_test_selection=\n    " + "\n    ".join(tests),
       "pytest_add_cli_args=\n    -m\n    not slow\n    -p\n    no:xdist\n    -o\n    addopts=", sep="\n")
 PYTHON

@@ -94,10 +94,9 @@ def run_cli(*args: object, check: bool = True) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
-def start_cli(*args: object, module: str = "egom2p", output: Path | None = None, **env: str) -> Forked:
-    """`egom2p ARGS`, or another `python -m module`, as a process of its own: a fork, whose start is quick. Its output
-    goes to `output`, or a file."""
-    return _zygote().start(*args, module=module, output=output, **env)
+def start_cli(*args: object, **how: object) -> Forked:
+    """`egom2p ARGS` as a process of its own: a fork, whose start is quick. how: see `Zygote.start`."""
+    return _zygote().start(*args, **how)
 
 
 def run_ranks(ranks: int, *args: object, code: int = 0) -> str:

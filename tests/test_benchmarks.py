@@ -43,7 +43,7 @@ def test_plain_padded_network_equals_ours(variant):
 def test_benchmark_runs(command, expected, tmp_path):
     """Every section of the script works, whatever the machine; no figure is asserted."""
     out = ["--out", str(tmp_path)] if command[0] == "benchmarks.gpu" else []
-    process = start_cli(*command[1:], *out, module=command[0])
+    process = start_cli(*command[1:], *out, module=command[0], errors=tmp_path / "errors")
     printed, _ = process.communicate()
-    assert process.returncode == 0, printed[-4000:]
+    assert process.returncode == 0, printed[-2000:] + (tmp_path / "errors").read_text()[-2000:]
     assert expected in printed

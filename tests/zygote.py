@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Forked:
-    """What tests use of a `subprocess.Popen`; the output of both streams is in the file `output`."""
+    """What tests use of a `subprocess.Popen`; what it prints is in the file `output`."""
 
     def __init__(self, pid: int, output: Path, status: Path) -> None:
         self.pid, self.output, self.status = pid, output, status
@@ -60,12 +60,16 @@ class Zygote:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         env={**os.environ, **self.environment})
 
-    def start(self, *args: object, module: str = "egom2p", output: Path | None = None, **environment: str) -> Forked:
-        """`python -m module ARGS` in a fork, whose environment is this process's now, and `environment`."""
+    def start(self, *args: object, module: str = "egom2p", output: Path | None = None, errors: Path | None = None,
+              **environment: str) -> Forked:
+        """`python -m module ARGS` in a fork, whose environment is this process's now, and `environment`. Both streams
+        go to the file `output`, or stderr to `errors`."""
         self.started += 1
         output, status = output or self.folder / f"{self.started}.out", self.folder / f"{self.started}.status"
-        output.write_text("")
+        for path in filter(None, (output, errors)):
+            path.write_text("")
         job = {"module": module, "args": [str(a) for a in args], "output": str(output), "status": str(status),
+               "errors": str(errors or output),
                "environment": {**os.environ, **self.environment, **environment}}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return Forked(int(self.process.stdout.readline()), output, status)
@@ -92,9 +96,9 @@ def _keep(job: dict) -> None:
 def _live(job: dict) -> None:
     os.environ.clear()
     os.environ.update(job["environment"])
-    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, job["output"], os.O_WRONLY | os.O_APPEND)):
+    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, job["output"], os.O_WRONLY | os.O_APPEND),
+                                (2, job["errors"], os.O_WRONLY | os.O_APPEND)):
         os.dup2(os.open(path, flags), number)
-    os.dup2(1, 2)
     sys.stdout.reconfigure(line_buffering=True)
     sys.argv[:] = [job["module"], *job["args"]]
     code = 0
