@@ -200,7 +200,9 @@ class _Runner:
         rows = []
         for clip, mine, shuffled, confidence in zip(clips, predicted, control, sure, strict=True):
             truth = clip.signals[source]
-            ceiling = tokenizer.decode(np.maximum(tokens[task.target][clip.key], 0))
+            ids = tokens[task.target][clip.key]
+            # What was not observed has ids too; another one in its place would spoil the frames beside it.
+            ceiling = tokenizer.decode(ids if ids.min() >= 0 else tokenizer.encode(truth))
             guesses = {"model": mine, "shuffled": shuffled, "ceiling": ceiling,
                        **{f"baseline: {n}": g for n, g in measure.baselines(tokenizer.statistics, truth).items()}}
             figures = {s: measure.metrics(g, truth, clip.meta) for s, g in guesses.items() if g is not None}

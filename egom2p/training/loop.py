@@ -428,6 +428,8 @@ def _set_up_torch(args: TrainArgs) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Sums inside the switch (NVLS, CollNet) add in an order of their own; NCCL reads this when the group is made.
         os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree,CollnetDirect,CollnetChain")
+        # MKL's products need not repeat bit by bit from one process to the next unless asked to; read at the first one.
+        os.environ.setdefault("MKL_CBWR", "AUTO")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     torch.set_float32_matmul_precision("high")

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from egom2p import tokenizers
 from egom2p.config import load
-from egom2p.data.clips import Clip, ClipIndex, write_clips
+from egom2p.data.clips import Clip, ClipIndex, read_clips, write_clips
 from egom2p.errors import UserError
+from egom2p.evaluation.gaze import gaze_mse
 from egom2p.evaluation.lpips import lpips
 from egom2p.evaluation.run import ProtocolConfig, evaluate, evaluate_to
 from egom2p.evaluation.video import frechet_distance, frechet_video_distance
@@ -71,6 +73,29 @@ def test_a_stopped_evaluation_goes_on_where_it_was(finished, clips, tmp_path, mo
     assert sum(len(keys) for keys in calls[::2]) <= 24 + 24 + 3  # the blocks that were missing, and three clips drawn
     other = evaluate_to(tmp_path / "part", model, ProtocolConfig(("rgb2cam",), clips, seed=3, limit=20))
     assert other.summary["rgb2cam"]["ate_m"]["clips"] == 20
+
+
+def test_the_tokenizers_own_error_is_of_whole_encodings(finished, clips, monkeypatch):
+    """Of gaze with blinks: an id that is nobody's, where nothing was observed, would spoil the frames beside it."""
+    real = tokenizers.load_for
+
+    def with_wild_weights(*args):
+        loaded = real(*args)
+        torch.manual_seed(0)
+        for parameter in loaded["gaze"].parameters():
+            torch.nn.init.normal_(parameter)
+        return loaded
+
+    monkeypatch.setattr(tokenizers, "load_for", with_wild_weights)
+    model = EgoM2P.from_pretrained(finished[0] / "model")
+    figures = evaluate(model, ("rgb2gaze",), clips, {}).summary["rgb2gaze"]["gaze_mse"]
+    tokenizer = with_wild_weights(model.modalities, ["gaze"], model.device, model.folder)["gaze"]
+    gazes = [clip.signals["gaze"] for clip in read_clips(clips) if "gaze" in clip.signals]
+    observed = [tokenizer.observed(gaze) for gaze in gazes]
+    assert any(seen.any() and not seen.all() for seen in observed)
+    errors = [gaze_mse(tokenizer.decode(tokenizer.encode(gaze)), gaze)
+              for gaze, seen in zip(gazes, observed, strict=True) if seen.any()]
+    assert figures["ceiling"] == pytest.approx(np.mean(errors), rel=1e-5)
 
 
 def test_alignments_and_units(finished, clips, tmp_path):

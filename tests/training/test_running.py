@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from egom2p import resources
 from egom2p.config import load
@@ -167,6 +168,18 @@ def test_a_training_ends_with_one_line(debug_tokens, tmp_path):
     assert last.startswith(f"{tmp_path}/run: step 2 of 2, 2 steps in ")
     assert "last loss" in last
     assert "eval/loss/cam" in last
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL")
+@pytest.mark.parametrize(("deterministic", "mode"), [("true", "CNR:AUTO"), ("false", "CNR:OFF")])
+def test_deterministic_asks_mkl_for_repeatable_products(debug_tokens, tmp_path, deterministic, mode):
+    process = start_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}/run",
+                        "train.steps=1", "eval.every=0", f"train.deterministic={deterministic}", MKL_VERBOSE="1")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output[-2000:]
+    products = [line for line in output.splitlines() if line.startswith("MKL_VERBOSE SGEMM")]
+    assert products
+    assert all(mode in line for line in products)
 
 
 def test_features_of_what_a_shard_stores(debug_tokens, tmp_path):
