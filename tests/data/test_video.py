@@ -161,9 +161,13 @@ def test_what_an_edit_list_hides_is_not_shown(tmp_path):
     ("h264.avi", "libx264", {"crf": "8", "bf": "3", "g": "60"}),
     ("altref.webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "b": "2M", "cpu-used": "4"})])
 def test_containers_without_presentation_times(tmp_path, name, codec, options):
-    rows = seen(write(tmp_path / name, [coded(i) for i in range(90)], codec=codec, options=options))
+    path = write(tmp_path / name, [coded(i) for i in range(90)], codec=codec, options=options)
+    rows = seen(path)
     assert [n for _, n in rows] == list(range(90))
     assert np.allclose([t for t, _ in rows], np.arange(90) / 30, atol=0.04)
+    of_packets = frame_times(path)  # some of which show nothing (WebM's alternate references)
+    assert np.abs(of_packets[:, None] - [t for t, _ in rows]).min(0).max() < 2e-3
+    assert len(of_packets) == 90 or name.endswith("webm")
 
 
 def test_a_cover_picture_is_no_film(tmp_path):
@@ -243,6 +247,9 @@ def test_damage_costs_its_frames_and_no_wrong_one_comes_out(tmp_path):
     assert all(abs(n - round(t * 30)) <= 1 for t, n in rows)
     with pytest.raises(UserError, match="6 damaged packets"):
         decode_video(tmp_path / "run.mkv")
+    numbers = [n for _, n in seen(damage(whole, tmp_path / "end.mkv", {125, 126, 127}))]
+    assert set(range(128, 240)) <= set(numbers)  # what is lost right before a key frame costs nothing after it
+    assert not {125, 126, 127} & set(numbers)
 
 
 def test_a_recording_that_was_cut_off_is_read_to_the_cut(tmp_path):
