@@ -29,6 +29,8 @@ from egom2p.data.batch import pack
 from egom2p.data.masking import MaskArgs
 from egom2p.modalities import ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.training.arguments import TrainArgs
+from egom2p.training.loop import set_up_torch
 from egom2p.training.pretraining import PretrainConfig
 
 LOAD = "import torch; a = torch.randn(1500, 1500)\nwhile True: a @ a"
@@ -36,9 +38,7 @@ LOAD = "import torch; a = torch.randn(1500, 1500)\nwhile True: a @ a"
 
 def hashes(threads: int, deterministic: bool, size: str) -> dict[str, str]:
     """{parameter: hash of its gradient}, and `loss`."""
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
-    torch.manual_seed(0)
+    set_up_torch(TrainArgs(batch_size=4, threads=threads, deterministic=deterministic))
     if size == "world":
         quickstart = load(PretrainConfig, "cfgs/train/quickstart.yaml")
         modalities = ModalitySet.from_config(quickstart.modalities)

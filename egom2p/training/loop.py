@@ -94,7 +94,7 @@ def run_training(config: Any, make_task: Any) -> Path:
 
     Raises Preempted after SIGTERM or SIGUSR1, when a checkpoint has been saved.
     """
-    _set_up_torch(config.train)
+    set_up_torch(config.train)
     with process_group(config.train.first_timeout_s) as world:
         if config.train.precision == "bfloat16" and world.is_main and not multiplies_bfloat16(world.device):
             log.warning("this CPU has no bfloat16 products and imitates them, some forty times slower than float32: "
@@ -420,7 +420,8 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: tree}
 
 
-def _set_up_torch(args: TrainArgs) -> None:
+def set_up_torch(args: TrainArgs) -> None:
+    """Threads, seed and whether operations must repeat bit by bit, before the process computes anything."""
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -428,8 +429,9 @@ def _set_up_torch(args: TrainArgs) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Sums inside the switch (NVLS, CollNet) add in an order of their own; NCCL reads this when the group is made.
         os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree,CollnetDirect,CollnetChain")
-        # MKL's products need not repeat bit by bit from one process to the next unless asked to; read at the first one.
-        os.environ.setdefault("MKL_CBWR", "AUTO")
+        # MKL's products repeat bit by bit from process to process only when asked to, and strictly when by other numbers
+        # of threads (oneMKL's guide, Conditional Numerical Reproducibility). Read at the first product.
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     torch.set_float32_matmul_precision("high")

@@ -171,7 +171,7 @@ def test_a_training_ends_with_one_line(debug_tokens, tmp_path):
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL")
-@pytest.mark.parametrize(("deterministic", "mode"), [("true", "CNR:AUTO"), ("false", "CNR:OFF")])
+@pytest.mark.parametrize(("deterministic", "mode"), [("true", " CNR:AUTO,STRICT "), ("false", " CNR:OFF ")])
 def test_deterministic_asks_mkl_for_repeatable_products(debug_tokens, tmp_path, deterministic, mode):
     process = start_cli("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}/run",
                         "train.steps=1", "eval.every=0", f"train.deterministic={deterministic}", MKL_VERBOSE="1")
