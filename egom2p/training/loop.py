@@ -429,8 +429,8 @@ def set_up_torch(args: TrainArgs) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Sums inside the switch (NVLS, CollNet) add in an order of their own; NCCL reads this when the group is made.
         os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree,CollnetDirect,CollnetChain")
-        # MKL's products repeat bit by bit from process to process only when asked to, and strictly when by other numbers
-        # of threads (oneMKL's guide, Conditional Numerical Reproducibility). Read at the first product.
+        # MKL's products repeat bit by bit from process to process only when asked to, and by any number of threads only
+        # strictly (oneMKL's guide, Conditional Numerical Reproducibility). Read at the first product.
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
