@@ -17,7 +17,9 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 import torch._dynamo
@@ -25,7 +27,7 @@ import torch._dynamo
 from benchmarks.printing import heading, say
 from benchmarks.train_step import RELEASED, make_samples
 from egom2p.config import load
-from egom2p.data.batch import pack
+from egom2p.data.batch import MaskedSample, pack
 from egom2p.data.masking import MaskArgs
 from egom2p.modalities import ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
@@ -36,24 +38,37 @@ from egom2p.training.pretraining import PretrainConfig
 LOAD = "import torch; a = torch.randn(1500, 1500)\nwhile True: a @ a"
 
 
-def hashes(threads: int, deterministic: bool, size: str) -> dict[str, str]:
+@dataclass(frozen=True)
+class Work:
+    """What every process does: no tensor in it, so that the process that forks has computed nothing."""
+
+    modalities: ModalitySet
+    model: ModelArgs
+    samples: list[MaskedSample]
+    train: TrainArgs
+
+
+def work(threads: int, deterministic: bool, size: str) -> Work:
+    train = TrainArgs(batch_size=4, steps=1, threads=threads, deterministic=deterministic)
+    if size == "released":
+        return Work(RELEASED, ModelArgs(64, 4, 2, 2), make_samples(2, 0), train)
+    quickstart = load(PretrainConfig, "cfgs/train/quickstart.yaml")
+    modalities = ModalitySet.from_config(quickstart.modalities)
+    return Work(modalities, quickstart.model, make_samples(4, 0, modalities, MaskArgs(180, 200)), train)
+
+
+def hashes(asked: Work) -> dict[str, str]:
     """{parameter: hash of its gradient}, and `loss`."""
-    set_up_torch(TrainArgs(batch_size=4, threads=threads, deterministic=deterministic))
-    if size == "world":
-        quickstart = load(PretrainConfig, "cfgs/train/quickstart.yaml")
-        modalities = ModalitySet.from_config(quickstart.modalities)
-        model = EgoM2P(modalities, quickstart.model)
-        batch = pack(make_samples(4, 0, modalities, MaskArgs(180, 200)), len(modalities))
-    else:
-        model = EgoM2P(RELEASED, ModelArgs(64, 4, 2, 2))
-        batch = pack(make_samples(2, 0), len(RELEASED))
+    set_up_torch(asked.train)
+    model = EgoM2P(asked.modalities, asked.model)
+    batch = pack(asked.samples, len(asked.modalities))
     total, _ = model(batch, torch.full((len(batch.targets),), 1e-3))
     total.backward()
     tensors = {"loss": total.detach(), **{n: p.grad for n, p in model.named_parameters()}}
     return {name: hashlib.sha256(t.numpy().tobytes()).hexdigest()[:16] for name, t in tensors.items()}
 
 
-def in_a_fork(threads: int, deterministic: bool, size: str) -> dict[str, str]:
+def in_a_fork(asked: Work) -> dict[str, str]:
     """`hashes`, computed in a process of its own, whose threads start there."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -62,8 +77,10 @@ def in_a_fork(threads: int, deterministic: bool, size: str) -> dict[str, str]:
         try:
             os.close(reader)
             with os.fdopen(writer, "w") as answer:
-                json.dump(hashes(threads, deterministic, size), answer)
+                json.dump(hashes(asked), answer)
             code = 0
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(code)
     os.close(writer)
@@ -74,16 +91,16 @@ def in_a_fork(threads: int, deterministic: bool, size: str) -> dict[str, str]:
     return json.loads(text)
 
 
-def soak(processes: int, threads: int, load: bool, deterministic: bool, size: str) -> tuple[int, Counter[str]]:
+def soak(processes: int, load: bool, asked: Work) -> tuple[int, Counter[str]]:
     """(processes that differ from the first, how often each parameter does)."""
     beside = subprocess.Popen([sys.executable, "-c", LOAD]) if load else None
     differing, names = 0, Counter()
     try:
-        first = in_a_fork(threads, deterministic, size)
+        first = in_a_fork(asked)
         for number in range(1, processes):
             if number % 200 == 0:
                 say(f"{number}: {differing} differ")
-            told = in_a_fork(threads, deterministic, size)
+            told = in_a_fork(asked)
             changed = [name for name in first if told[name] != first[name]]
             differing += bool(changed)
             names.update(changed)
@@ -104,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     heading(__doc__, **vars(args))
     started = time.perf_counter()
-    differing, names = soak(args.processes, args.threads, not args.no_load, args.deterministic, args.size)
+    differing, names = soak(args.processes, not args.no_load, work(args.threads, args.deterministic, args.size))
     say(f"{differing} of {args.processes} processes differ from the first, in {time.perf_counter() - started:.0f} s"
         + "".join(f"\n  {name}: {count}" for name, count in names.most_common()))
 
