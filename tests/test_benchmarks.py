@@ -39,7 +39,7 @@ def test_plain_padded_network_equals_ours(variant):
     (["benchmarks.checkpoint", "--rounds", "1", "--size", "world"], "stall"),
     (["benchmarks.generate", "--rounds", "1", "--recipes", "rgb2cam", "--size", "smoke"], "greedy ids identical"),
     (["benchmarks.encode", "--count", "8", "--large", "2", "--rounds", "1"], "peak memory"),
-    (["benchmarks.soak", "--processes", "100", "--deterministic", "--no-load"], "0 of 100 processes differ"),
+    (["benchmarks.soak", "--processes", "200", "--deterministic", "--no-load"], "0 of 200 processes differ"),
     (["benchmarks.prepare", "--width", "128", "--height", "96", "--seconds", "4", "--size", "64"], "clips/s")])
 def test_benchmark_runs(command, expected, tmp_path):
     """Every section of the script works, whatever the machine; no figure is asserted but that gradients repeat (the
