@@ -89,7 +89,7 @@ def main() -> None:
             spent = seconds(lambda t=tokenizer, x=x: [t.encode_units(b) for b in x.split(t.encode_batch)], args.rounds)
             say(f"network of '{key}': {len(x) / spent:8.0f} clips/s")
         large = stand_in(folder / "cosmos")
-        x = torch.rand(4, 3, 16, 256, 256) * 2 - 1
+        x = torch.rand(min(4, args.large), 3, 16, 256, 256) * 2 - 1
         spent = seconds(lambda: large.encode_units(x), args.rounds)
         say(f"network of the Cosmos stand-in: {len(x) / spent:8.1f} clips/s")
         for label, tokenizers, clips, count in (("four tokenizers, 48 x 48", list(made.values()), "small", args.count),

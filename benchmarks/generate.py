@@ -24,14 +24,12 @@ from benchmarks.train_step import RELEASED, REUSED_HEAP, model_sizes, run_child
 from egom2p.config import load
 from egom2p.generation.sampler import generate
 from egom2p.generation.schedule import RecipeConfig
-from egom2p.model.egom2p import EgoM2P, ModelArgs
-
-SMOKE = ModelArgs(32, 2, 1, 1)  # --size smoke: seconds, the same code
+from egom2p.model.egom2p import EgoM2P
 
 
 def measure(args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
-    model = EgoM2P(RELEASED, SMOKE if args.size == "smoke" else model_sizes(args.size)).eval()
+    model = EgoM2P(RELEASED, model_sizes(args.size)).eval()
     with torch.no_grad():
         for head in model.heads.values():
             head.weight.mul_(20)  # random weights give flat predictions; sharper ones leave no ties to rounding

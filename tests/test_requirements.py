@@ -1,6 +1,7 @@
 """Every dependency earns its place, and the public names carry types."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ def requirements() -> list[str]:
     return [re.match(r"[A-Za-z0-9_-]+", line)[0] for line in lines]
 
 
+@functools.cache
 def imported_modules() -> set[str]:
     found = set()
     for path in (ROOT / "egom2p").rglob("*.py"):

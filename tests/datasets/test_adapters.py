@@ -7,6 +7,7 @@ sequences unreadable.
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,8 @@ def check(clips: list, mini: Miniature, crop: int = 0, signals: tuple[str, ...] 
         start = clip.meta["start"] - offset
         assert set(signals) <= clip.signals.keys(), (clip.key, clip.signals.keys())
         video, motion = start + np.arange(16) / 8, start + np.arange(60) / 30
-        shown, depth = mini.at(mini.times[np.abs(mini.times[:, None] - video).argmin(0)])
+        nearest = np.abs(mini.times[:, None] - video).argmin(0)
+        shown, depth = (frames[nearest] for frames in mini.frames)
         top, left = (mini.height - crop) // 2, (mini.width - crop) // 2
         centre = (slice(None), slice(top, top + crop), slice(left, left + crop))
         assert np.abs(square(shown[centre], SIZE).astype(int) - clip.signals["rgb"]).mean() < 6
@@ -115,15 +117,13 @@ def test_taco(tmp_path, stored):
         np.save(parameters / "egocentric_frame_extrinsic.npy", geometry.invert(mini.poses(mini.times)))
         full = np.diag([1920 / 192, 1080 / 108, 1]) if stored == "a frame short" else np.eye(3)
         text(full @ mini.intrinsics, parameters / "egocentric_intrinsic.txt")
-        shown = Miniature(2, 192, 108, 30)
         kept = {"a frame short": slice(None, -1), "half as many": slice(None, None, 2)}.get(stored, slice(None))
-        shown.frames = (rgb[kept], mini.frames[1][kept])
         depth = tmp_path / "raw/Egocentric_Depth_Videos" / sequence / "egocentric_depth.avi"
         if stored == "resized":
             depth.parent.mkdir(parents=True)
             write_video(depth, rgb[:, ::2, ::2], 15)
         else:
-            shown.write_depth_video(depth, 1 / 4000, 15)
+            mini.write_depth_video(depth, 1 / 4000, 15, kept=kept)
     card = prepare("taco", tmp_path / "raw", tmp_path / "out")
     assert card["clips"] == 6
     assert not card["failed"]
@@ -225,8 +225,9 @@ def test_arctic(tmp_path):
     lens = np.array([-0.12, 0.03, 0.001, -0.002, 0.0, 0.02, 0.0, 0.0])
     offset = 7
     folder = tmp_path / "raw/cropped_images/s05/box_grab_01/0"
+    distort = _through(mini.intrinsics, lens, mini.width, mini.height)
     for i, frame in enumerate(mini.frames[0]):
-        save_png(folder / f"{i + offset:05d}.png", _distort(frame, mini.intrinsics, lens))
+        save_png(folder / f"{i + offset:05d}.png", distort(frame))
         (folder / f"{i + offset:05d}.png").rename(folder / f"{i + offset:05d}.jpg")
     camera_from_world = geometry.invert(mini.poses(mini.times))
     (tmp_path / "raw/raw_seqs/s05").mkdir(parents=True)
@@ -256,10 +257,9 @@ def test_arctic(tmp_path):
     check(clips, mini, signals=("rgb", "cam"))
 
 
-def _distort(frame: np.ndarray, intrinsics: np.ndarray, lens: np.ndarray) -> np.ndarray:
-    """What the real lens would have recorded: each pinhole pixel moved to where the lens puts it (nearest, holes
-    filled)."""
-    height, width = frame.shape[:2]
+def _through(intrinsics: np.ndarray, lens: np.ndarray, width: int, height: int) -> Callable[[np.ndarray], np.ndarray]:
+    """frame -> what the real lens would have recorded: each pinhole pixel moved to where the lens puts it (nearest,
+    holes filled)."""
     v, u = np.mgrid[0:height, 0:width]
     target = np.stack([u + 0.5, v + 0.5], -1).astype(float)
     guess = (np.concatenate([target, np.ones((height, width, 1))], -1) @ np.linalg.inv(intrinsics).T)[..., :2]
@@ -268,9 +268,13 @@ def _distort(frame: np.ndarray, intrinsics: np.ndarray, lens: np.ndarray) -> np.
         guess = guess - (np.stack(opencv_distort(guess[..., 0], guess[..., 1], *lens), -1) - wanted)
     pixels = (np.concatenate([guess, np.ones((height, width, 1))], -1) @ intrinsics.T)[..., :2].astype(int)
     inside = ((pixels >= 0) & (pixels < [width, height])).all(-1)
-    out = np.zeros_like(frame)
-    out[inside] = frame[pixels[inside][:, 1], pixels[inside][:, 0]]
-    return out
+
+    def distort(frame: np.ndarray) -> np.ndarray:
+        out = np.zeros_like(frame)
+        out[inside] = frame[pixels[inside][:, 1], pixels[inside][:, 0]]
+        return out
+
+    return distort
 
 
 @pytest.fixture

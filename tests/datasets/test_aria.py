@@ -86,8 +86,8 @@ def expected(mini: Miniature, clip) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     inside = (np.abs(rays) < 0.9).all(-1)
     pixel = np.clip((rays + 1) * WIDE / 2, 0, WIDE - 1).astype(int)
     times = clip.meta["start"] + np.arange(16) / 8
-    wide = mini.at(mini.times[np.abs(mini.times[:, None] - times).argmin(0)], WIDE, WIDE)
-    return (*(w[:, pixel[..., 1], pixel[..., 0]] for w in wide), inside)
+    nearest = np.abs(mini.times[:, None] - times).argmin(0)
+    return (*(wide[nearest][:, pixel[..., 1], pixel[..., 0]] for wide in mini.frames), inside)
 
 
 def check_pinhole(clips: list, mini: Miniature, signals: tuple[str, ...], metres: float = 0.006) -> None:

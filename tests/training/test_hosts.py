@@ -8,9 +8,11 @@ import pytest
 
 from egom2p.training.log import read_metrics
 from tests.conftest import start_torchrun
+from tests.training.test_kills import SMALL
 from tests.training.test_reliability import arguments, forget_after, wait_for
 from tests.training.test_training import curve, train
 
+OPTIONS = ("train.steps=160", "checkpoint.every=10", "checkpoint.keep_last=99", *SMALL)
 HOSTS = {"egoa": "10.77.0.1", "egob": "10.77.0.2"}
 
 
@@ -42,8 +44,7 @@ def cable():
 
 def start(root, run, port: int) -> list[subprocess.Popen]:
     """One torchrun on each host, meeting at the first."""
-    return [start_torchrun(1, *arguments(root, run, "train.steps=160", "train.timeout_s=8", "train.first_timeout_s=60",
-                                         "checkpoint.every=10", "checkpoint.keep_last=99"),
+    return [start_torchrun(1, *arguments(root, run, *OPTIONS, "train.timeout_s=8", "train.first_timeout_s=60"),
                            launcher=("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint",
                                      f"{HOSTS['egoa']}:{port}", "--local-addr", address, "--rdzv-conf",
                                      f"is_host={str(name == 'egoa').lower()}"),
@@ -84,7 +85,7 @@ def test_a_host_cut_off_is_named_and_the_run_resumes(debug_tokens, tmp_path, cab
     for host in hosts:
         output = host.communicate(timeout=200)[0]
         assert host.returncode == 0, output[-3000:]
-    train(debug_tokens, tmp_path / "whole", "train.steps=160", "checkpoint.every=10", "checkpoint.keep_last=99")
+    train(debug_tokens, tmp_path / "whole", *OPTIONS)
     for ours, theirs in zip(curve(run), curve(tmp_path / "whole"), strict=True):
         assert ours == pytest.approx(theirs, rel=5e-3), ours["step"]
     forget_after(run, 0)

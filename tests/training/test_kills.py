@@ -18,7 +18,7 @@ from tests.training.test_training import curve
 
 # Small steps: what is tried here is what lies between them.
 SMALL = ("eval.every=21", "eval.samples=4", "model.encoder_depth=1", "model.decoder_depth=1", "train.batch_size=4",
-         "train.micro_batch_size=2", "masking.input_tokens=24", "masking.target_tokens=24")
+         "masking.input_tokens=24", "masking.target_tokens=24")
 OPTIONS = ("checkpoint.every=2", *SMALL)
 
 
