@@ -5,6 +5,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ruff check .
 export OMP_NUM_THREADS=1
+# The few tests of several threads sleep where they wait: beside other workers, spinning takes them ten times as long.
+export OMP_WAIT_POLICY=PASSIVE
 parallel=(-n "$(($(getconf _NPROCESSORS_ONLN) + 1))" --maxprocesses 8 --dist worksteal)
 if [ $# -gt 0 ]; then exec pytest "${parallel[@]}" "$@"; fi
 exec pytest "${parallel[@]}" -m "not slow"

@@ -55,7 +55,8 @@ class Zygote:
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder, self.started = folder, 0
-        self.environment = {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10", **environment}
+        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # as scripts/test.sh has them
+        self.environment = {**threads, "TQDM_MININTERVAL": "10", **environment}
         self.process = subprocess.Popen([sys.executable, "-m", "tests.zygote"], cwd=ROOT, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         env={**os.environ, **self.environment})
