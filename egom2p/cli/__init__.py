@@ -21,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if left:  # overrides given after options, which argparse does not join to those before
         args.overrides = [*args.overrides, *left]
     _set_up_logging()
+    # OpenMP's threads sleep where they wait, unless the user says otherwise: beside another busy program two that spin
+    # are much slower, alone they are hardly faster (benchmarks/RESULTS.md). It is read when torch is loaded, later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = args.run(args) or 0
         sys.stdout.flush()

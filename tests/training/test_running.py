@@ -248,3 +248,15 @@ def test_submit_of_another_command(finished, tmp_path):
     with pytest.raises(SystemExit):  # argparse's own line: a missing --clips
         run_cli("submit", "--dry-run", "--", "tokenizer", "encode", "x", "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_threads_sleep_where_they_wait_before_torch_is_loaded(monkeypatch):
+    """In a new process: set when torch is loaded; a user's own choice stays."""
+    code = ("import os, sys\nfrom egom2p.cli import main\nassert 'torch' not in sys.modules\nmain(['configs'])\n"
+            "print(os.environ['OMP_WAIT_POLICY'])")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for chosen, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        if chosen:
+            monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split()[-1] == expected
