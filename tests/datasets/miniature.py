@@ -16,7 +16,7 @@ class Miniature:
     """Frames of width x height with a 90 degree horizontal field of view, `rate` a second, for SECONDS."""
 
     def __init__(self, seed: int, width: int, height: int, rate: float, seconds: float = SECONDS) -> None:
-        self.number, self.width, self.height, self.rate, self.seconds = seed, width, height, rate, seconds
+        self.seed, self.width, self.height, self.rate, self.seconds = seed, width, height, rate, seconds
         number = 0
         while True:
             self.scene, self.walk = _make_scene(np.random.default_rng([seed, number]))
@@ -36,7 +36,7 @@ class Miniature:
     @property
     def frames(self) -> tuple[np.ndarray, np.ndarray]:
         """rgb (T, H, W, 3) uint8 and depth (T, H, W) metres at `times`; not to be written to."""
-        return _frames(self.number, self.width, self.height, self.rate, self.seconds)
+        return _frames(self.seed, self.width, self.height, self.rate, self.seconds)
 
     def gaze_pixels(self, times: np.ndarray) -> np.ndarray:
         """The first ball's centre in pixels, NaN behind the camera."""
