@@ -1,8 +1,14 @@
-"""Files that are whole or absent: written aside, under a name no other writer has, and renamed."""
+"""Files that are whole or absent: written aside, under a name no other writer has, and renamed. And all those below a
+folder."""
 
+import functools
+import logging
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def aside(path: Path) -> Path:
@@ -18,3 +24,23 @@ def write_whole(path: Path, text: str) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """Every file below `root`, linked folders followed (each folder once), in sorted order; hidden ones left out. A
+    folder that cannot be read is named in the log."""
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, onerror=lambda e: _say(e.filename, e.strerror), followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
+
+
+@functools.cache
+def _say(folder: str, reason: str) -> None:
+    if Path(folder).exists():
+        log.warning("%s cannot be read (%s); what is in it is left out", folder, reason)

@@ -46,7 +46,7 @@ def take_recordings(folder: Path, out: Path, size: int) -> Shares:
     if not card["clips"]:
         raise UserError(f"{folder}: no clip could be made of what lies there; the reasons are named above")
     tars = sorted((out / NAME).glob("*/*.tar"))
-    indices = [ClipIndex(str(tar)) for tar in tars]
+    indices = [ClipIndex.of([tar]) for tar in tars]
     aside = [int(len(index) * ASIDE) for index in indices]
     if not any(aside) and card["clips"] > 1:
         aside[-1] = 1

@@ -1,6 +1,7 @@
 """`egom2p COMMAND`. Each command parses its arguments and calls one function elsewhere."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -9,6 +10,10 @@ from collections.abc import Sequence
 import egom2p
 from egom2p.cli import data, models, tokenizer, training
 from egom2p.errors import Preempted, UserError
+
+# What a path given by the user runs into: no rights, a file for a folder, a full or read-only disk, too long a name.
+OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EROFS,
+                 errno.EDQUOT, errno.ENAMETOOLONG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,12 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"egom2p: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("egom2p: interrupted; start the same command again to go on", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of a pipe went away (`| head`); nothing may be printed there any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in OF_THE_SYSTEM or not error.filename:
+            raise
+        print(f"egom2p: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("egom2p: interrupted; start the same command again to go on", file=sys.stderr)
+        return 130
     except Preempted as stopped:
         print(f"egom2p: {stopped}", file=sys.stderr)
         return Preempted.EXIT_CODE

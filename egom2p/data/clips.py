@@ -26,6 +26,7 @@ from egom2p.data.remote import is_remote, local_copies
 from egom2p.data.storage import DECODERS, Store, from_file, to_file
 from egom2p.data.tarindex import TarEntry, index_tars, read_at, write_tar
 from egom2p.errors import DamagedClip, UserError
+from egom2p.files import walk
 
 log = logging.getLogger(__name__)
 
@@ -52,20 +53,21 @@ def write_clips(path: Path, clips: Iterable[Clip], store: Store = "npy") -> int:
 
 
 def expand_paths(pattern: str) -> list[Path]:
-    """Files named by a glob with `[a,b]` lists and `{000..010}` ranges, sorted. UserError when none exists."""
-    paths = []
+    """Files named by a glob with `[a,b]` lists and `{000..010}` ranges, sorted; of a folder, all tars in it. UserError
+    when none exists."""
+    paths: list[Path] = []
     for text in expand_pattern(pattern):
         path = Path(text)
-        if path.is_dir():
-            paths += sorted(path.rglob("*.tar"))
-        elif any(c in text for c in "*?"):
+        if not path.exists() and any(c in text for c in "*?"):
             anchor = Path(path.anchor or ".")
-            paths += sorted(anchor.glob(str(path.relative_to(path.anchor)) if path.anchor else text))
-        elif path.exists():
-            paths.append(path)
+            found = sorted(anchor.glob(str(path.relative_to(path.anchor)) if path.anchor else text))
+        else:
+            found = [path] if path.exists() else []
+        for one in found:
+            paths += sorted(p for p in walk(one) if p.suffix == ".tar") if one.is_dir() else [one]
     if not paths:
         raise UserError(f"no file matches {pattern}; give a folder of tars or a pattern such as 'clips/*.tar'")
-    return paths
+    return list(dict.fromkeys(paths))
 
 
 def _local_paths(pattern: str) -> list[Path]:
@@ -79,8 +81,14 @@ def _local_paths(pattern: str) -> list[Path]:
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """Expand `[a,b]` lists (the released notation) and `{a,b}`, `{000..010}` braces."""
-    return list(braceexpand(re.sub(r"\[([^\[\]]*,[^\[\]]*)\]", r"{\1}", pattern)))
+    """Expand `[a,b]` lists (the released notation) and `{a,b}`, `{000..010}` braces; what exists under just this name
+    is no pattern."""
+    if not is_remote(pattern) and Path(pattern).exists():
+        return [pattern]
+    try:
+        return list(braceexpand(re.sub(r"\[([^\[\]]*,[^\[\]]*)\]", r"{\1}", pattern)))
+    except ValueError as error:
+        raise UserError(f"{pattern}: {error}; braces and brackets must come in pairs") from error
 
 
 def read_clips(pattern: str, only: set[str] | None = None) -> Iterator[Clip]:
@@ -150,6 +158,10 @@ class ClipIndex:
     def _written(self, tar: TarEntry) -> int:
         """When a tar was written; 0 for a copy of a remote one, of which that says only when it was fetched."""
         return 0 if self.is_remote else tar.mtime_ns
+
+    def path(self, number: int) -> Path:
+        """The tar that clip `number` lies in."""
+        return self.rows[number][1].path
 
     def signals(self, number: int) -> set[str]:
         """Names of the signals of clip `number`, which is not read for them."""

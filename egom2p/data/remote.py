@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 CHUNK = 1 << 20
 READERS = 4
+ABANDONED_S = 86400  # a partial copy that nobody has written to for so long is of a process that was killed
+# What file systems call that which changes with a file's content, the surest first.
+VERSIONS = ("ETag", "etag", "blob_id", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created")
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -53,11 +56,13 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """One shard elsewhere. size: its bytes when the listing tells, else -1."""
+    """One shard elsewhere. size: its bytes when the listing tells, else -1. version: what the listing says that changes
+    when the shard is replaced (an ETag, a time), if anything."""
 
     url: str
     size: int
     cache: "ShardCache"
+    version: str = ""
 
     @property
     def name(self) -> str:
@@ -86,11 +91,13 @@ class ShardCache:
         """Where no configuration says another."""
         return cls(default_cache(), 50e9, 60.0)
 
-    def path(self, url: str) -> Path:
-        return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}-{re.split(r'[/ ]', url)[-1][-80:]}"
+    def path(self, shard: RemoteShard) -> Path:
+        """Where the copy of this very content is kept."""
+        content = f"{shard.url} {shard.size} {shard.version}".encode()
+        return self.folder / f"{hashlib.sha256(content).hexdigest()[:24]}-{re.split(r'[/ ]', shard.url)[-1][-80:]}"
 
     def fetch(self, shard: RemoteShard) -> Path:
-        path = self.path(shard.url)
+        path = self.path(shard)
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             with _lock(path.with_name(f".{path.name}.lock")):
@@ -106,7 +113,7 @@ class ShardCache:
         if self._ahead is None or self._ahead[0] != os.getpid():
             self._ahead = (os.getpid(), ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead"))
         for shard in shards:
-            if not self.path(shard.url).exists():
+            if not self.path(shard).exists():
                 self._ahead[1].submit(self._quietly, shard)
 
     def _quietly(self, shard: RemoteShard) -> None:
@@ -129,7 +136,9 @@ class ShardCache:
         files = []
         for entry in os.scandir(self.folder):
             with suppress(OSError):
-                if entry.is_file() and not entry.name.startswith("."):
+                if entry.name.endswith(".part") and entry.stat().st_mtime < time.time() - ABANDONED_S:
+                    os.unlink(entry.path)
+                elif entry.is_file() and not entry.name.startswith("."):
                     files.append((entry.stat().st_atime_ns, entry.stat().st_size, Path(entry.path)))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
@@ -145,22 +154,23 @@ def list_shards(url: str, cache: ShardCache) -> list[RemoteShard]:
     if url.startswith("pipe:"):
         return [RemoteShard(url, -1, cache)]
 
-    def ask() -> list[tuple[str, int]]:
+    def ask() -> dict[str, dict[str, Any]]:
         fs, path = filesystem(url)
         if any(c in path for c in "*?"):
-            return [(p, info.get("size", -1)) for p, info in sorted(fs.glob(path, detail=True).items())]
+            return fs.glob(path, detail=True)
         info = fs.info(path)  # not `exists`, which says no of a server that cannot be asked
         if path.endswith(".tar"):
-            return [(path, info.get("size", -1))]
-        rows = fs.ls(path.rstrip("/"), detail=True)
-        return sorted((row["name"], row.get("size", -1)) for row in rows if row["name"].endswith(".tar"))
+            return {path: info}
+        return {row["name"]: row for row in fs.ls(path.rstrip("/"), detail=True) if row["name"].endswith(".tar")}
 
     try:
         found = retry(ask, url, cache.retry_s)
     except FileNotFoundError:
         return []
     fs, _ = filesystem(url)
-    return [RemoteShard(fs.unstrip_protocol(path), -1 if size is None else size, cache) for path, size in found]
+    return [RemoteShard(fs.unstrip_protocol(path), -1 if info.get("size") is None else info["size"], cache,
+                        str(next((info[v] for v in VERSIONS if info.get(v)), "")))
+            for path, info in sorted(found.items())]
 
 
 def local_copies(urls: list[str], cache: ShardCache | None = None) -> list[Path]:
@@ -173,7 +183,7 @@ def local_copies(urls: list[str], cache: ShardCache | None = None) -> list[Path]
         shards = [shard for url in urls for shard in list_shards(url, cache)]
         if sum(max(0, shard.size) for shard in shards) > cache.limit:
             raise too_many
-        missing = [shard for shard in shards if not cache.path(shard.url).exists()]
+        missing = [shard for shard in shards if not cache.path(shard).exists()]
         if missing:
             log.info("%s: fetching %d of %d files into %s", urls[0], len(missing), len(shards), cache.folder)
         cache.ahead(missing)

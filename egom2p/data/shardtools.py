@@ -14,8 +14,9 @@ from tqdm import tqdm
 from egom2p.data.clips import expand_paths, expand_pattern
 from egom2p.data.loader import DataArgs
 from egom2p.data.tarindex import index_tars, npy_bytes, read_at, write_tar
-from egom2p.data.tokens import ShardPlace, encode_tokens, load_array, place_of
+from egom2p.data.tokens import DAMAGE, ShardPlace, encode_tokens, load_array, place_of
 from egom2p.errors import UserError
+from egom2p.files import walk
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.processes import forks
 
@@ -69,16 +70,20 @@ def modality_folders(pattern: str) -> list[tuple[str, Path]]:
 
 def stats(pattern: str) -> list[dict]:
     """One row a folder of shards: shards, clips, bytes, shape, dtype, distinct ids, share of the commonest id,
-    unobserved share."""
+    unobserved share, and the number of unreadable files (`check` names each)."""
     rows: dict[Path, dict] = {}
     counts: dict[Path, np.ndarray] = {}
     for entry in tqdm(index_tars(_tars(pattern)), desc="stats", unit="shard"):
         row = rows.setdefault(entry.path.parent, {"folder": str(entry.path.parent), "shards": 0, "clips": 0, "bytes": 0,
-                                                  "unobserved": 0})
+                                                  "unobserved": 0, "unreadable": 0})
         for column, more in (("shards", 1), ("clips", len(entry.keys)), ("bytes", entry.size)):
             row[column] += more
         for offset, size in zip(entry.offsets.tolist(), entry.sizes.tolist(), strict=True):
-            array = load_array(read_at(entry.path, offset, size))
+            try:
+                array = _integers(load_array(read_at(entry.path, offset, size)))
+            except DAMAGE:
+                row["unreadable"] += 1
+                continue
             missing = (array == 65535) if array.dtype == np.uint16 else array < 0
             row.update(shape=list(array.shape), dtype=str(array.dtype),
                        unobserved=row["unobserved"] + int(missing.sum()))
@@ -87,8 +92,9 @@ def stats(pattern: str) -> list[dict]:
             count[: len(counts.get(entry.path.parent, ()))] += counts.get(entry.path.parent, 0)
             counts[entry.path.parent] = count
     for folder, row in rows.items():
-        total = max(1, int(counts[folder].sum()))
-        row.update(distinct_ids=int((counts[folder] > 0).sum()), commonest_share=float(counts[folder].max() / total),
+        count = counts.get(folder, np.zeros(1, np.int64))
+        total = max(1, int(count.sum()))
+        row.update(distinct_ids=int((count > 0).sum()), commonest_share=float(count.max(initial=0) / total),
                    unobserved=row["unobserved"] / max(1, total + row["unobserved"]))
     return list(rows.values())
 
@@ -186,7 +192,7 @@ def _loose_jobs(pattern: str, out: Path, names: set[str]) -> Iterator[_Job]:
 def _loose(pattern: str) -> list[Path]:
     files = []
     for path in map(Path, expand_pattern(pattern)):
-        files += [p for suffix in ("npz", "npy") for p in path.rglob(f"*.{suffix}")] if path.is_dir() else []
+        files += [p for p in walk(path) if p.suffix in (".npz", ".npy")]
     found = [] if files else [p for p in _expand_or_none(pattern) if p.suffix in (".npz", ".npy")]
     return [*files, *found]
 
@@ -202,9 +208,17 @@ def _convert(job: _Job) -> bool:
     """Write a shard, unless it is there."""
     if _is_converted(job):
         return False
-    _write_arrays(job.target, ((key, _compact(load_array(_bytes(source))))
+    _write_arrays(job.target, ((key, _read_compact(key, source))
                                for key, source in zip(job.keys, job.sources, strict=True)))
     return True
+
+
+def _read_compact(key: str, source: tuple[Path, int, int]) -> np.ndarray:
+    try:
+        return _compact(_integers(load_array(_bytes(source))))
+    except DAMAGE as error:
+        raise UserError(f"{source[0]}: {key}: {' '.join(str(error).split())}; mend or remove it first, nothing of its "
+                        "shard was written") from error
 
 
 def _is_converted(job: _Job) -> bool:
@@ -253,6 +267,12 @@ def write_random(data: DataArgs, eval_datasets: tuple[str, ...], modalities: Mod
 
 def _write_arrays(path: Path, rows) -> int:
     return write_tar(path, ({"__key__": key, "npy": npy_bytes(array)} for key, array in rows))
+
+
+def _integers(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"holds {array.dtype}, tokens are integers")
+    return array
 
 
 def _compact(array: np.ndarray) -> np.ndarray:

@@ -26,7 +26,8 @@ from egom2p.files import aside, write_whole
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
-VERSION = 1
+VERSION = 2  # 1 took a tar with a damaged header in its middle for whole
+LONGEST_END = 1 << 16  # bytes of zeros behind the last member; tar fills up to 10 KiB
 _NOTHING: dict = {"size": 0, "mtime_ns": 0, "keys": [], "suffixes": [], "offsets": [], "sizes": []}
 
 
@@ -197,25 +198,32 @@ def _split_again(keys: list[str], suffixes: list[str]) -> tuple[list[str], list[
 
 
 def _scan(path: Path) -> dict:
-    """Walk the tar's headers; never reads the data itself."""
+    """Walk the tar's headers; never reads the data itself. A hard link stands for the member that it names."""
     stat = path.stat()
     keys, suffixes, offsets, sizes, damage = [], [], [], [], ""
+    places: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
-                if member.offset_data + member.size > stat.st_size:
+                if member.isreg() and member.offset_data + member.size > stat.st_size:
                     damage = f"truncated inside {member.name}"
                     break
+                if member.isreg():
+                    places[member.name] = member.offset_data, member.size
+                elif member.islnk() and member.linkname in places:
+                    places[member.name] = places[member.linkname]
+                else:
+                    damage = damage or ("" if member.isdir() else f"holds {member.name}, which is no file but a link "
+                                                                  "or the like")
+                    continue
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
                 stem, suffix = split_name(name)
                 keys.append(f"{folder}/{stem}" if folder else stem)
                 suffixes.append(suffix)
-                offsets.append(member.offset_data)
-                sizes.append(member.size)
+                for column, number in zip((offsets, sizes), places[member.name], strict=True):
+                    column.append(number)
             else:
-                damage = _missing_end(tar, stat.st_size)
+                damage = _damaged_end(path, tar.offset, stat.st_size) or damage
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         damage = _describe(error, stat.st_size, len(keys))
     if len(set(zip(keys, suffixes, strict=True))) < len(keys):
@@ -233,10 +241,20 @@ def _describe(error: Exception, size: int, files: int) -> str:
     return f"not a readable tar after {files} files ({error})"
 
 
-def _missing_end(tar: tarfile.TarFile, size: int) -> str:
-    """A whole tar ends with two zero blocks; one that just stops after a member was cut there."""
-    cut = tar.offset + tarfile.BLOCKSIZE > size
-    return "ends without the closing zero blocks, so files may be missing" if cut else ""
+def _damaged_end(path: Path, offset: int, size: int) -> str:
+    """A whole tar ends, where its last member does, with two zero blocks and zeros to fill up; tarfile takes a damaged
+    header or a block of zeros in its middle for the end, too."""
+    if offset + tarfile.BLOCKSIZE > size:
+        return "ends without the closing zero blocks, so files may be missing"
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            return f"the header at byte {offset} is damaged, so what follows is not used"
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                return f"goes on behind its end at byte {offset}, and what follows is not used"
+    return f"holds nothing but zeros from byte {offset} on, so files may be missing" if (
+        size - offset > LONGEST_END) else ""
 
 
 def parse_index(index: dict) -> dict[str, dict]:

@@ -18,7 +18,8 @@ Everything is `test`: no official split exists. Needs projectaria-tools.
 from pathlib import Path
 
 from egom2p.datasets.aria import AriaRecording, gaze_file, read_trajectory
-from egom2p.datasets.recording import Adapter, Recording, find, need, walk
+from egom2p.datasets.recording import Adapter, Recording, find, need
+from egom2p.files import walk
 
 VIDEOS = ("video.vrs", "main_recording.vrs")
 PLAIN, WEARER = "depth_images.vrs", "depth_images_with_skeleton.vrs"

@@ -29,8 +29,8 @@ from egom2p.datasets.recording import (
     Track,
     find,
     need,
-    walk,
 )
+from egom2p.files import walk
 
 RATE = 10.0
 SIDE = 704

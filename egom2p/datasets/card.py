@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from egom2p import geometry
+from egom2p.config import read_json
 from egom2p.data.clips import ClipIndex
 from egom2p.datasets.checks import Statistics
 from egom2p.datasets.cutting import SECONDS
+from egom2p.files import write_whole
 from egom2p.visualize import plots
 from egom2p.visualize.plots import plt
 
@@ -21,7 +23,7 @@ DOUBTFUL_REPROJECTION = 0.12
 def write_card(out: Path, name: str, skipped: Sequence[str] = ()) -> dict[str, Any]:
     """Add up the records below `out`, write card.json and contact_sheet.png, and return the card. skipped: lines about
     files that are part of no sequence."""
-    records = [json.loads(p.read_text()) for p in sorted((out / "records").glob("*.json"))]
+    records = [read_json(p) for p in sorted((out / "records").glob("*.json"))]
     counts: Counter = Counter()
     clips: Counter = Counter()
     by_split: Counter = Counter()
@@ -45,7 +47,7 @@ def write_card(out: Path, name: str, skipped: Sequence[str] = ()) -> dict[str, A
             "reprojection": None}
     if errors:
         card["reprojection"] = {"clips": len(errors), "median": median, "doubtful": median > DOUBTFUL_REPROJECTION}
-    (out / "card.json").write_text(json.dumps(card, indent=1))
+    write_whole(out / "card.json", json.dumps(card, indent=1))
     if kept:
         draw_sheet(out, card, histograms)
     return card
@@ -85,7 +87,7 @@ def _quantiles(histogram: np.ndarray, edges: np.ndarray) -> dict[str, float]:
 def draw_sheet(out: Path, card: dict[str, Any], histograms: dict[str, np.ndarray]) -> None:
     """contact_sheet.png: twelve clips' middle frames with gaze, four with depth, trajectories from above,
     distributions."""
-    index = ClipIndex(str(out / "*" / "*.tar"))
+    index = ClipIndex.of(sorted(out.glob("*/*.tar")))
     chosen = [index.read(int(i)) for i in np.unique(np.linspace(0, len(index) - 1, 12).astype(int))]
     fig = plt.figure(figsize=(13, 9.6))
     grid = fig.add_gridspec(4, 12, hspace=0.35, wspace=0.25)

@@ -22,19 +22,28 @@ LEAST_SHARE = 0.2  # of the video that a file in another unit than seconds must 
 
 @dataclass(frozen=True)
 class VideoClock:
-    """seconds: the video's length; frames: how many it has."""
+    """times (F,): seconds of the video's frames, ascending, at whatever rate."""
 
-    seconds: float
-    frames: int
+    times: np.ndarray
 
-    @classmethod
-    def of(cls, times: np.ndarray) -> "VideoClock":
-        step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / 30
-        return cls(float(times[-1] - times[0]) + step, len(times))
+    @property
+    def frames(self) -> int:
+        return len(self.times)
+
+    @property
+    def seconds(self) -> float:
+        """The video's length."""
+        last = float(np.median(np.diff(self.times))) if len(self.times) > 1 else 1 / 30
+        return float(self.times[-1] - self.times[0]) + last
 
     @property
     def step(self) -> float:
         return self.seconds / max(self.frames, 1)
+
+    def of_frames(self, numbers: np.ndarray) -> np.ndarray:
+        """(N,) frame numbers, counted from 0, -> seconds from the first frame; beyond the video at its mean rate."""
+        outside = np.minimum(numbers, 0) + np.maximum(numbers - (self.frames - 1), 0)
+        return np.interp(numbers, np.arange(self.frames), self.times - self.times[0]) + outside * self.step
 
 
 def seconds_of(stamps: np.ndarray, clock: VideoClock, what: str, notes: list[str],
@@ -46,35 +55,44 @@ def seconds_of(stamps: np.ndarray, clock: VideoClock, what: str, notes: list[str
     if len(finite) < 2:
         raise BadSequence(f"{what} holds {len(finite)} time stamps")
     unit = _unit(finite, clock, what, said.get("unit", ""))
+
+    def seconds(x: np.ndarray) -> np.ndarray:
+        return clock.of_frames(x) if unit == "frames" else x * UNITS[unit]
+
     if "start" in said:
-        return (stamps - float(said["start"])) * unit
-    first, last = float(finite.min()) * unit, float(finite.max()) * unit
+        return seconds(stamps - float(said["start"]))
+    if unit == "frames" and finite.min() >= 1 and finite.max() == clock.frames:
+        notes.append(f"{what}: its frames are counted from 1")
+        return seconds(stamps - 1)
+    first, last = seconds(np.array([finite.min(), finite.max()])).tolist()
     if first >= -SLACK_S and last <= clock.seconds + SLACK_S:
-        return stamps * unit
-    span, step = last - first, float(np.median(np.diff(np.sort(finite)))) * unit
+        return seconds(stamps)
+    span, step = last - first, float(np.median(np.diff(seconds(np.sort(finite)))))
     if len(stamps) == clock.frames or abs(span + step - clock.seconds) <= 2 * max(step, clock.step):
         notes.append(f"{what}: its clock runs from {first:.6g} s; it lasts as long as the video and starts with it")
-        return (stamps - finite.min()) * unit
+        return seconds(stamps - finite.min())
     raise BadSequence(f"{what}: time stamps run from {first:.6g} to {last:.6g} s, the video from 0 to "
                       f"{clock.seconds:.2f} s;"
                       " say which stamp is the video's first frame: {\"start\": STAMP} in the json beside it")
 
 
-def _unit(stamps: np.ndarray, clock: VideoClock, what: str, said: str) -> float:
-    known = {**UNITS, "frames": clock.step}
+def _unit(stamps: np.ndarray, clock: VideoClock, what: str, said: str) -> str:
+    """A name of UNITS, or frames."""
     if said:
-        if said not in known:
-            raise BadSequence(f"{what}: unit '{said}' is none of {', '.join(known)}")
-        return known[said]
+        if said not in (*UNITS, "frames"):
+            raise BadSequence(f"{what}: unit '{said}' is none of {', '.join(UNITS)}, frames")
+        return said
     span, step = float(np.ptp(stamps)), float(np.median(np.diff(np.sort(stamps))))
     if step <= 0:
         raise BadSequence(f"{what}: its time stamps stand still")
     counted = bool(np.all(stamps == np.round(stamps))) and abs(step - 1) < 1e-9
     if counted and span > 1 and span <= clock.frames and not span <= clock.seconds + SLACK_S:
-        return clock.step
-    fitting = [u for u in UNITS.values() if STEPS_S[0] <= step * u <= STEPS_S[1]
-               and span * u <= clock.seconds * 1.05 + SLACK_S and (u == 1 or span * u >= LEAST_SHARE * clock.seconds)]
+        return "frames"
+    fitting = [name for name, u in UNITS.items() if STEPS_S[0] <= step * u <= STEPS_S[1]
+               and span * u <= clock.seconds * 1.05 + SLACK_S
+               and (name == "s" or span * u >= LEAST_SHARE * clock.seconds)]
     if not fitting:
         raise BadSequence(f"{what}: time stamps {stamps.min():.6g} to {stamps.max():.6g} span {span:.6g}, the video "
                           f"lasts {clock.seconds:.2f} s; in no unit (s, ms, us, ns, frames) do they fit together")
-    return max(fitting)  # the longest span that fits: a file in a smaller unit would cover almost nothing
+    # The longest span that fits: a file in a smaller unit would cover almost nothing.
+    return max(fitting, key=UNITS.__getitem__)

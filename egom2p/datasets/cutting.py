@@ -15,6 +15,7 @@ SECONDS = 2.0
 SPEED_LIMIT, TURN_LIMIT = 20.0, 1500.0  # m/s and deg/s between neighbouring 30 Hz poses: more is a jump of the tracker
 NO_ROTATION = 0.05  # largest entry of R R^T - 1 of a pose that counts
 # Seconds a sample may be from the moment it stands for.
+LARGEST_DEPTH = 65504.0  # metres, what float16 holds
 LARGEST_GAP = {"rgb": 0.2, "depth": 0.3, "cam": 0.1, "gaze": 0.16}
 
 
@@ -118,7 +119,7 @@ def _depth_at(recording: Recording, times: np.ndarray) -> tuple[np.ndarray | Non
         return None, "gap"
     if depth is None:
         return None, "gap"
-    depth = np.where(np.isfinite(depth) & (depth > 0), depth, 0)
+    depth = np.where((depth > 0) & (depth < LARGEST_DEPTH), depth, 0)
     return (depth, "") if depth.any() else (None, "no reading")
 
 

@@ -22,17 +22,18 @@ agree on.
 """
 
 import csv
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from egom2p.config import read_json
 from egom2p.datasets.aria import poses_at, read_online_calibration, read_trajectory
-from egom2p.datasets.recording import Adapter, BadSequence, Recording, Track, VideoPictures, find, need, walk
+from egom2p.datasets.recording import Adapter, BadSequence, Recording, Track, VideoPictures, find, need
 from egom2p.datasets.tables import read_table
 from egom2p.errors import UserError
+from egom2p.files import walk
 
 RATE, GAZE_RATE, GAZE_SIDE = 30.0, 10.0, 1408
 
@@ -137,12 +138,12 @@ class EgoExo4D(Adapter):
 
 @lru_cache(maxsize=2)  # these hold every take of the release and are asked for at each
 def _takes_by_name(path: Path) -> dict[str, dict]:
-    return {t["take_name"]: t for t in json.loads(path.read_text())}
+    return {t["take_name"]: t for t in read_json(path)}
 
 
 @lru_cache(maxsize=2)
 def _split_by_uid(path: Path) -> dict[str, str]:
-    content = json.loads(path.read_text())
+    content = read_json(path)
     if "take_uid_to_split" in content:
         return {uid: str(split).lower() for uid, split in content["take_uid_to_split"].items()}
     return {uid: str(split).lower() for split, uids in content["split_to_take_uids"].items() for uid in uids}

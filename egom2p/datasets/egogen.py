@@ -50,7 +50,8 @@ class EgoGen(Adapter):
         recording.cam = recording.attempt("cam", self._camera, root / f"cam/{sequence}.npz")
         depth = next((p for end in ("npy", "npz") if (p := root / f"depth/{sequence}.{end}").exists()), None)
         if depth:
-            recording.depth = recording.attempt("depth", ArrayPictures, depth, video.times)
+            recording.depth = recording.attempt("depth", ArrayPictures, depth, video.times, (width, height),
+                                                recording.notes)
         path = root / f"intrinsics/{sequence}.txt"
         if path.exists():
             recording.intrinsics = recording.attempt("intrinsics", lambda: fit_intrinsics(

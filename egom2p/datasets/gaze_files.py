@@ -28,7 +28,13 @@ OUTSIDE = 1.05
 def read_gaze(path: Path, clock: VideoClock, size: tuple[int, int], units: str, said: dict[str, Any],
               notes: list[str]) -> Track:
     """size: (width, height) of the video's frames. units: "" (find out, refuse when in doubt), pixels or normalized."""
-    stamps, points, valid, normalized = _glasses3(path) if path.suffix == ".gz" else _columns(read_table(path))
+    if path.suffix == ".gz":
+        stamps, points, valid, normalized = _glasses3(path)
+    else:
+        table = read_table(path)
+        stamps, points, valid, normalized = _columns(table)
+        if table.lost:
+            notes.append(f"{path.name}: {table.lost} of {len(table) + table.lost} rows are cut off and were left out")
     times = seconds_of(stamps, clock, str(path), notes, said)
     if normalized is None:
         normalized = _is_normalized(path, points, units)

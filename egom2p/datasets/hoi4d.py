@@ -32,9 +32,10 @@ from egom2p.datasets.recording import (
     find,
     fit_intrinsics,
     need,
-    walk,
 )
 from egom2p.datasets.tables import read_text
+from egom2p.errors import UserError
+from egom2p.files import walk
 
 RATES = (15.0, 30.0)
 FULL = (1920, 1080)
@@ -82,7 +83,10 @@ class HOI4D(Adapter):
         if path is None:
             notes.append(f"no action/color.json says how long this lasts; {RATES[0]:g} frames a second are assumed")
             return RATES[0]
-        info = read_json(path).get("info", {})
+        try:
+            info = read_json(path).get("info", {})
+        except UserError as error:
+            raise BadSequence(str(error)) from error
         duration = float(info.get("duration") or info.get("Duration") or 0)
         rate = min(RATES, key=lambda r: abs(frames / duration - r)) if duration > 0 else 0
         if not rate or abs(frames / duration / rate - 1) > 0.1:
@@ -92,7 +96,10 @@ class HOI4D(Adapter):
     def _bases(self, root: Path) -> list[Path]:
         """`root` and the folders down to two below it that may be roots of an archive."""
         def below(folder: Path) -> list[Path]:
-            return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(("ZY", ".")))
+            try:
+                return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(("ZY", ".")))
+            except PermissionError:  # such as lost+found
+                return []
 
         first = below(root)
         return [root, *first, *(p for folder in first for p in below(folder))]

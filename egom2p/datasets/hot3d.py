@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from egom2p.config import read_json
 from egom2p.datasets.aria import (
     RAW_FROM_UPRIGHT,
     AriaRecording,
@@ -47,8 +48,10 @@ from egom2p.datasets.aria import (
     turn_intrinsics,
 )
 from egom2p.datasets.lens import Undistortion, distort_fisheye624
-from egom2p.datasets.recording import Adapter, BadSequence, Pictures, Recording, Track, find, need, walk
+from egom2p.datasets.recording import Adapter, BadSequence, Pictures, Recording, Track, find, need
 from egom2p.datasets.tables import read_table
+from egom2p.errors import UserError
+from egom2p.files import walk
 
 RATE = 30.0
 VAL, TEST = {"P0001", "P0014"}, {"P0004", "P0005", "P0006", "P0008", "P0016", "P0020"}
@@ -64,9 +67,11 @@ class HOT3DAria(Adapter):
         return need(root, sorted(n.removesuffix("/recording.vrs") for n in found), self)
 
     def skipped(self, root: Path) -> list[str]:
-        return [f"{p.parent.relative_to(root)}: a Quest recording, whose VRS projectaria-tools cannot read; take "
-                f"HOT3D-Clips"
-                for p in walk(root) if p.name == "recording.vrs" and _headset(p.parent) != "Aria"]
+        files = list(walk(root))
+        return [*(f"{p.parent.relative_to(root)}: a Quest recording, whose VRS projectaria-tools cannot read; take "
+                  f"HOT3D-Clips"
+                  for p in files if p.name == "recording.vrs" and _headset(p.parent) != "Aria"),
+                *(f"{p.relative_to(root)}: not a readable tar" for p in files if _may_be_clip(p) and not _names(p))]
 
     def open(self, root: Path, sequence: str) -> Recording:
         path = root / sequence
@@ -74,10 +79,7 @@ class HOT3DAria(Adapter):
 
     def _is_clip(self, path: Path) -> bool:
         """Whether a tar is a clip of this headset: Aria clips hold the Quest's stream too."""
-        if not (path.name.startswith("clip-") and path.suffix == ".tar"):
-            return False
-        with tarfile.open(path) as tar:
-            names = [m.name for _, m in zip(range(16), tar, strict=False)]
+        names = _names(path) if _may_be_clip(path) else []
         aria = any(f"image_{STREAMS['hot3d_aria']}." in n for n in names)
         return aria if self.name == "hot3d_aria" else not aria and any(f"image_{STREAMS[self.name]}." in n
                                                                        for n in names)
@@ -148,9 +150,25 @@ def _integers(path: Path, column: str) -> np.ndarray:
         return np.array([int(row[column]) for row in csv.DictReader(file)], np.int64)
 
 
+def _may_be_clip(path: Path) -> bool:
+    return path.name.startswith("clip-") and path.suffix == ".tar"
+
+
+def _names(path: Path) -> list[str]:
+    """The first of a tar's names; [] when it cannot be read."""
+    try:
+        with tarfile.open(path) as tar:
+            return [m.name for _, m in zip(range(16), tar, strict=False)]
+    except (tarfile.TarError, OSError, EOFError):
+        return []
+
+
 def _headset(folder: Path) -> str:
     path = folder / "metadata.json"
-    return json.loads(path.read_text()).get("headset", "Aria") if path.exists() else "Aria"
+    try:
+        return read_json(path).get("headset", "Aria") if path.exists() else "Aria"
+    except UserError:
+        return "Aria"  # and `open` says what is wrong
 
 
 def _participant(folder: Path) -> str:

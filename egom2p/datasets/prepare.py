@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from egom2p.config import read_json
 from egom2p.data.clips import write_clips
 from egom2p.datasets import ADAPTERS
 from egom2p.datasets.card import write_card
@@ -36,6 +38,7 @@ from egom2p.processes import forks
 log = logging.getLogger(__name__)
 
 LARGEST_EXACT = 128  # pixels a side
+LONGEST_NAME = 140  # bytes; file systems take 255 with host, process and endings
 VERSION = 2  # of records and clips: older ones are prepared anew
 
 
@@ -97,7 +100,7 @@ def plan_jobs(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[s
     chosen = [s for s in sequences if not only or s in only]
     splits = None if args.split else adapter.splits(root, chosen)
     unlisted = [s for s in chosen if splits is not None and s not in splits]
-    skipped = [*adapter.skipped(root), *(f"{s}: in no split list" for s in unlisted)]
+    skipped = [*adapter.skipped(root), *(f"{s}: in no split list" for s in unlisted), *_gone(out, root, names)]
     for line in skipped:
         log.warning("skipped: %s", line)
     args = _settled(out, name, args)
@@ -108,7 +111,7 @@ def plan_jobs(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[s
 
 def run_jobs(name: str, root: Path, out: Path, plan: Plan, jobs: list[Job]) -> list[Job]:
     """Prepare those of the jobs that are missing, failed or changed; returns them."""
-    waiting = [job for job in jobs if not _is_done(out, job)]
+    waiting = [job for job in jobs if not is_done(out, job)]
     for record in _run(name, root, out, plan.args, waiting, len(jobs)):
         for line in said_of(record):
             log.warning("%s", line)
@@ -133,10 +136,15 @@ def record_path(out: Path, file: str) -> Path:
 
 
 def file_names(sequences: Sequence[str]) -> dict[str, str]:
-    """{sequence: its name as a file name and clip key}; those that come out equal get a hash of their own name."""
+    """{sequence: its name as a file name and clip key}; those that come out equal, or too long for a file system with
+    what is put behind them, get a hash of their own name."""
     taken = Counter(safe(s) for s in sequences)
-    return {s: safe(s) if taken[safe(s)] == 1 else f"{safe(s)}-{hashlib.sha256(s.encode()).hexdigest()[:6]}"
-            for s in sequences}
+    return {s: safe(s) if taken[safe(s)] == 1 and len(safe(s).encode()) <= LONGEST_NAME else
+            f"{_shortened(safe(s))}-{hashlib.sha256(s.encode()).hexdigest()[:6]}" for s in sequences}
+
+
+def _shortened(name: str) -> str:
+    return name.encode()[:LONGEST_NAME].decode(errors="ignore")
 
 
 def make_adapter(name: str, args: PrepareArgs | None = None) -> Adapter:
@@ -162,7 +170,7 @@ def set_name(name: str) -> str:
 def _settled(out: Path, name: str, args: PrepareArgs) -> PrepareArgs:
     """The arguments, with what `out` was begun with where they leave it open. Raises UserError where they differ."""
     note = out / "prepare.json"
-    known = json.loads(note.read_text()) if note.exists() else {}
+    known = read_json(note) if note.exists() else {}
     if known:
         known = {**dict.fromkeys(("split", "gaze_units"), ""), "with_wearer": False, "store": "npy", **known}
     usual = "mp4" if args.size > LARGEST_EXACT else "npy"
@@ -171,18 +179,35 @@ def _settled(out: Path, name: str, args: PrepareArgs) -> PrepareArgs:
                 "gaze_units": args.gaze_units, "with_wearer": args.with_wearer, "store": args.store}
     if known and known != settings:
         raise UserError(f"{out} was prepared with {known}, now {settings}; choose another --out or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(settings))
+    if not known:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(note, json.dumps(settings))
     return args
 
 
 def _forget_renamed(out: Path, names: dict[str, str]) -> None:
     """Drop what was prepared of a sequence whose file name is another now (because one that would have the same
     came)."""
-    for path in (out / "records").glob("*.json"):
-        sequence = json.loads(path.read_text()).get("sequence")
+    for path, sequence in _prepared(out):
         if sequence in names and names[sequence] != path.stem:
             _remove(out, path.stem)
+
+
+def _gone(out: Path, root: Path, names: dict[str, str]) -> list[str]:
+    """A line about what was prepared of sequences that are not below `root` now; [] when there is none. It stays: raw
+    data may have been removed on purpose, but one that was renamed or moved to another split is there twice."""
+    gone = sorted(sequence for _, sequence in _prepared(out) if sequence not in names)
+    if not gone:
+        return []
+    more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+    return [f"{gone[0]}{more}: prepared before and not below {root} now; the clips stay in {out}. Were they renamed or "
+            "moved, remove those clips and records, or use another --out"]
+
+
+def _prepared(out: Path) -> Iterator[tuple[Path, str]]:
+    """(record, sequence) of everything prepared so far."""
+    for path in sorted((out / "records").glob("*.json")):
+        yield path, read_json(path).get("sequence", "")
 
 
 def _remove(out: Path, file: str) -> None:
@@ -191,17 +216,27 @@ def _remove(out: Path, file: str) -> None:
         tar.unlink()
 
 
-def _is_done(out: Path, job: Job) -> bool:
+def is_done(out: Path, job: Job) -> bool:
     """Whether there is a record of this sequence, of these files, that did not fail."""
+    record = _record(out, job)
+    return record is not None and not record["error"]
+
+
+def has_failed(out: Path, job: Job) -> bool:
+    """Whether there is a record that says why nothing came of these files."""
+    record = _record(out, job)
+    return record is not None and bool(record["error"])
+
+
+def _record(out: Path, job: Job) -> dict[str, Any] | None:
+    """The record of a job, if it is of these files and this version."""
     path = record_path(out, job.file)
-    if not path.exists():
-        return False
-    record = json.loads(path.read_text())
-    return not record["error"] and record.get("version") == VERSION and record.get("stamp") == job.stamp
+    record = read_json(path) if path.exists() else {}
+    return record if record.get("version") == VERSION and record.get("stamp") == job.stamp else None
 
 
 def _run(name: str, root: Path, out: Path, args: PrepareArgs, jobs: list[Job], total: int) -> Iterator[dict]:
-    workers = min(args.workers or os.cpu_count() or 1, max(1, len(jobs)))
+    workers = min(args.workers or len(os.sched_getaffinity(0)), max(1, len(jobs)))
     with tqdm(total=total, initial=total - len(jobs), desc=f"prepare {name}", unit="sequence") as bar:
         if workers <= 1:
             for job in jobs:
@@ -210,7 +245,12 @@ def _run(name: str, root: Path, out: Path, args: PrepareArgs, jobs: list[Job], t
             return
         with ProcessPoolExecutor(workers, mp_context=forks()) as pool:
             for done in as_completed([pool.submit(prepare_sequence, name, root, out, args, job) for job in jobs]):
-                yield done.result()
+                try:
+                    yield done.result()
+                except BrokenProcessPool as error:
+                    raise UserError(f"one of {workers} processes was killed from outside, as for want of memory; what "
+                                    "is done is kept, go on with --workers "
+                                    f"{max(1, workers // 2)}") from error
                 bar.update(1)
 
 

@@ -135,7 +135,7 @@ def label_depth(pattern: str, model: str) -> tuple[int, int]:
 
 def _labelled(path: Path, estimator: DepthEstimator, bar: tqdm) -> Iterator[dict[str, str | bytes]]:
     """The tar's samples, files that there are as they are, with depth beside a video that has none."""
-    index = ClipIndex(str(path))
+    index = ClipIndex.of([path])
     for number, key in enumerate(index.keys):
         files, clip = _whole(index, number, path)
         sample = {"__key__": key, **files}

@@ -7,8 +7,8 @@ frames. **A side file that is wrong costs its own signal**, is named in `notes`,
 through `Recording.attempt`.
 """
 
+import csv
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from egom2p.data.tokens import load_array
+from egom2p.data.tokens import DAMAGE, load_array
 from egom2p.data.video import Losses, NoVideo, Shown, frame_times, shown
 from egom2p.errors import UserError
+from egom2p.files import walk
 
 T = TypeVar("T")
 CENTRE_TOLERANCE = 0.15  # of the side: a principal point further than this from the frame's centre is another frame's
@@ -78,7 +79,7 @@ class Recording:
         """`read(*args)`, or None and a note that says what is lost and why."""
         try:
             return read(*args)
-        except (BadSequence, UserError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (BadSequence, UserError, ArithmeticError, AttributeError, LookupError, csv.Error, *DAMAGE) as error:
             reason = str(error) if isinstance(error, (BadSequence, UserError)) else f"{type(error).__name__}: {error}"
             self.notes.append(f"{what} left out: {' '.join(reason.split())}")
             return None
@@ -189,21 +190,22 @@ class ImagePictures(Pictures):
 
 
 class ArrayPictures(Pictures):
-    """Depth frames of a .npy file (memory-mapped) or of a .npz's arr_0, (T, H, W) metres, NaN or 0 = no reading."""
+    """Depth frames of a .npy file (memory-mapped) or of a .npz's arr_0, (T, H, W) metres, NaN, infinite or 0 = no
+    reading; frame t belongs to frame t of a video with frames `size` = (width, height) at `times`."""
 
-    def __init__(self, path: Path, times: np.ndarray) -> None:
+    def __init__(self, path: Path, times: np.ndarray, size: tuple[int, int], notes: list[str]) -> None:
         if path.suffix == ".npy":
             self.array = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             self.array = load_array(path.read_bytes())
         if self.array.ndim != 3 or self.array.dtype.kind != "f":
             raise BadSequence(f"{path} is {self.array.dtype} {self.array.shape}, expected metres as floats (T, H, W)")
-        if len(self.array) > len(times):
-            raise BadSequence(f"{path} holds {len(self.array)} frames, the video {len(times)}")
+        check_shape(path, self.array.shape[1:], size)
+        check_count(path, len(self.array), len(times), notes)
         self.times = np.asarray(times, np.float64)[: len(self.array)]
 
     def read(self, index: int) -> np.ndarray:
-        return np.nan_to_num(self.array[index].astype(np.float32))
+        return np.nan_to_num(self.array[index].astype(np.float32), nan=0, posinf=0, neginf=0)
 
 
 class MappedPictures(Pictures):
@@ -224,17 +226,28 @@ def beside_video(rgb: VideoPictures, path: Path, scale: float, notes: list[str])
     """A depth video whose frame t belongs to frame t of `rgb`, on the same clock. One that is a little shorter
     covers its own frames only; one of another shape or rate, or longer by more than a frame, is refused."""
     depth = VideoPictures(path, gray16=True, scale=scale)
-    shape, wanted = depth.read(0).shape, rgb.read(0).shape[:2]
-    if abs(shape[1] / shape[0] / (wanted[1] / wanted[0]) - 1) > ASPECT_TOLERANCE:
-        raise BadSequence(f"{path} is {shape[1]} x {shape[0]}, the video {wanted[1]} x {wanted[0]}: another shape, so "
-                          "a resized copy; take the original")
+    check_shape(path, depth.read(0).shape, rgb.read(0).shape[1::-1])
     count, frames = len(depth.times), len(rgb.times)
-    if count > frames + 1 or count < SHORTEST_SHARE * frames:
+    check_count(path, count, frames, notes, more=1)
+    depth.times = rgb.times[:count] if count <= frames else np.append(rgb.times, rgb.times[-1] + 1e-3)
+    return depth
+
+
+def check_shape(path: Path, shape: tuple[int, ...], size: tuple[int, ...]) -> None:
+    """BadSequence unless depth pictures of `shape` (H, W) are the video's frames, `size` (width, height), or a smaller
+    form of them."""
+    if abs(shape[1] / shape[0] / (size[0] / size[1]) - 1) > ASPECT_TOLERANCE:
+        raise BadSequence(f"{path} is {shape[1]} x {shape[0]}, the video as it is shown {size[0]} x {size[1]}: another "
+                          "shape, so turned, cut or squeezed; depth of the frames as they are shown is wanted")
+
+
+def check_count(path: Path, count: int, frames: int, notes: list[str], more: int = 0) -> None:
+    """BadSequence unless `count` depth frames can be one each for the video's `frames`, up to `more` too many; a note
+    where the last ones are missing."""
+    if count > frames + more or count < SHORTEST_SHARE * frames:
         raise BadSequence(f"{path} has {count} frames, the video {frames}; nothing tells which belong together")
     if count < frames:
         notes.append(f"depth covers {count} of {frames} video frames")
-    depth.times = rgb.times[:count] if count <= frames else np.append(rgb.times, rgb.times[-1] + 1e-3)
-    return depth
 
 
 def fit_intrinsics(matrix: np.ndarray, width: int, height: int, full: tuple[int, int] | None,
@@ -274,19 +287,6 @@ def poses_from(quaternions_xyzw: np.ndarray, translations: np.ndarray) -> np.nda
     poses = np.tile(np.eye(4), (len(translations), 1, 1))
     poses[:, :3, :3], poses[:, :3, 3] = rotations(quaternions_xyzw), translations
     return poses
-
-
-def walk(root: Path) -> Iterator[Path]:
-    """Every file below `root`, linked folders followed (each folder once), in sorted order; hidden ones left out."""
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
 
 
 def stamp_of(files: Iterable[Path]) -> str:

@@ -54,11 +54,13 @@ def read_table(path: Path) -> Table:
     """See the module. The header is the last comment line or the first line, when it holds words, as many as a row."""
     comments, lines = [], []
     for line in read_text(path).splitlines():
-        if line.strip():
-            (comments if line.lstrip().startswith("#") else lines).append(line.strip().lstrip("#").strip())
+        if line.lstrip().startswith("#"):
+            comments.append(line.strip().lstrip("#").strip())
+        elif line.strip():
+            lines.append(line.strip(" \r\n"))  # tabs at its ends are empty cells
     if not lines:
         raise BadSequence(f"{path} holds no row")
-    delimiter, decimal = _delimiter(lines)
+    delimiter, decimal = _delimiter([line.strip() for line in lines])
     rows = [_split(line, delimiter) for line in lines]
     header: list[str] | None = None
     if not any(_is_number(word, decimal) for word in rows[0]):
@@ -68,7 +70,8 @@ def read_table(path: Path) -> Table:
         header = words if len(words) == len(rows[0]) and not any(_is_number(w, ".") for w in words) else None
     if not rows:
         raise BadSequence(f"{path} holds no row")
-    width = len(header) if header else max(map(len, rows))
+    width = len(header) if header else max(_filled(row) for row in rows)
+    rows = [row[:width] if _filled(row) <= width else row for row in rows]
     whole = [[_number(word, decimal) for word in row] for row in rows if len(row) == width]
     if not whole:
         raise BadSequence(f"{path} holds no row of {width} columns")
@@ -114,6 +117,11 @@ def _split(line: str, delimiter: str) -> list[str]:
         return line.split()
     row = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
     return [word.strip() for word in row]
+
+
+def _filled(row: list[str]) -> int:
+    """Cells up to the last that is not empty."""
+    return max((i + 1 for i, word in enumerate(row) if word), default=0)
 
 
 def _is_number(word: str, decimal: str) -> bool:

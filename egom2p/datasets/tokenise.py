@@ -9,13 +9,24 @@ was: what is finished is noted in `OUT-prepared`. A few clips stay there for the
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from egom2p.config import read_json
 from egom2p.data.clips import ClipIndex, write_clips
 from egom2p.datasets.card import write_card
-from egom2p.datasets.prepare import PrepareArgs, plan_jobs, record_path, run_jobs, set_name
+from egom2p.datasets.prepare import (
+    Job,
+    Plan,
+    PrepareArgs,
+    has_failed,
+    is_done,
+    plan_jobs,
+    record_path,
+    run_jobs,
+    set_name,
+)
 from egom2p.errors import UserError
 from egom2p.files import write_whole
 from egom2p.tokenizers.base import Tokenizer
@@ -29,29 +40,82 @@ KEPT_CLIPS = 12
 
 def tokenise(name: str, root: Path, out: Path, tokenizers: list[Tokenizer], args: PrepareArgs,
              only: tuple[str, ...] = (), group: int = 32, encoding: EncodeArgs | None = None) -> dict[str, Any]:
-    """Tokenise every sequence (or those in `only`) of data set `name`, `group` of them a shard. Returns the card."""
+    """Tokenise every sequence (or those in `only`) of data set `name`, `group` of them a shard. Returns the card.
+
+    Who is in a group stays: sequences that come later make groups, and shards, of their own. A group one of whose
+    sequences changed is done anew; UserError when another one of it is not there any more to be prepared again.
+    """
     clips = prepared_beside(out)
-    plan, note = plan_jobs(name, root, clips, args, only), clips / NOTE
-    settings = {"group": group, "sequences": list(only)}
-    known = read_json(note) if note.exists() else {**settings, "done": []}
-    if {k: known[k] for k in settings} != settings:
-        begun = {k: known[k] for k in settings}
-        raise UserError(f"{out} was begun with {begun}, now {settings}; choose another --out")
-    for number, start in enumerate(range(0, len(plan.jobs), group)):
-        jobs = plan.jobs[start : start + group]
-        files = [job.file for job in jobs]
-        changed = run_jobs(name, root, clips, plan, jobs)
-        if number in known["done"]:
-            if not changed:
-                continue
+    plan = plan_jobs(name, root, clips, args, only)
+    note = _Note.of(clips / NOTE, {"group": group, "sequences": list(only)})
+    jobs = {job.file: job for job in plan.jobs}
+    for number, files in enumerate(note.grouped(list(jobs))):
+        there = [jobs[file] for file in files if file in jobs]
+        if number in note.done and not _has_news(name, root, clips, plan, there, number, note):
+            continue
+        if number in note.stale:
+            gone = [file for file in files if file not in jobs]
+            if gone:
+                raise UserError(f"shard {number} of {out} must be made anew, since a recording of it changed, but "
+                                f"{gone[0]} of it is not below {root} any more; put it back or choose another --out")
             log.warning("group %d changed since it was encoded; it is prepared and encoded anew", number)
             _forget(clips, files)
-            run_jobs(name, root, clips, plan, jobs)
+            note.write(stale=note.stale - {number})
+        run_jobs(name, root, clips, plan, there)
         _encode_group(tokenizers, set_name(name), clips, files, number, out, encoding or EncodeArgs())
-        known["done"] = sorted({*known["done"], number})
-        write_whole(note, json.dumps(known))
+        note.write(done=note.done | {number})
         _keep_some(clips, files)
     return write_card(clips, set_name(name), plan.skipped)
+
+
+@dataclass
+class _Note:
+    """What is finished, on disk: groups (files in each), done (numbers of groups whose shards are whole), stale
+    (numbers of those to be prepared and encoded anew)."""
+
+    path: Path
+    settings: dict[str, Any]
+    groups: list[list[str]]
+    done: set[int]
+    stale: set[int]
+
+    @classmethod
+    def of(cls, path: Path, settings: dict[str, Any]) -> "_Note":
+        known = read_json(path) if path.exists() else settings
+        begun = {k: known.get(k) for k in settings}
+        if begun != settings:
+            raise UserError(f"{path.parent} was begun with {begun}, now {settings}; choose another --out")
+        return cls(path, settings, known.get("groups", []), set(known.get("done", ())), set(known.get("stale", ())))
+
+    def grouped(self, files: list[str]) -> list[list[str]]:
+        """Groups on record that are begun, and then the files that are in none."""
+        kept = self.groups[: max(self.done | self.stale, default=-1) + 1]
+        taken, size = {file for group in kept for file in group}, self.settings["group"]
+        others = [file for file in files if file not in taken]
+        self.groups = kept + [others[i : i + size] for i in range(0, len(others), size)]
+        self.write()
+        return self.groups
+
+    def write(self, **changes: set[int]) -> None:
+        for name, numbers in changes.items():
+            setattr(self, name, numbers)
+        write_whole(self.path, json.dumps({**self.settings, "groups": self.groups, "done": sorted(self.done),
+                                           "stale": sorted(self.stale)}))
+
+
+def _has_news(name: str, root: Path, clips: Path, plan: Plan, jobs: list[Job], number: int, note: _Note) -> bool:
+    """Whether the shards of a finished group are out of date: a sequence changed, or one that failed before has clips
+    now. It is noted before anything is prepared, so that a run that is stopped here finds it again."""
+    failed = [job for job in jobs if has_failed(clips, job)]
+    changed = [job for job in jobs if not is_done(clips, job) and job not in failed]
+    if not changed and not failed:
+        return False
+    note.write(done=note.done - {number}, stale=note.stale | {number})
+    run_jobs(name, root, clips, plan, [] if changed else failed)
+    if changed or any(is_done(clips, job) for job in failed):
+        return True
+    note.write(done=note.done | {number}, stale=note.stale - {number})
+    return False
 
 
 def prepared_beside(out: Path) -> Path:

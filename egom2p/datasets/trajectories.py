@@ -148,7 +148,7 @@ def _frames_of(model: ColmapModel, folder: Path, frames: int, said: dict[str, An
     if not low - first >= 0 or high - first >= frames:
         raise BadSequence(f"{model.path}: images {low} .. {high}, counted from {first}, are not frames of a video of "
                           f"{frames} frames")
-    if high - first < frames // 2 and "first_image" not in said:
+    if high - first <= frames // 2 and "first_image" not in said:
         raise BadSequence(f"{model.path}: images {low} .. {high} for {frames} video frames: they were pulled at "
                           "another rate, or most did not register; nothing tells which frames they are")
     return {name: number - first for name, number in numbers.items()}

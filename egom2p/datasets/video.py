@@ -31,12 +31,13 @@ from egom2p.datasets.recording import (
     Recording,
     Track,
     VideoPictures,
+    check_shape,
     fit_intrinsics,
     need,
-    walk,
 )
 from egom2p.datasets.tables import read_matrix
 from egom2p.datasets.trajectories import read_colmap, read_tum
+from egom2p.files import walk
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mts", ".ts")
 SIDES = (".cam.tum", ".cam.json", ".colmap", ".gaze.csv", ".gaze.tsv", ".gazedata.gz", ".gaze.json", ".depth.npy",
@@ -103,7 +104,7 @@ class _Beside:
 
     def __init__(self, base: Path, times: np.ndarray, size: tuple[int, int], gaze_units: str, notes: list[str]) -> None:
         self.base, self.times, self.size, self.gaze_units, self.notes = base, times, size, gaze_units, notes
-        self.clock = VideoClock.of(times)
+        self.clock = VideoClock(times)
         self.colmap: tuple[np.ndarray, tuple[int, int]] | None = None
 
     def path(self, suffix: str) -> Path:
@@ -134,10 +135,12 @@ class _Beside:
 
     def depth(self) -> Pictures | None:
         if self.path(".depth.npy").exists():
-            return ArrayPictures(self.path(".depth.npy"), self.times)
+            return ArrayPictures(self.path(".depth.npy"), self.times, self.size, self.notes)
         if not self.path(".depth").is_dir():
             return None
-        return numbered_depth(self.path(".depth"), self.times, self.notes)
+        pictures = numbered_depth(self.path(".depth"), self.times, self.notes)
+        check_shape(self.path(".depth"), pictures.read(0).shape, self.size)
+        return pictures
 
     def intrinsics(self) -> np.ndarray | None:
         """The file's, or the COLMAP model's; call `camera` before."""

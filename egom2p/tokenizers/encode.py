@@ -80,10 +80,13 @@ def encode_clips(tokenizers: list[Tokenizer], pattern: str, root: Path, args: En
     A clip that lacks a signal, or whose signal is damaged or carries no measurement, is left out of that modality and
     named, with the reason, in `encode.json`. Shards already whole are kept when they are of just these clips; when the
     clips have changed since, their shard is written anew. Meanwhile torch has at most the threads that the reading
-    processes leave. Raises UserError for clips that a tokenizer is not for.
+    processes leave. Raises UserError for clips that a tokenizer is not for, for a key that two clips of a data set
+    share, and for shards of an earlier, longer list of clips.
     """
     index = ClipIndex(pattern)
-    return encode_shards(tokenizers, index, shards_of(index, args.dataset), root, pattern, args, world)
+    plan = shards_of(index, args.dataset)
+    _refuse_left_over(tokenizers, plan, root)
+    return encode_shards(tokenizers, index, plan, root, pattern, args, world)
 
 
 def encode_shards(tokenizers: list[Tokenizer], index: ClipIndex, plan: list[Shard], root: Path, source: str,
@@ -127,8 +130,35 @@ def shards_of(index: ClipIndex, dataset: str = "") -> list[Shard]:
     clips: dict[str, list[int]] = defaultdict(list)
     for number in range(len(index)):
         clips[dataset or _dataset_of(index, number)].append(number)
+    for name, numbers in clips.items():
+        _refuse_equal_keys(index, name, numbers)
     return [Shard(name, start // SHARD_CLIPS, numbers[start : start + SHARD_CLIPS])
             for name, numbers in clips.items() for start in range(0, len(numbers), SHARD_CLIPS)]
+
+
+def _refuse_equal_keys(index: ClipIndex, dataset: str, numbers: list[int]) -> None:
+    """Modalities are paired by key, so that two clips of one key would be mixed."""
+    first: dict[str, int] = {}
+    for number in numbers:
+        other = first.setdefault(index.keys[number], number)
+        if other != number:
+            raise UserError(f"{index.path(other)} and {index.path(number)} both hold a clip {index.keys[number]} of "
+                            f"'{dataset}'; encode them as two data sets, each with its own --dataset")
+
+
+def _refuse_left_over(tokenizers: list[Tokenizer], plan: list[Shard], root: Path) -> None:
+    """Shards on record of clips that are no longer among these would stay and be trained on."""
+    for name in sorted({shard.dataset for shard in plan}):
+        wanted = {shard.file for shard in plan if shard.dataset == name}
+        for tokenizer in tokenizers:
+            origin = Origin(root / tokenizer.modality.name / name)
+            over = [n for n in origin.read().get("shards", {}) if n not in wanted]
+            there = [n for n in over if (origin.folder / n).exists()]
+            if there:
+                raise UserError(f"{origin.folder / there[0]} is of clips that are not among these any more (there were "
+                                f"more when it was encoded); remove it, or choose another --out")
+            if over:
+                origin.forget(over)
 
 
 def _dataset_of(index: ClipIndex, number: int) -> str:

@@ -69,6 +69,13 @@ class Origin:
             shards = {**note.get("shards", {}), name: record}
             self._write({**note, "total": _total(shards.values()), "shards": dict(sorted(shards.items()))})
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Shards that are not there any more."""
+        with self.lock:
+            note = self.read()
+            shards = {name: record for name, record in note["shards"].items() if name not in set(names)}
+            self._write({**note, "total": _total(shards.values()), "shards": shards})
+
     def _write(self, note: dict) -> None:
         write_whole(self.path, json.dumps(note, indent=1))
 

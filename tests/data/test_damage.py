@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from egom2p.config import load
 from egom2p.data.loader import TokenStream
-from egom2p.data.tarindex import INDEX_FILE, index_tars, npy_bytes, parse_index
+from egom2p.data.tarindex import INDEX_FILE, VERSION, index_tars, npy_bytes, parse_index
 from egom2p.data.tokens import TokenDataset, decode_tokens
 from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import Modality, ModalitySet
@@ -58,6 +58,47 @@ def claim(path: Path, size: int) -> None:
     path.write_bytes(raw)
 
 
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def header_at(path: Path, number: int) -> int:
+    with tarfile.open(path) as tar:
+        return tar.getmembers()[number].offset
+
+
+def join_halves(path: Path) -> None:
+    """`cat a.tar b.tar`: tar's own end stands in the middle."""
+    rows, halves = members(path), []
+    for half in (rows[:7], rows[7:]):
+        rewrite(path, half)
+        halves.append(path.read_bytes())
+    path.write_bytes(b"".join(halves))
+
+
+def link_one(path: Path, target: str, kind: bytes) -> None:
+    """Its fourth member is a link to `target` instead of a file."""
+    rows = members(path)
+    with tarfile.open(path, "w") as tar:
+        for number, (name, data) in enumerate(rows):
+            info = tarfile.TarInfo(name)
+            if number == 3:
+                info.type, info.linkname = kind, target
+            else:
+                info.size = len(data)
+            tar.addfile(info, io.BytesIO(data) if number != 3 else None)
+
+
+def zeros_from(path: Path, number: int) -> None:
+    """A copy into a file of the final size that broke off."""
+    offset = header_at(path, number)
+    size = offset + 100_000
+    os.truncate(path, offset)
+    os.truncate(path, size)
+
+
 GRID = np.zeros((5, 4, 4), np.uint16)
 
 
@@ -69,6 +110,11 @@ def npy_file(descr: str, shape: str) -> bytes:
 
 DAMAGES = {  # what is done to the shard -> what `shards check` says of it
     "truncated tar": (lambda p: os.truncate(p, 5000), "truncated"),
+    "damaged header": (lambda p: overwrite(p, header_at(p, 5) + 150, b"7"), "header at byte"),
+    "zeros for a header": (lambda p: overwrite(p, header_at(p, 5), bytes(512)), "goes on behind its end"),
+    "two tars joined": (join_halves, "goes on behind its end"),
+    "zeros to the end": (lambda p: zeros_from(p, 5), "nothing but zeros"),
+    "a link in the tar": (lambda p: link_one(p, "./elsewhere", tarfile.SYMTYPE), "a link"),
     "zero-byte tar": (lambda p: p.write_bytes(b""), "0 bytes"),
     "garbage": (lambda p: p.write_bytes(np.random.default_rng(0).bytes(9000)), "not a readable tar"),
     "wrong shape": (lambda p: replace_one(p, npy_bytes(GRID[:4])), "shape"),
@@ -143,6 +189,19 @@ def test_damage_is_found_named_and_harms_nothing_else(debug_tokens, tmp_path, ca
     assert len(read_metrics(tmp_path / "run")) == 6
     if name not in ("key missing", "shard missing"):
         assert SHARD in caplog.text, caplog.text
+
+
+def test_a_hard_link_is_the_file_it_names(debug_tokens, tmp_path):
+    """As GNU tar stores the second name of a file."""
+    path = tmp_path / "rgb/full/shard-000000.tar"
+    path.parent.mkdir(parents=True)
+    shutil.copy(debug_tokens / SHARD, path)
+    rows = members(path)
+    link_one(path, rows[1][0], tarfile.LNKTYPE)
+    entry = index_tars([path])[0]
+    assert not entry.damage
+    assert len(entry.keys) == len(rows)
+    assert (entry.offsets[3], entry.sizes[3]) == (entry.offsets[1], entry.sizes[1])
 
 
 def test_a_shard_that_changes_while_training_is_noticed(debug_tokens, tmp_path, caplog):
@@ -284,8 +343,8 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 @given(tree=JSON)
 def test_fuzz_index_file(tree):
     assert isinstance(parse_index(tree), dict)
-    parse_index({"version": 1, "shards": tree})
-    parse_index({"version": 1, "shards": {"a": tree}})
+    parse_index({"version": VERSION, "shards": tree})
+    parse_index({"version": VERSION, "shards": {"a": tree}})
 
 
 @pytest.mark.slow

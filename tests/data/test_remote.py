@@ -5,6 +5,7 @@ import http.client
 import os
 import random
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -130,6 +131,29 @@ def test_the_cache_drops_the_least_recently_used(tmp_path):
         os.utime(paths[-1], ns=(i * 10**9, i * 10**9))
     kept = [p.exists() for p in paths]
     assert kept == [False, False, False, True, True, True]
+
+
+def test_a_shard_that_was_replaced_is_fetched_again(tmp_path):
+    """Of the same size and under the same name, as tokens of another tokenizer are."""
+    cache, url = ShardCache(tmp_path / "cache", 1e9, 1.0), f"file://{tmp_path}/there/*.tar"
+    (tmp_path / "there").mkdir()
+    for number, content in enumerate((b"1" * 1000, b"2" * 1000)):
+        (tmp_path / "there/a.tar").write_bytes(content)
+        os.utime(tmp_path / "there/a.tar", (number, number))
+        shard = list_shards(url, cache)[0]
+        assert cache.fetch(shard).read_bytes() == content
+        assert cache.fetch(list_shards(url, cache)[0]) == cache.fetch(shard)
+
+
+def test_what_a_killed_process_had_fetched_of_a_shard_is_cleared_away(tmp_path):
+    (tmp_path / "a.bin").write_bytes(bytes(1000))
+    cache = ShardCache(tmp_path / "cache", 3000, 1.0)
+    cache.folder.mkdir()
+    for name, age in ((".old.host-1.part", 1e6), (".new.host-2.part", 10)):
+        (cache.folder / name).write_bytes(b"x")
+        os.utime(cache.folder / name, (time.time() - age,) * 2)
+    cache.fetch(RemoteShard(f"pipe:cat {tmp_path / 'a.bin'}", 1000, cache))
+    assert [p.name for p in cache.folder.glob(".*.part")] == [".new.host-2.part"]
 
 
 def test_missing_things_fail_at_once_and_passing_failures_do_not(tmp_path):

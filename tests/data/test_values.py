@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from egom2p.data.clips import expand_paths
 from egom2p.data.loader import BatchPlan
 from egom2p.data.masking import MaskArgs, MaskComponent, Masker
 from egom2p.data.order import BLOCK, MixtureOrder, PassOrder
-from egom2p.data.shardtools import check, convert, placed
+from egom2p.data.shardtools import check, convert, placed, stats
 from egom2p.data.tarindex import INDEX_FILE, index_tars, npy_bytes, read_at, split_name, write_tar
 from egom2p.data.tokens import TokenDataset, load_array
 from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalitySet
+from tests.conftest import run_cli
 
 SETS = ModalitySet([Modality("a", 50, (40,)), Modality("b", 50, (20,))])
 SIZES = np.array([7, 5, 9, 4])
@@ -172,6 +174,35 @@ def test_where_a_shard_belongs(path, place):
 def test_a_shard_that_cannot_be_placed_is_refused(path):
     with pytest.raises(UserError, match="cannot tell where it belongs"):
         placed(Path(path), NAMES)
+
+
+def test_folders_of_tars_are_searched_through_links_and_exist_before_they_are_patterns(tmp_path):
+    for name in ("there", "a [1,2]", "b"):
+        write_tar(tmp_path / name / "x.tar", [{"__key__": "k", "npy": npy_bytes(np.zeros(3, np.uint16))}])
+    (tmp_path / "b/linked").symlink_to(tmp_path / "there")
+    (tmp_path / "b/linked/round").symlink_to(tmp_path / "b")
+    assert expand_paths(str(tmp_path / "b")) == [tmp_path / "b/linked/x.tar", tmp_path / "b/x.tar"]
+    assert expand_paths(str(tmp_path / "a [1,2]")) == [tmp_path / "a [1,2]/x.tar"]
+    with pytest.raises(UserError, match="in pairs"):
+        expand_paths(str(tmp_path / "{000..010.tar"))
+
+
+def test_statistics_and_conversion_of_shards_with_holes(tmp_path):
+    """A data set whose clips all lack a modality has empty shards; a damaged file is counted, or refused by name."""
+    good = npy_bytes(np.arange(3, dtype=np.uint16))
+    write_tar(tmp_path / "depth/set/shard-000000.tar", [])
+    write_tar(tmp_path / "cam/set/shard-000000.tar", [{"__key__": "a", "npy": good}, {"__key__": "b", "npy": b"x" * 40},
+                                                      {"__key__": "c", "npy": npy_bytes(np.zeros(3))}])
+    rows = {Path(row["folder"]).parent.name: row for row in stats(str(tmp_path))}
+    assert rows["depth"]["clips"] == 0 and rows["depth"]["distinct_ids"] == 0
+    assert rows["cam"]["unreadable"] == 2 and rows["cam"]["distinct_ids"] == 3
+    done = run_cli("shards", "convert", tmp_path / "[cam,depth]", "--out", tmp_path / "new", check=False)
+    assert done.returncode == 2 and "shard-000000.tar: b: " in done.stderr and not list((tmp_path / "new").rglob("*.*"))
+    np.savez(tmp_path / "poses.npz", np.zeros((5, 4, 4)))
+    (tmp_path / "raw/cam/own").mkdir(parents=True)
+    (tmp_path / "poses.npz").rename(tmp_path / "raw/cam/own/a.npz")
+    done = run_cli("shards", "convert", tmp_path / "raw/[cam,gaze]/*/*.npz", "--out", tmp_path / "new", check=False)
+    assert done.returncode == 2 and "a: holds float64, tokens are integers" in done.stderr
 
 
 def test_converting_goes_on_and_notices_what_changed(tmp_path, rng):

@@ -5,8 +5,10 @@ cannot pass. The miniatures are ragged: frames dropped, clocks offset, poses NaN
 sequences unreadable.
 """
 
+import io
 import json
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from egom2p.data.clips import ClipIndex
 from egom2p.data.video import square
 from egom2p.datasets import ADAPTERS
 from egom2p.datasets.checks import reprojection_error
+from egom2p.datasets.prepare import make_adapter
 from egom2p.signals.writers import write_video
 from tests.conftest import run_cli
 from tests.datasets.conventions import PSI_FROM_OPENCV, opencv_distort
@@ -357,6 +360,40 @@ def test_wrong_axes_are_flagged(tmp_path):
         write_tum(root / "v.cam.tum", poses, 25)
     assert not prepare("video", tmp_path / "right", tmp_path / "out_right")["reprojection"]["doubtful"]
     assert prepare("video", tmp_path / "wrong", tmp_path / "out_wrong")["reprojection"]["doubtful"]
+
+
+def test_folders_and_names_as_people_have_them(tmp_path, rng):
+    """Brackets and commas in the output's name, a name too long for what is put behind it, one renamed later, one in a
+    linked folder, a folder that cannot be entered, and an output that is a file."""
+    root, out, long = tmp_path / "raw", tmp_path / "clips [a,b] {2024}", "ü" * 100
+    root.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    for path in (root / f"{long}.mp4", root / f"{long[:-1]}.mp4", tmp_path / "elsewhere/a.mp4"):
+        write_video(path, rng.integers(0, 255, (16, 32, 32, 3)).astype(np.uint8), 8)
+    assert prepare("video", root, out)["clips"] == 3
+    assert len(ClipIndex(str(out))) == 3 and len(ClipIndex(f"{tmp_path}/clips*")) == 3
+    (root / f"{long}.mp4").rename(root / "b.mp4")
+    card = prepare("video", root, out)
+    assert card["clips"] == 4
+    assert card["skipped"] == [f"{long}.mp4: prepared before and not below {root} now; the clips stay in {out}. Were "
+                               "they renamed or moved, remove those clips and records, or use another --out"]
+    (tmp_path / "file").write_text("")
+    done = run_cli("prepare", "video", "--root", root, "--out", tmp_path / "file", check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path / "file") in done.stderr
+
+
+def test_one_bad_file_does_not_end_the_others(tmp_path):
+    """A clip that did not come whole, and one that is a web page."""
+    raw = tmp_path / "hot3d"
+    raw.mkdir()
+    (raw / "clip-000001.tar").write_bytes(b"")
+    (raw / "clip-000002.tar").write_bytes(b"<html>not found</html>")
+    with tarfile.open(raw / "clip-000003.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("000000.image_214-1.jpg"), io.BytesIO())
+    adapter = make_adapter("hot3d_aria")
+    assert adapter.sequences(raw) == ["clip-000003.tar"]
+    assert adapter.skipped(raw) == [f"clip-00000{i}.tar: not a readable tar" for i in (1, 2)]
 
 
 @pytest.mark.parametrize("name", sorted(ADAPTERS))

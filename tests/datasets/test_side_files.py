@@ -11,8 +11,9 @@ import pytest
 
 from egom2p import geometry
 from egom2p.datasets.clocks import VideoClock
+from egom2p.datasets.cutting import _depth_at
 from egom2p.datasets.gaze_files import read_gaze
-from egom2p.datasets.recording import BadSequence, fit_intrinsics
+from egom2p.datasets.recording import ArrayPictures, BadSequence, Recording, fit_intrinsics
 from egom2p.datasets.tables import read_matrix, read_table
 from egom2p.datasets.trajectories import read_colmap, read_tum
 from egom2p.datasets.video import numbered_depth
@@ -21,7 +22,7 @@ from tests.datasets.miniature import save_png
 from tests.test_geometry import random_poses
 
 FRAMES = 75
-CLOCK = VideoClock(2.5, FRAMES)
+CLOCK = VideoClock(np.arange(FRAMES) * 2.5 / FRAMES)
 TIMES = np.arange(FRAMES) / 30
 HEADER = "timestamp tx ty tz qx qy qz qw"
 
@@ -79,6 +80,20 @@ def test_clocks(tmp_path, poses, stamps, said, noted):
     offset = -0.5 if said == {"start": 1_700_000_000} else 0
     assert np.abs(track.times - (TIMES + offset)).max() < 1e-5
     assert bool(notes) == noted
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_frame_numbers_go_by_the_times_of_the_frames(tmp_path, poses, first):
+    """As a phone records that slows down in the dark: 40 frames at 30 a second, 35 at 15. From 1 only a file can count
+    that names the frame behind the last."""
+    times = np.concatenate([np.arange(40) / 30, 40 / 30 + np.arange(35) / 15])
+    notes: list[str] = []
+    rows = tum_rows(poses, np.arange(FRAMES) + first)
+    for said in ({}, {"unit": "frames", "start": first}):
+        track = read_tum(written(tmp_path / "a.cam.tum", [" ".join(r) for r in rows]), VideoClock(times + 5), said,
+                         notes)
+        assert np.abs(track.times - times).max() < 1e-9
+    assert notes == ([f"{tmp_path / 'a.cam.tum'}: its frames are counted from 1"] if first else [])
 
 
 @pytest.mark.parametrize("stamps", [1_700_000_000 + np.arange(40) / 30, 100 + TIMES * 40, TIMES * 0 + 3])
@@ -174,7 +189,8 @@ def test_colmap_names_that_do_not_tell_are_refused(tmp_path, poses):
     assert np.abs(read_colmap(folder, TIMES, {}, [])[0].values[:74] - poses[:-1]).max() < 1e-9
 
 
-@pytest.mark.parametrize(("count", "first", "words"), [(20, 0, "another rate"), (75, 5, "are not frames")])
+@pytest.mark.parametrize(("count", "first", "words"), [(20, 0, "another rate"), (38, 0, "another rate"),
+                                                     (75, 5, "are not frames")])
 def test_colmap_models_of_other_frames_are_refused(tmp_path, poses, count, first, words):
     folder = colmap_text(tmp_path / "a.colmap", poses[:count], first)
     said = {"first_image": 0} if first else {}
@@ -246,6 +262,20 @@ def test_tobii_pro_lab(tmp_path, decimal):
                   (WIDTH, HEIGHT), "", {}, [])
 
 
+def test_empty_cells_at_the_ends_of_tab_separated_rows(tmp_path):
+    """Tobii writes fixations in the last columns: empty between fixations, and no reason to lose the row."""
+    rows = ["\tRecording timestamp [ms]\tGaze point X [MCS px]\tGaze point Y [MCS px]\tValidity left\tFixation point X"]
+    for i, (t, (x, y), lost) in enumerate(zip(GAZE_TIMES, PIXELS, LOST, strict=True)):
+        rows.append(f"\t{t * 1000:.6f}\t{x}\t{y}\t{'Invalid' if lost else 'Valid'}\t{x if i % 3 else ''}")
+    notes: list[str] = []
+    rows.append("\t2500\t5")  # cut off
+    track = read_gaze(written(tmp_path / "a.gaze.tsv", rows), CLOCK, (WIDTH, HEIGHT), "", {}, notes)
+    assert np.abs(track.values[~LOST] - PIXELS[~LOST]).max() < 1e-6
+    assert notes == ["a.gaze.tsv: 1 of 151 rows are cut off and were left out"]
+    (tmp_path / "k.txt").write_text("900\t0\t320\t\n0\t900\t240\t\n0\t0\t1\t\n")
+    assert read_matrix(tmp_path / "k.txt")[1, 2] == 240
+
+
 def test_tobii_glasses_3(tmp_path):
     with gzip.open(tmp_path / "a.gazedata.gz", "wt") as file:
         for t, (x, y), lost in zip(GAZE_TIMES, PIXELS, LOST, strict=True):
@@ -283,6 +313,40 @@ def test_depth_pictures_go_by_their_numbers(tmp_path, first):
     save_png(tmp_path / "d/40.png", np.zeros((4, 4), np.uint16))
     with pytest.raises(BadSequence, match="must count from 0 or 1"):
         numbered_depth(tmp_path / "d", TIMES[:13], [])
+
+
+def test_depth_arrays_that_are_not_the_frames_are_refused(tmp_path):
+    def of(shape: tuple[int, ...], count: int = FRAMES) -> ArrayPictures:
+        np.save(tmp_path / "d.npy", np.full((count, *shape), 2.0, np.float16))
+        return ArrayPictures(tmp_path / "d.npy", TIMES, (20, 36), notes)
+
+    notes: list[str] = []
+    assert of((36, 20)).read(0).shape == (36, 20) and of((18, 10)).read(0).shape == (18, 10) and not notes
+    for shape in ((20, 36), (24, 18)):  # as the sensor lies; of another camera
+        with pytest.raises(BadSequence, match="turned, cut or squeezed"):
+            of(shape)
+    with pytest.raises(BadSequence, match="25 frames, the video 75"):
+        of((36, 20), 25)
+    assert np.array_equal(of((36, 20), 70).times, TIMES[:70]) and notes == ["depth covers 70 of 75 video frames"]
+
+
+def test_endless_depth_is_no_reading(tmp_path):
+    frames = np.full((16, 8, 8), np.inf, np.float64)
+    frames[:, 4:] = 3
+    frames[:, 0, 0] = 1e6  # more than a stored clip can hold
+    np.save(tmp_path / "d.npy", frames)
+    recording = Recording("a", "train", depth=ArrayPictures(tmp_path / "d.npy", np.arange(16) / 8, (8, 8), []))
+    depth, _ = _depth_at(recording, np.arange(16) / 8)
+    assert np.array_equal(depth, np.where(frames == 3, 3, 0))
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut off", b"\x93NUMPY"])
+def test_a_side_file_that_is_no_file_costs_only_itself(tmp_path, data):
+    recording = Recording("a", "train")
+    for end in ("npy", "npz"):
+        (tmp_path / f"d.{end}").write_bytes(data)
+        assert recording.attempt("depth", ArrayPictures, tmp_path / f"d.{end}", TIMES, (8, 8), []) is None
+    assert len(recording.notes) == 2 and all("depth left out" in note for note in recording.notes)
 
 
 def test_an_eight_bit_depth_picture_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """`egom2p tokens`: the samples of `prepare` and `tokenizer encode`, in one pass that can be stopped."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,11 @@ def raw(tmp_path, rng):
     return folder, tmp_path / "tok"
 
 
+def one(folder, tokenizer, tmp_path) -> tuple:
+    return ("tokens", "video", "--root", folder, "--out", tmp_path / "one", "--size", 32, "--workers", 1, "--split",
+            "train", "--tokenizers", tokenizer, "--group", 2)
+
+
 def samples(root):
     return {key: grids["rgb"].tolist() for key, grids in open_tokens(root, "video").items()}
 
@@ -33,8 +40,7 @@ def test_one_pass_gives_the_samples_of_two_and_goes_on(raw, tmp_path, monkeypatc
     run_cli("prepare", "video", "--root", folder, "--out", tmp_path / "clips", "--size", 32, "--workers", 1, "--split",
             "train")
     run_cli("tokenizer", "encode", tokenizer, "--clips", tmp_path / "clips/*/*.tar", "--out", tmp_path / "two")
-    command = ("tokens", "video", "--root", folder, "--out", tmp_path / "one", "--size", 32, "--workers", 1, "--split",
-               "train", "--tokenizers", tokenizer, "--group", 2)
+    command = one(folder, tokenizer, tmp_path)
     whole, calls = one_pass._encode_group, []
 
     def breaks(*given):
@@ -58,8 +64,7 @@ def test_one_pass_gives_the_samples_of_two_and_goes_on(raw, tmp_path, monkeypatc
 
 def test_a_recording_that_changed_is_encoded_anew(raw, tmp_path, rng):
     folder, tokenizer = raw
-    command = ("tokens", "video", "--root", folder, "--out", tmp_path / "one", "--size", 32, "--workers", 1, "--split",
-               "train", "--tokenizers", tokenizer, "--group", 2)
+    command = one(folder, tokenizer, tmp_path)
     run_cli(*command)
     before = samples(tmp_path / "one")
     write_video(folder / "walk1.mp4", rng.integers(0, 255, (32, 32, 32, 3)).astype(np.uint8), 8)
@@ -67,6 +72,59 @@ def test_a_recording_that_changed_is_encoded_anew(raw, tmp_path, rng):
     after = samples(tmp_path / "one")
     assert before.keys() == after.keys()
     assert {k.split("-")[0] for k in before if before[k] != after[k]} == {"walk1_mp4"}
+
+
+def test_recordings_that_come_later_make_shards_of_their_own(raw, tmp_path, rng):
+    """Sorted before the others or not, and whether those are still there or not."""
+    folder, tokenizer = raw
+    command = one(folder, tokenizer, tmp_path)
+    run_cli(*command)
+    before = samples(tmp_path / "one")
+    write_video(folder / "again.mp4", rng.integers(0, 255, (32, 32, 32, 3)).astype(np.uint8), 8)
+    run_cli(*command)
+    both = samples(tmp_path / "one")
+    assert {k: both[k] for k in before} == before and {k[:5] for k in both.keys() - before.keys()} == {"again"}
+    for path in folder.glob("*.mp4"):
+        path.unlink()
+    write_video(folder / "more.mp4", rng.integers(0, 255, (32, 32, 32, 3)).astype(np.uint8), 8)
+    said = run_cli(*command)
+    last = samples(tmp_path / "one")
+    assert {k: last[k] for k in both} == both and {k[:4] for k in last.keys() - both.keys()} == {"more"}
+    assert "again.mp4 and 5 more: prepared before" in json.loads(
+        (tmp_path / "one-prepared/card.json").read_text())["skipped"][-1], said.stdout
+    write_video(folder / "walk1.mp4", rng.integers(0, 255, (32, 32, 32, 3)).astype(np.uint8), 8)
+    refused = run_cli(*command, check=False)
+    assert refused.returncode == 2 and "walk0_mp4 of it is not below" in refused.stderr
+
+
+def test_a_change_is_not_forgotten_when_the_run_is_stopped(raw, tmp_path, rng, monkeypatch):
+    folder, tokenizer = raw
+    command = one(folder, tokenizer, tmp_path)
+    run_cli(*command)
+    before = samples(tmp_path / "one")
+    write_video(folder / "walk1.mp4", rng.integers(0, 255, (32, 32, 32, 3)).astype(np.uint8), 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(one_pass, "_encode_group", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_cli(*command, check=False).returncode == 130
+    run_cli(*command)
+    after = samples(tmp_path / "one")
+    assert {k.split("-")[0] for k in before if before[k] != after[k]} == {"walk1_mp4"}
+
+
+def test_a_recording_that_fails_again_costs_its_group_nothing(raw, tmp_path, rng, monkeypatch):
+    folder, tokenizer = raw
+    (folder / "walk1.mp4").write_bytes((folder / "walk1.mp4").read_bytes()[:600])
+    command = one(folder, tokenizer, tmp_path)
+    assert run_cli(*command, check=False).returncode == 1
+    before = samples(tmp_path / "one")
+    assert not [k for k in before if k.startswith("walk1")]
+    with monkeypatch.context() as patch:
+        patch.setattr(one_pass, "_encode_group", lambda *given: pytest.fail("encoded anew"))
+        assert run_cli(*command, check=False).returncode == 1
+    write_video(folder / "walk1.mp4", rng.integers(0, 255, (32, 32, 32, 3)).astype(np.uint8), 8)
+    run_cli(*command)
+    after = samples(tmp_path / "one")
+    assert {k: after[k] for k in before} == before and {k[:5] for k in after.keys() - before.keys()} == {"walk1"}
 
 
 def test_other_groups_are_refused(raw, tmp_path):

@@ -78,6 +78,27 @@ def test_running_again_keeps_shards_and_mixing_is_refused(tmp_path, rng):
         encode_clips([tokenizer("cam", "pose", 9, seed=1)], str(tmp_path / "a.tar"), tmp_path / "tokens")
 
 
+def test_two_clips_of_one_key_are_refused(tmp_path, rng):
+    """Two folders of `prepare` may both hold a GX010001; modalities are paired by key."""
+    for name in ("a", "b"):
+        write_clips(tmp_path / f"{name}.tar", [clip(i, cam=poses(rng)) for i in range(2)])
+    with pytest.raises(UserError, match=r"a\.tar and .*b\.tar both hold a clip c0 of 'set'"):
+        encode_clips([tokenizer("cam", "pose", 9)], str(tmp_path / "*.tar"), tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_shards_of_clips_that_are_gone_do_not_stay_unseen(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(encode, "SHARD_CLIPS", 2)
+    cam = tokenizer("cam", "pose", 9)
+    write_clips(tmp_path / "a.tar", [clip(i, cam=poses(rng)) for i in range(5)])
+    encode_clips([cam], str(tmp_path / "a.tar"), tmp_path / "tokens")
+    write_clips(tmp_path / "a.tar", [clip(i, cam=poses(rng)) for i in range(3)])
+    with pytest.raises(UserError, match=r"shard-000002\.tar is of clips that are not among these"):
+        encode_clips([cam], str(tmp_path / "a.tar"), tmp_path / "tokens")
+    (tmp_path / "tokens/cam/set/shard-000002.tar").unlink()
+    assert encode_clips([cam], str(tmp_path / "a.tar"), tmp_path / "tokens")["cam"]["clips"] == 3
+
+
 def of_two(rank):
     return World(rank, 2, rank, torch.device("cpu"))
 
