@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from egom2p.errors import Preempted, UserError
+from egom2p.errors import Preempted, UserError, refusal
 
 BEAT_S = 1.0
 DIAGNOSIS_S = 10.0
@@ -139,8 +139,9 @@ def barrier() -> None:
 
 def _leave_at_once(error: BaseException, heartbeats: "_Heartbeats") -> None:
     """End this process without waiting for the others, its own error shown."""
-    if isinstance(error, UserError):
-        print(f"egom2p: {error}", file=sys.stderr)
+    known = str(error) if isinstance(error, UserError) else refusal(error)
+    if known:
+        print(f"egom2p: {known}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         print("egom2p: interrupted; start the same command again to go on", file=sys.stderr)
     elif isinstance(error, RuntimeError) and _is_collective(error):
@@ -150,7 +151,7 @@ def _leave_at_once(error: BaseException, heartbeats: "_Heartbeats") -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
+    os._exit(2 if known else 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 # What the backends say when another rank is gone; the wording depends on where in a collective they were.

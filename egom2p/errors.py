@@ -1,5 +1,18 @@
 """The exceptions the command line turns into an exit code."""
 
+import errno
+
+# What a path given by the user runs into: no rights, a file for a folder, a full or read-only disk, too long a name.
+OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EROFS,
+                 errno.EDQUOT, errno.ENAMETOOLONG)
+
+
+def refusal(error: BaseException) -> str:
+    """One line about an error of the file system that the user can mend; "" for any other."""
+    if not isinstance(error, OSError) or error.errno not in OF_THE_SYSTEM:
+        return ""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the fix; the CLI prints it and exits 2."""

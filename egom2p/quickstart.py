@@ -86,6 +86,9 @@ def quickstart(out: Path, config_path: Path, inputs: list[Path], recordings: Pat
     on beside the world; a share of them is held aside, predicted and measured.
     """
     config = load(QuickstartConfig, config_path)
+    for path in inputs:
+        if not path.is_file():
+            raise UserError(f"--inputs: there is no file {path}")
     out.mkdir(parents=True, exist_ok=True)
     asked = {"recordings": str(recordings.resolve())} if recordings else {}
     stages = Stages(out / "stages.json", {**to_plain(config), **asked})
@@ -109,7 +112,9 @@ def quickstart(out: Path, config_path: Path, inputs: list[Path], recordings: Pat
     with stages.run("generate"):
         wanted = GenerateArgs(TARGETS, recipes=config.recipes)
         pipeline = Pipeline(model)
-        folders, _ = generate_files(pipeline, inputs, out / "generated", wanted)
+        folders, failed = generate_files(pipeline, inputs, out / "generated", wanted)
+        for reason in failed.values():
+            log.warning("left out: %s", reason)
         mine = _own(config, pipeline, shares) if shares else None
     if mine and mine.summary:
         print(f"{own.NAME}, the clips held aside:\n{table(mine.summary)}")

@@ -5,12 +5,14 @@ import contextlib
 import fcntl
 import functools
 import io
+import itertools
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +29,30 @@ ONE_AT_A_TIME = ("test_slurm.py", "test_hosts.py", "test_released_sizes_run_whol
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, which gives each worker one stretch of the list to begin with, every stretch has its share
-    of the slow tests, and they come first, so that no worker waits for one at the end. Those of ONE_AT_A_TIME are all
-    the first worker's, so that no other waits for their lock."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        alone = [item for item in items if _is_alone(item)]
-        slow = [item for item in items if item.get_closest_marker("slow") and not _is_alone(item)]
-        quick = [item for item in items if not item.get_closest_marker("slow") and not _is_alone(item)]
-        stretches = [[*slow[worker::workers], *quick[worker::workers]] for worker in range(workers)]
-        stretches[0] = alone + stretches[0]
-        # Stretches are cut by number: the others take over as many quick ones as the first has more.
-        surplus = len(stretches[0]) - -(-len(items) // workers)
-        if surplus > 0:
-            stretches[-1] += [stretches[0].pop() for _ in range(surplus)]
-        items[:] = [item for stretch in stretches for item in stretch]
+    """Under pytest-xdist, which gives each worker one stretch of the list to begin with: tests of a file stay together,
+    so that what they share is made once, and slow ones come first, so that no worker waits for one at the end. Those of
+    ONE_AT_A_TIME are all the first worker's, and those that need the small quickstart the second's, so that no other
+    waits for them."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    alone = [item for item in items if _is_alone(item)]
+    slow = [item for item in items if item.get_closest_marker("slow") and not _is_alone(item)]
+    quick = [item for item in items if not item.get_closest_marker("slow") and not _is_alone(item)]
+    stretches: list[list[pytest.Item]] = [alone, *([] for _ in range(workers - 1))]
+    others = stretches[1:] or stretches
+    others[0] += [item for item in slow if "finished" in item.fixturenames]
+    rest = [item for item in slow if "finished" not in item.fixturenames]
+    for _, tests in itertools.groupby(rest, key=lambda item: item.path):
+        min(others, key=len).extend(tests)
+    left = len(items)
+    for number, stretch in enumerate(stretches):  # stretches are cut by number
+        room = max(0, left // (workers - number) - len(stretch))
+        stretch += quick[:room]
+        del quick[:room]
+        left -= len(stretch)
+    stretches[-1] += quick
+    items[:] = [item for stretch in stretches for item in stretch]
 
 
 def _is_alone(item: pytest.Item) -> bool:
@@ -133,12 +144,31 @@ def _zygote() -> Zygote:
     return zygote
 
 
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """`folder`, below `common_folder`, filled by `make(folder)` of the first worker that asks; nobody else writes
+    there."""
+    with only_one(folder.with_name(f"{folder.name}.lock")):
+        if not (done := folder.with_name(f"{folder.name}.done")).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def debug_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random token shards for cfgs/train/debug.yaml, written by the real command."""
-    root = tmp_path_factory.mktemp("debug") / "tokens"
-    run_cli("shards", "random", "cfgs/train/debug.yaml", "--out", root, "--count", 40)
-    return root
+    return made_once(common_folder(tmp_path_factory) / "debug_tokens", lambda folder: run_cli(
+        "shards", "random", "cfgs/train/debug.yaml", "--out", folder, "--count", 40))
+
+
+@pytest.fixture(scope="session")
+def reference(debug_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the debug config that nothing disturbed."""
+    return made_once(common_folder(tmp_path_factory) / "reference", lambda folder: run_cli(
+        "train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={folder / 'run'}", "train.threads=1")
+    ) / "run"
 
 
 @pytest.fixture(scope="session")

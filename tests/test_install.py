@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from egom2p import resources
-from tests.conftest import ROOT, run_cli
+from tests.conftest import ROOT, common_folder, made_once, run_cli
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+    return next(made_once(common_folder(tmp_path_factory) / "wheel", make_wheel).glob("egom2p-*.whl"))
+
+
+def make_wheel(folder: Path) -> None:
     source = folder / "source"  # a copy: building writes beside the sources
     listing = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
     files = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
@@ -24,7 +27,6 @@ def wheel(tmp_path_factory) -> Path:
             (source / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, source]
     subprocess.run(command, check=True)
-    return next(folder.glob("egom2p-*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,8 @@ def test_installed_quickstart(installed):
     """The whole job from the wheel, on few clips and steps."""
     config = installed.work / "tiny.yaml"
     installed("configs", "cfgs/quickstart.yaml", "--copy", "copy")
-    config.write_text("include: [copy/cfgs/quickstart.yaml]\ntrain: {rooms: {clips: 20}, walks: {clips: 20}}\n"
-                      "held_out: {clips: 8}\ntest: {clips: 8}\n"
+    config.write_text("include: [copy/cfgs/quickstart.yaml]\ntrain: {rooms: {clips: 8}, walks: {clips: 8}}\n"
+                      "held_out: {clips: 4}\ntest: {clips: 8}\ndrawn: {rgb: {steps: 2}}\n"
                       "tokenizer_overrides: [train.steps=4, train.batch_size=4, optim.warmup_steps=1]\n"
                       "train_overrides: [train.steps=4, train.batch_size=4, eval.every=0, optim.warmup_steps=1]\n")
     installed("quickstart", "--out", "quick", "--config", config)

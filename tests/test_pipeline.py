@@ -30,11 +30,9 @@ def test_quickstart_leaves_results_and_report(finished_alone):
     assert "eval/loss/cam" in {k for m in read_metrics(out / "model") for k in m}
 
 
-def test_quickstart_runs_again(finished_alone):
-    out, config, _, _ = finished_alone
-    before = (out / "model/checkpoints/latest/model.safetensors").read_bytes()
-    run_cli("quickstart", "--out", out, "--config", config)
-    assert (out / "model/checkpoints/latest/model.safetensors").read_bytes() == before
+def test_a_video_that_is_not_there_is_said_before_an_hour_of_work(tmp_path):
+    done = run_cli("quickstart", "--out", tmp_path / "out", "--inputs", tmp_path / "none.mp4", check=False)
+    assert done.returncode == 2 and "there is no file" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_quickstart_refuses_another_configuration(finished, tmp_path):

@@ -69,11 +69,14 @@ def test_library_example_names_what_exists():
 
 @pytest.mark.slow
 def test_quickstart_script(finished_alone):
-    """`bash scripts/quickstart.sh` makes or finds its environment and goes on with a quickstart that is there."""
+    """`bash scripts/quickstart.sh` makes or finds its environment and goes on with a quickstart that is there: the
+    model stays, the report is made anew."""
     out, config, video, _ = finished_alone
+    model = (out / "model/checkpoints/latest/model.safetensors").read_bytes()
     before = (out / "report.html").stat().st_mtime_ns
     done = subprocess.run(["bash", "scripts/quickstart.sh", "--out", out, "--config", config, "--inputs", video],
                           cwd=ROOT, capture_output=True, text=True,
                           env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (out / "model/checkpoints/latest/model.safetensors").read_bytes() == model
     assert (out / "report.html").stat().st_size > 100_000 and (out / "report.html").stat().st_mtime_ns > before

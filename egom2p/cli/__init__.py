@@ -1,7 +1,6 @@
 """`egom2p COMMAND`. Each command parses its arguments and calls one function elsewhere."""
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -9,11 +8,7 @@ from collections.abc import Sequence
 
 import egom2p
 from egom2p.cli import data, models, tokenizer, training
-from egom2p.errors import Preempted, UserError
-
-# What a path given by the user runs into: no rights, a file for a folder, a full or read-only disk, too long a name.
-OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EROFS,
-                 errno.EDQUOT, errno.ENAMETOOLONG)
+from egom2p.errors import Preempted, UserError, refusal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in OF_THE_SYSTEM or not error.filename:
+        if not refusal(error):
             raise
-        print(f"egom2p: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"egom2p: {refusal(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("egom2p: interrupted; start the same command again to go on", file=sys.stderr)

@@ -43,6 +43,7 @@ def _generate(args) -> int:
     from egom2p.distributed import environment_world
     from egom2p.generation.pipeline import Pipeline
     from egom2p.generation.recordings import GenerateArgs, generate_files
+    from egom2p.generation.schedule import name_unknown
 
     recipe = read_recipe(args.recipe)
     targets = [t for t in args.targets.split(",") if t] or list(recipe.targets)
@@ -54,6 +55,7 @@ def _generate(args) -> int:
     if args.samples < 1 or not 0 <= args.overlap < 2:
         raise UserError("--samples must be at least 1 and --overlap from 0 to below 2 seconds")
     asked = GenerateArgs(targets, args.modality or recipe.input, recipe.targets, args.seed, args.samples, args.overlap)
+    name_unknown(recipe.targets, pipeline.model.modalities.names)
     folders, failed = generate_files(pipeline, args.inputs, args.out, asked)
     for folder in folders:
         print(folder)

@@ -185,8 +185,8 @@ class BatchPlan:
 
     @property
     def num_micro(self) -> int:
-        """Micro-batches of one rank in a step."""
-        return -(-(self.batch_size // self.world) // self.micro_batch_size)
+        """Micro-batches of one rank in a step; the same on every rank, also where samples are not."""
+        return -(-self.batch_size // (self.world * self.micro_batch_size))
 
     def deal(self, step: int, cost: Callable[[int], int] | None) -> list[list[int]]:
         """Sample numbers of each of this rank's micro-batches in `step`, ascending."""

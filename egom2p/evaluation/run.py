@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ from tqdm import tqdm
 
 from egom2p import resources, tokenizers
 from egom2p.config import read_json, to_plain
-from egom2p.data.clips import Clip, ClipIndex, read_clips
+from egom2p.data.clips import Clip, ClipIndex
 from egom2p.distributed import World, barrier
 from egom2p.errors import DamagedClip, UserError
 from egom2p.evaluation.measures import MEASURES, MeasureArgs, is_better
 from egom2p.evaluation.results import Evaluation, TaskRows, check_same_model, summarise, write_results
 from egom2p.generation.pipeline import Pipeline
 from egom2p.generation.sampler import generate
-from egom2p.generation.schedule import TargetArgs, recipes_of
+from egom2p.generation.schedule import TargetArgs, name_unknown, recipes_of
 from egom2p.model.egom2p import EgoM2P
 from egom2p.tokenizers.base import Tokenizer
 
@@ -94,6 +93,7 @@ class _Runner:
                  seed: int, shown: int, out: Path | None, measures: MeasureArgs, world: World | None,
                  trust_torchscript: bool = False) -> None:
         self.model, self.recipes, self.seed, self.shown = model, recipes_of(model.generation, recipes), seed, shown
+        name_unknown(recipes, model.modalities.names)
         self.tasks = [Task.parse(name, model.modalities.names) for name in task_names]
         used = {n for t in self.tasks for n in (*t.inputs, t.target)}
         self.loaded = tokenizers.load_for(model.modalities, used, model.device, model.folder, trust_torchscript,
@@ -105,7 +105,7 @@ class _Runner:
         if repeated:
             raise UserError(f"{data}: {repeated} clip keys occur twice; evaluate the data sets one by one")
         total = len(self.clips)
-        self.chosen = list(range(total)) if not limit or limit >= total else [i * total // limit for i in range(limit)]
+        self.chosen = _spread(total, limit)
         self.rank, self.size = (world.rank, world.size) if world else (0, 1)
         self.folder = out / "rows" if out else None
         chosen = [self.clips.keys[i] for i in self.chosen]
@@ -167,11 +167,13 @@ class _Runner:
             self.done[row["task"], row["key"]] = row
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"{self.rank}-of-{self.size}.jsonl").open("a") as file:
-                file.write("".join(json.dumps({"of": self.identity, **row}) + "\n" for row in rows))
+            path = self.folder / f"{self.rank}-of-{self.size}.jsonl"
+            cut = path.exists() and not path.read_bytes().endswith(b"\n")  # a kill's half line must not spoil the next
+            with path.open("a") as file:
+                file.write("\n" * cut + "".join(json.dumps({"of": self.identity, **row}) + "\n" for row in rows))
 
     def _run_block(self, block: list[int], tasks: list[Task]) -> list[dict]:
-        clips = list(self._readable(block))
+        clips = list(_readable(self.clips, block, self.sources))
         tokens = {name: self._encode(clips, name) for name in self.loaded}
         lacking = {self.clips.keys[i] for i in block} - {c.key for c in clips}
         rows = []
@@ -181,13 +183,6 @@ class _Runner:
                      for key in (*lacking, *(c.key for c in clips if c not in usable))]
             rows += self._run_task(task, usable, tokens) if usable else []
         return rows
-
-    def _readable(self, block: list[int]) -> Iterator[Clip]:
-        for number in block:
-            try:
-                yield self.clips.read(number, self.sources)
-            except DamagedClip as error:
-                log.warning("%s; it is left out", error)
 
     def _run_task(self, task: Task, clips: list[Clip], tokens: dict[str, dict[str, np.ndarray]]) -> list[dict]:
         tokenizer = self.loaded[task.target]
@@ -205,13 +200,14 @@ class _Runner:
             ceiling = tokenizer.decode(ids if ids.min() >= 0 else tokenizer.encode(truth))
             guesses = {"model": mine, "shuffled": shuffled, "ceiling": ceiling,
                        **{f"baseline: {n}": g for n, g in measure.baselines(tokenizer.statistics, truth).items()}}
-            figures = {s: measure.metrics(g, truth, clip.meta) for s, g in guesses.items() if g is not None}
+            guesses = {s: _without_padding(g, truth) for s, g in guesses.items() if g is not None}
+            figures = {s: measure.metrics(g, truth, clip.meta) for s, g in guesses.items()}
             figures.setdefault("shuffled", dict.fromkeys(figures["model"], float("nan")))
-            curve = {"model": [round(float(x), 6) for x in measure.over_time(mine, truth)]}
+            curve = {"model": [round(float(x), 6) for x in measure.over_time(guesses["model"], truth)]}
             rows.append({"task": task.name, "key": clip.key, "rows": figures, "curves": curve,
                          "doubt": measure.doubt(truth), "confidence": confidence})
             if len(self.pictures[task.name]) < self.shown:
-                self.pictures[task.name].append((clip, {task.target: mine, "ceiling": ceiling}))
+                self.pictures[task.name].append((clip, {task.target: guesses["model"], "ceiling": guesses["ceiling"]}))
         return rows
 
     def _encode(self, clips: list[Clip], name: str) -> dict[str, np.ndarray]:
@@ -308,16 +304,18 @@ def reconstruct(tokenizer: Tokenizer, data: str, limit: int = 0) -> Reconstructi
     source = tokenizer.modality.clip_signal
     measure = MEASURES[tokenizer.modality.signal](MeasureArgs())
     rows, used, seconds = TaskRows(), set(), [0.0, 0.0]
-    for clip in tqdm(_limited(data, limit, {source}), desc="reconstruct", unit="clip"):
-        if source in clip.signals and np.any(tokenizer.observed(clip.signals[source])):
+    index = ClipIndex(data, having=source)
+    for clip in tqdm(_readable(index, _spread(len(index), limit), {source}), desc="reconstruct", unit="clip"):
+        truth = clip.signals[source]
+        if np.any(tokenizer.observed(truth)):
             started = time.perf_counter()
-            ids = tokenizer.encode(clip.signals[source])
+            ids = tokenizer.encode(truth)
             encoded = time.perf_counter()
             back = tokenizer.decode(ids)
             seconds = [seconds[0] + encoded - started, seconds[1] + time.perf_counter() - encoded]
             used.update(ids.reshape(-1).tolist())
             rows.keys.append(clip.key)
-            rows.add("ceiling", measure.metrics(back, clip.signals[source], clip.meta))
+            rows.add("ceiling", measure.metrics(_without_padding(back, truth), truth, clip.meta))
     if not rows.keys:
         raise UserError(f"{data}: no clip there has a usable '{source}'")
     return Reconstruction(rows.rows["ceiling"], used, len(rows.keys), *seconds)
@@ -376,5 +374,25 @@ def predict_clip(pipeline: Pipeline, clip: Clip, inputs: Iterable[str],
             for name, recipe in targets.items()}
 
 
-def _limited(data: str, limit: int, only: set[str]) -> Iterator[Clip]:
-    return islice(read_clips(data, only), limit or None)
+def _spread(total: int, limit: int) -> list[int]:
+    """At most `limit` of so many clips, evenly spread; all of them when it is 0."""
+    if limit < 0:
+        raise UserError(f"at most {limit} clips are none; 0 means all of them")
+    return list(range(total)) if not limit or limit >= total else [i * total // limit for i in range(limit)]
+
+
+def _readable(index: ClipIndex, numbers: Iterable[int], only: set[str]) -> Iterator[Clip]:
+    for number in numbers:
+        try:
+            yield index.read(number, only)
+        except DamagedClip as error:
+            log.warning("%s; it is left out", error)
+
+
+def _without_padding(made: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """A picture without the margins that fill it up to whole patches, all around."""
+    if truth.ndim < 3 or made.shape[1:3] == truth.shape[1:3]:
+        return made
+    (top, height), (left, width) = (((have - want) // 2, want) for have, want in zip(made.shape[1:3], truth.shape[1:3],
+                                                                                    strict=True))
+    return made[:, top : top + height, left : left + width]

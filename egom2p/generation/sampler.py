@@ -19,6 +19,7 @@ from egom2p.generation.schedule import TargetArgs
 from egom2p.model.egom2p import EgoM2P
 from egom2p.tokenizers.base import Tokenizer
 
+LOGITS_AT_ONCE = 1 << 28
 NO_TOKENS = FlatTokens(*(np.zeros(0, np.int64) for _ in range(3)))
 
 
@@ -120,16 +121,31 @@ class _TargetDecoder:
             if not any(take):
                 break
             asked = [h if self.args.order == "maskgit" else h[:n] for h, n in zip(self.hidden, take, strict=True)]
-            logits = self._logits([np.sort(a) for a in asked])
-            self._commit([np.sort(a) for a in asked], take, logits, temperature, codes)
+            asked = [np.sort(a) for a in asked]
+            self._commit(asked, take, *self._draw(asked, temperature, codes))
 
-    def _logits(self, asked: list[np.ndarray]) -> Tensor:
-        """(sum of asked, vocab), guided. Every guided and unguided view of every clip goes through in one pack."""
+    def _draw(self, asked: list[np.ndarray], temperature: float,
+              codes: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids, their probability and, given codes, the mean code of every asked position, of all clips one after the
+        other. Every guided and unguided view of every clip goes through in one pack, and then through the head some
+        positions at a time, whose logits over a large vocabulary would fill a GPU."""
         views = self._views()
         hidden = self._reused(views, asked) if self.args.reuse_condition else self._together(views, asked)
-        logits = self.model.heads[self.name](hidden).float().chunk(len(views))
-        weights = [w for _, w in views]
-        return sum(part * w for part, w in zip(logits[1:], weights[1:], strict=True)) + logits[0] * weights[0]
+        parts, weights = hidden.chunk(len(views)), [w for _, w in views]
+        uniform = torch.from_numpy(np.concatenate([rng.random(len(a))
+                                                   for rng, a in zip(self.rngs, asked, strict=True)])).to(hidden.device)
+        head = self.model.heads[self.name]
+        rows = max(1, LOGITS_AT_ONCE // (head.weight.shape[0] * len(views)))
+        drawn = []
+        for start in range(0, len(uniform), rows):
+            logits = [head(part[start : start + rows]).float() for part in parts]
+            guided = sum(x * w for x, w in zip(logits[1:], weights[1:], strict=True)) + logits[0] * weights[0]
+            probabilities = guided.softmax(-1)
+            ids = sample_ids(guided, uniform[start : start + rows], temperature, self.args.top_p, self.args.top_k)
+            drawn.append((ids, probabilities.gather(1, ids[:, None])[:, 0],
+                          probabilities @ codes.to(probabilities) if codes is not None else None))
+        ids, confidence, expected = zip(*drawn, strict=True)
+        return torch.cat(ids), torch.cat(confidence), torch.cat(expected) if codes is not None else None
 
     def _views(self) -> list[tuple[frozenset[str], float]]:
         """(condition modalities that are visible, weight of those logits) of each view; weights sum to 1."""
@@ -181,15 +197,9 @@ class _TargetDecoder:
         return FlatTokens(np.full(len(positions), self.model.modalities.index_of(self.name)), positions,
                           np.zeros(len(positions), np.int64))
 
-    def _commit(self, asked: list[np.ndarray], take: list[int], logits: Tensor, temperature: float,
-                codes: Tensor | None) -> None:
-        """Sample ids for the asked positions and keep `take` of each clip."""
-        uniform = torch.from_numpy(np.concatenate([rng.random(len(a))
-                                                   for rng, a in zip(self.rngs, asked, strict=True)]))
-        probabilities = logits.softmax(-1)
-        ids = sample_ids(logits, uniform.to(logits.device), temperature, self.args.top_p, self.args.top_k)
-        confidence = probabilities.gather(1, ids[:, None])[:, 0]
-        expected = probabilities @ codes.to(probabilities) if codes is not None else None
+    def _commit(self, asked: list[np.ndarray], take: list[int], ids: Tensor, confidence: Tensor,
+                expected: Tensor | None) -> None:
+        """Keep `take` of each clip's asked positions, the surest."""
         start = 0
         for clip, (positions, num) in enumerate(zip(asked, take, strict=True)):
             rows = np.arange(start, start + len(positions))

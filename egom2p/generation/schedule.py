@@ -1,11 +1,15 @@
 """How a target is generated: in how many steps, in what order, with what temperature and guidance."""
 
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from egom2p.config import build
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,12 @@ class TargetArgs:
 def recipes_of(own: dict[str, Any], given: dict[str, TargetArgs] | None = None) -> "Recipes":
     """How a model is asked: as `given` says, else as its own export does (plain values), else with the defaults."""
     return Recipes({**build(dict[str, TargetArgs], own, "targets", "generation.json"), **(given or {})})
+
+
+def name_unknown(recipes: Iterable[str], names: Sequence[str]) -> None:
+    """Say which recipes are for modalities that a model does not have."""
+    for name in sorted(set(recipes) - set(names)):
+        log.warning("there is a recipe for '%s', which this model does not have; it has %s", name, ", ".join(names))
 
 
 class Recipes(dict[str, TargetArgs]):

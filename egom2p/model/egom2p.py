@@ -166,10 +166,11 @@ class EgoM2P(Exportable):
         return model
 
     def fingerprint(self) -> str:
-        """A digest of the weights that is quick to take: a few entries of each."""
+        """A digest of the weights that is quick to take: a few entries of each. Of a sharded model all ranks take it
+        together; asking for its `state_dict` instead would shard again what is whole for the moment."""
         digest = hashlib.sha256()
-        for name, tensor in self.state_dict().items():
-            flat = tensor.detach().flatten()
+        for name, tensor in self.named_parameters():
+            flat = getattr(tensor.detach(), "full_tensor", tensor.detach)().flatten()
             digest.update(name.encode() + flat[:: max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 

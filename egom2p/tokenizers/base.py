@@ -16,6 +16,8 @@ Every tokenizer has
 import hashlib
 import json
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,19 +68,25 @@ class Tokenizer(Exportable):
 
     def encode_units(self, x: Tensor) -> np.ndarray:
         """A batch in the network's units, on any device -> int64 ids (B, *grid)."""
-        with torch.no_grad():
+        with self._as_trained():
             return self.encode_normalized(x.to(self.device, non_blocking=True)).cpu().numpy()
+
+    @contextmanager
+    def _as_trained(self) -> Iterator[None]:
+        """In the type of its weights also inside a training in bfloat16, where ids would differ from those on disk."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            yield
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Ids of shape `modality.grid` (or flat) -> one raw signal."""
         self._check_ids(ids)
         batch = torch.as_tensor(np.asarray(ids, np.int64)).reshape(1, *self.modality.grid).to(self.device)
-        with torch.no_grad():
+        with self._as_trained():
             return self.signal.denormalize(self.decode_normalized(batch)[0].float().cpu().numpy())
 
     def decode_from_codes(self, codes: Tensor) -> np.ndarray:
         """(n, L) code vectors, for instance expected ones -> one raw signal."""
-        with torch.no_grad():
+        with self._as_trained():
             return self.signal.denormalize(self.decode_codes(codes[None].float())[0].float().cpu().numpy())
 
     def observed(self, signal: np.ndarray) -> np.ndarray:

@@ -138,7 +138,8 @@ class MotionTokenizer(Tokenizer):
         return out.unflatten(-1, (self.channels, self.args.stride)).transpose(2, 3).flatten(1, 2)
 
     def training_loss(self, x_BTC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted MSE over observed frames plus the commitment term; figures: error, ids (B, N)."""
+        """Weighted MSE over a clip's observed frames, its mean over clips, plus the commitment term; figures: error,
+        ids (B, N)."""
         codes, ids, commitment = self.quantizer(self.latents(x_BTC))
         decoded = self.decode_codes(codes)
         if self.args.loss == "pose":
@@ -147,7 +148,7 @@ class MotionTokenizer(Tokenizer):
         error = (decoded - x_BTC[..., : self.channels]) ** 2 * self.channel_weights
         if self.signal.has_validity:
             valid = x_BTC[..., -1:]
-            error = (error * valid).sum() / (valid.sum() * self.channels).clamp(min=1)
+            error = (error * valid).sum((1, 2)) / (valid.sum((1, 2)) * self.channels).clamp(min=1)
         error = error.mean()
         return error + self.args.commitment_weight * commitment, {"error": error.detach(), "ids": ids}
 

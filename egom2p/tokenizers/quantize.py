@@ -33,6 +33,9 @@ class FiniteScalar(nn.Module):
     def update(self, seed: int, step: int, skipped: bool = False) -> None:
         """Nothing to learn."""
 
+    def leave_out_the_last(self) -> None:
+        """Nothing is kept of a micro-batch."""
+
 
 class EmaCodebook(nn.Module):
     """Cosine-similarity codebook with exponential moving averages (van den Oord et al. 2017, appendix A.1;
@@ -59,12 +62,16 @@ class EmaCodebook(nn.Module):
         ids = (unit @ F.normalize(self.embed, dim=-1).T).argmax(-1)
         codes = F.embedding(ids, self.embed)
         if self.training:
-            self.pending.append((unit.detach().flatten(0, 1), ids.flatten()))
+            self.pending.append((unit.detach().flatten(0, 1).to(self.embed), ids.flatten()))
         commitment = F.mse_loss(unit, codes)
         return unit + (codes - unit).detach(), ids, commitment
 
     def codes(self) -> Tensor:
         return self.embed
+
+    def leave_out_the_last(self) -> None:
+        """Count nothing of the last micro-batch, but take part in the sum over processes."""
+        self.pending = [*self.pending[:-1], *((unit[:0], ids[:0]) for unit, ids in self.pending[-1:])]
 
     @torch.no_grad()
     def update(self, seed: int, step: int, skipped: bool = False) -> None:
@@ -79,6 +86,8 @@ class EmaCodebook(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
+        if not counts.any():
+            return
         self.cluster_size.lerp_(counts, 1 - self.decay)
         self.embed_sum.lerp_(sums, 1 - self.decay)
         self.embed.copy_(self.embed_sum / self.cluster_size.clamp(min=1e-5)[:, None])

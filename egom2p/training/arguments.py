@@ -66,6 +66,8 @@ class TrainArgs:
     profile: str = ""
 
     def __post_init__(self) -> None:
+        if min(self.steps, self.tokens, self.micro_batch_size, self.seed, self.threads) < 0:
+            raise ValueError("steps, tokens, micro_batch_size, seed and threads must not be below 0")
         if bool(self.steps) == bool(self.tokens):
             raise ValueError("give one of steps and tokens")
         if self.batch_size < 1:
@@ -106,6 +108,10 @@ class EvalArgs:
     task_clips: int = 8
     max_s: float = 120.0
     recipes: dict[str, TargetArgs] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.task_clips) < 1 or min(self.every, self.tasks_every) < 0:
+            raise ValueError("samples and task_clips must be at least 1, every and tasks_every not below 0")
 
 
 @dataclass(frozen=True, kw_only=True)

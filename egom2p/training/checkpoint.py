@@ -192,7 +192,8 @@ class Checkpoints:
             shutil.rmtree(final)
         aside.rename(final)
         self._point_latest_to(final)
-        for old in self.steps()[: -self.args.keep_last]:
+        # Later ones can only be damaged: this run went on from before them.
+        for old in [s for s in self.steps() if s <= step][: -self.args.keep_last]:
             if not (self.args.milestone_every and old % self.args.milestone_every == 0):
                 shutil.rmtree(self.folder / f"step_{old:08d}")
 

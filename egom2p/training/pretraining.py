@@ -72,6 +72,8 @@ class InitArgs:
     def __post_init__(self) -> None:
         if self.unfreeze_at < 0 or (self.unfreeze_at and self.freeze == "none"):
             raise ValueError("unfreeze_at must not be below 0, and needs freeze: trunk or all")
+        if self.freeze == "all" and not self.unfreeze and not self.unfreeze_at:
+            raise ValueError("freeze: all leaves nothing to learn; name modalities in unfreeze, or give unfreeze_at")
 
     def learns(self, name: str) -> bool:
         """Whether a parameter of that name is not frozen at the start."""
@@ -116,6 +118,10 @@ class PretrainTask:
     def __init__(self, config: PretrainConfig, world: World) -> None:
         self.modalities = ModalitySet.from_config(config.modalities)
         self.config, self.world = config, world
+        for where, recipes in (("generation", config.generation), ("eval.recipes", config.eval.recipes)):
+            for name in recipes.keys() - set(self.modalities.names):
+                raise UserError(f"{where}.{name}: this model has no modality '{name}'; it has "
+                                f"{', '.join(self.modalities.names)}")
         self.stream = TokenStream(config.data, self.modalities, config.masking, config.train.seed)
         self.held_out = self._open_held_out()
         self._name_absent()
@@ -212,7 +218,11 @@ class PretrainTask:
             micro = micro.to(self.world.device)
             scale = torch.ones(len(micro.targets), dtype=self.model.mask_token.dtype, device=self.world.device)
             sums += self._sums(micro, *self.model(micro, scale))
+        for message in batch.damaged:
+            log.error("held out, left out: %s", message)
         figures = self.figures(sum_over_ranks(sums))
+        if not any(k.startswith("loss/") for k in figures):
+            raise UserError(f"none of {self.config.eval.samples} held-out clips can be used (eval.datasets)")
         return {f"eval/{k}": v for k, v in figures.items() if k.startswith("loss/")}
 
     def predict(self, folder: Path) -> dict[str, float]:

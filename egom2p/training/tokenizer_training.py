@@ -1,6 +1,9 @@
 """Training a tokenizer on raw signals: `egom2p tokenizer train`."""
 
 import contextlib
+import hashlib
+import json
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +27,8 @@ from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
 from egom2p.tokenizers.widen import widen
 from egom2p.training.arguments import TrainingConfig
 from egom2p.training.loop import run_training
+
+log = logging.getLogger(__name__)
 
 KEPT = 20_000
 STATISTICS_CLIPS = 1000  # the trivial predictions are averages over so many
@@ -163,7 +168,8 @@ class TokenizerTask:
         self.model.statistics = self.model.modality.kind.statistics(self._checked_clips())
 
     def fingerprint(self) -> str:
-        return f"{len(self.clips)} clips {self.clips.shard_sizes.tolist()}"
+        content = json.dumps([self.clips.keys, [(name, size) for name, size, _ in self.clips.stamps()]])
+        return f"{len(self.clips)} clips {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def steps(self, steps: range) -> Iterator[StepBatch]:
         seed = self.config.train.seed if self.config.data.widen else None
@@ -175,8 +181,11 @@ class TokenizerTask:
         self.samples = sum_over_ranks(on_device(count, self.world.device))
 
     def loss(self, micro: SignalBatch, forward: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        loss, figures = forward(micro.x)
+        loss, figures = forward(micro.x.to(next(self.model.parameters()).dtype))
         used = torch.bincount(figures["ids"].flatten(), minlength=self.model.modality.vocab_size).double()
+        if not micro.samples:  # a stand-in counts nothing
+            self.model.quantizer.leave_out_the_last()
+            used.zero_()
         share = micro.samples / self.samples
         sums = torch.stack([loss.detach() * share, figures["error"] * share]).double()
         return loss * share, torch.cat([sums, used]), (~torch.isfinite(loss.detach())).expand(len(micro.numbers))
@@ -218,6 +227,10 @@ class TokenizerTask:
         samples = min(self.config.eval.samples, len(held_out))
         batch = SignalSteps(held_out, self.model, BatchPlan(samples, 32, samples), None)[0]
         self.samples = torch.tensor(float(sum(m.samples for m in batch.micro_batches)), device=self.world.device)
+        for message in batch.damaged:
+            log.warning("held out, left out: %s", message)
+        if not self.samples:
+            raise UserError(f"none of {samples} held-out clips can be read (eval.clips, eval.samples)")
         sums = sum(self.loss(m.to(self.world.device), self.model)[1] for m in batch.micro_batches if m.samples)
         return {f"eval/{k}": v for k, v in self.figures(sums).items() if k in ("error", "codes_used", "perplexity")}
 

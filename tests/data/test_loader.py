@@ -129,3 +129,13 @@ def test_sixty_four_nodes_of_four_share_a_global_batch_exactly():
             in_turn = np.array([costs[BatchPlan(1024, micro, 1024, rank, world).numbers(step)].sum()
                                 for rank in range(world)])
             assert loads.max() <= in_turn.max()
+
+
+@pytest.mark.parametrize(("samples", "world", "micro"), [(64, 128, 4), (64, 48, 1), (64, 24, 2), (64, 12, 5),
+                                                         (64, 3, 21), (64, 8, 3), (1, 4, 2)])
+def test_held_out_samples_are_all_dealt_whatever_the_number_of_ranks(samples, world, micro):
+    """They need not divide by it; ranks have equally many micro-batches, some of them empty."""
+    dealt = [BatchPlan(samples, micro, samples, rank, world).deal(0, None) for rank in range(world)]
+    assert sorted(n for rank in dealt for numbers in rank for n in numbers) == list(range(samples))
+    assert len({len(rank) for rank in dealt}) == 1
+    assert max(len(numbers) for rank in dealt for numbers in rank) <= micro

@@ -1,5 +1,6 @@
 """`egom2p eval`: ranks, resuming, plots, protocols; and evaluation during training."""
 
+import contextlib
 import json
 import shutil
 
@@ -11,14 +12,17 @@ from safetensors.torch import load_file, save_file
 from egom2p import tokenizers
 from egom2p.config import load
 from egom2p.data.clips import Clip, ClipIndex, read_clips, write_clips
+from egom2p.data.tarindex import index_tars
 from egom2p.errors import UserError
 from egom2p.evaluation.gaze import gaze_mse
 from egom2p.evaluation.lpips import lpips
-from egom2p.evaluation.run import ProtocolConfig, evaluate, evaluate_to
+from egom2p.evaluation.run import ProtocolConfig, evaluate, evaluate_to, reconstruct
 from egom2p.evaluation.video import frechet_distance, frechet_video_distance
 from egom2p.generation.schedule import TargetArgs
+from egom2p.modalities import Modality
 from egom2p.model.egom2p import EgoM2P
 from egom2p.tokenizers.perceptual import Lpips
+from egom2p.tokenizers.video import VideoArgs, VideoTokenizer
 from egom2p.training.log import read_metrics
 from tests.conftest import ROOT, run_cli, run_ranks
 
@@ -70,9 +74,75 @@ def test_a_stopped_evaluation_goes_on_where_it_was(finished, clips, tmp_path, mo
     monkeypatch.setattr(run, "predict", lambda *a: calls.append(a[-1]) or real(*a))
     again = evaluate_to(tmp_path / "part", model, protocol)
     assert again.summary == whole.summary
+    written = [line for line in (tmp_path / "part/rows/0-of-1.jsonl").read_text().splitlines() if line]
+    assert sum(_is_json(line) for line in written) == len(written) - 1  # the half line spoilt no other
     assert sum(len(keys) for keys in calls[::2]) <= 24 + 24 + 3  # the blocks that were missing, and three clips drawn
     other = evaluate_to(tmp_path / "part", model, ProtocolConfig(("rgb2cam",), clips, seed=3, limit=20))
     assert other.summary["rgb2cam"]["ate_m"]["clips"] == 20
+
+
+def _is_json(line: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(json.loads(line))
+    return False
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_evaluated_while_it_trains(finished, clips, tmp_path):
+    """FSDP2 on two ranks: figures of a task as those of the checkpoint, evaluated by itself."""
+    shutil.copy(finished[0] / "model/config.yaml", tmp_path / "c.yaml")
+    run_ranks(2, "train", tmp_path / "c.yaml", f"run.dir={tmp_path / 'run'}", "train.parallel=fsdp", "train.steps=4",
+              "optim.warmup_steps=0", "eval.every=4", "eval.tasks=[rgb2cam]", f"eval.clips='{clips}'",
+              "eval.task_clips=4")
+    (figure,) = [r["eval/rgb2cam/ate_m"] for r in read_metrics(tmp_path / "run") if "eval/rgb2cam/ate_m" in r]
+    recipes = {"cam": TargetArgs(**EgoM2P.from_pretrained(tmp_path / "run").generation["cam"])}
+    alone = evaluate(EgoM2P.from_pretrained(tmp_path / "run"), ["rgb2cam"], clips, recipes, 4)
+    assert figure == pytest.approx(alone.summary["rgb2cam"]["ate_m"]["value"], rel=1e-3)
+
+
+def test_held_out_clips_that_cannot_be_read_are_named(finished, tmp_path, caplog):
+    """One is left out; when all are, the run says so."""
+    shutil.copytree(finished[0] / "tokens", tmp_path / "tokens")
+    shutil.copy(finished[0] / "model/config.yaml", tmp_path / "c.yaml")
+    shards = list(tmp_path.glob("tokens/*/held_out/*.tar"))
+    words = ("train", tmp_path / "c.yaml", f"data.root={tmp_path / 'tokens'}", "train.steps=1", "optim.warmup_steps=0",
+             "eval.every=1")
+    for shard in shards:
+        data = bytearray(shard.read_bytes())
+        data[512:518] = b"broken"
+        shard.write_bytes(data)
+    run_cli(*words, f"run.dir={tmp_path / 'one'}")
+    assert "held out, left out: sample" in caplog.text
+    for shard in shards:
+        entry = index_tars([shard])[0]
+        data = bytearray(shard.read_bytes())
+        for offset in entry.offsets.tolist():
+            data[offset : offset + 6] = b"broken"
+        shard.write_bytes(data)
+    done = run_cli(*words, f"run.dir={tmp_path / 'all'}", check=False)
+    assert done.returncode == 2 and "held-out clips can be used" in done.stderr
+
+
+def test_pictures_of_odd_sides_are_measured_without_their_padding(tmp_path, rng):
+    """22 pixels in patches of 8: the decoder makes 24. And of a data set that begins with clips without the signal."""
+    clips = [Clip(f"a{i}", "a", {"gaze": np.ones((60, 3), np.float32)}) for i in range(6)]
+    clips += [Clip(f"b{i}", "b", {"rgb": rng.integers(0, 255, (16, 22, 22, 3)).astype(np.uint8)}) for i in range(4)]
+    write_clips(tmp_path / "clips.tar", clips)
+    VideoTokenizer(Modality("rgb", 512, (5, 3, 3), "rgb"), VideoArgs(dim=16, depth=1)).save_pretrained(tmp_path / "t")
+    made = reconstruct(tokenizers.load(tmp_path / "t"), str(tmp_path / "clips.tar"), limit=2)
+    assert made.clips == 2 and np.isfinite(made.errors["psnr_db"]).all()
+    done = run_cli("tokenizer", "reconstruct", tmp_path / "t", "--clips", tmp_path / "clips.tar", "--limit", -1,
+                   check=False)
+    assert done.returncode == 2
+
+
+def test_recipes_for_what_the_model_has_not_are_named(finished, clips, tmp_path, caplog):
+    shutil.copy(finished[0] / "model/config.yaml", tmp_path / "c.yaml")
+    for wrong in ("generation.camm.steps=3", "eval.recipes.camm.steps=3"):
+        done = run_cli("train", tmp_path / "c.yaml", wrong, check=False)
+        assert done.returncode == 2 and "no modality 'camm'" in done.stderr
+    evaluate(EgoM2P.from_pretrained(finished[0] / "model"), ["rgb2gaze"], clips, {"camera": TargetArgs()}, 4)
+    assert "a recipe for 'camera'" in caplog.text
 
 
 def test_the_tokenizers_own_error_is_of_whole_encodings(finished, clips, monkeypatch):

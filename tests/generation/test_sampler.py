@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from egom2p import EgoM2P  # with `generate` bound
 from egom2p.errors import UserError
 from egom2p.generation.sampler import generate, sample_ids
 from egom2p.generation.schedule import TargetArgs
 from egom2p.modalities import Modality, ModalitySet
-from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.model.egom2p import ModelArgs
 
 MODALITIES = ModalitySet([Modality("rgb", 50, (3, 2, 2)), Modality("depth", 40, (3, 2, 2)), Modality("cam", 30, (10,))])
 
@@ -40,6 +41,19 @@ def test_linear_sizes_are_the_released_ones():
     """Differences of an integer linspace, largest first: 5120 tokens in 3 steps, 30 in 4."""
     assert TargetArgs(steps=3).sizes(5120) == [1707, 1707, 1706]
     assert TargetArgs(steps=4).sizes(30) == [8, 8, 7, 7]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_head_takes_a_few_positions_at_a_time(model, steps, monkeypatch):
+    """Whatever fits in memory: the same ids, confidences and mean codes."""
+    recipe = {"cam": TargetArgs(steps=steps, order="maskgit", guidance=1.5, top_p=0.9)}
+    codes = {"cam": torch.randn(model.modalities.by_name("cam").vocab_size, 3)}
+    whole = generate(model, {"rgb": rgb()}, recipe, codes=codes)
+    monkeypatch.setattr("egom2p.generation.sampler.LOGITS_AT_ONCE", 2 * 7 * len(codes["cam"]))
+    parts = generate(model, {"rgb": rgb()}, recipe, codes=codes)
+    assert np.array_equal(parts.tokens["cam"], whole.tokens["cam"])
+    assert np.allclose(parts.confidence["cam"], whole.confidence["cam"], atol=1e-5)
+    assert torch.allclose(parts.expected["cam"], whole.expected["cam"], atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["roar", "maskgit", "raster"])

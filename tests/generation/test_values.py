@@ -25,8 +25,8 @@ def test_maskgit_keeps_the_most_confident(model):  # noqa: F811
 
 def asked_in_steps(model, order: str, monkeypatch) -> np.ndarray:  # noqa: F811
     """(steps, B, asked) positions that each step asks for."""
-    seen, own = [], _TargetDecoder._logits
-    monkeypatch.setattr(_TargetDecoder, "_logits", lambda self, asked: seen.append(asked) or own(self, asked))
+    seen, own = [], _TargetDecoder._draw
+    monkeypatch.setattr(_TargetDecoder, "_draw", lambda self, asked, *how: seen.append(asked) or own(self, asked, *how))
     generate(model, {"rgb": rgb()}, {"cam": TargetArgs(2, order=order)})
     return np.array(seen)
 

@@ -30,8 +30,8 @@ def test_flops_agree_with_torch(variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("fill_to", [0, 16])
 def test_compiled_blocks_do_not_recompile_as_lengths_vary(fill_to):
-    """Over 200 packs, of other lengths and numbers of samples: as many graphs as after the first three, and the plain
-    model's losses."""
+    """Over 60 packs, of other lengths and numbers of samples: as many graphs as after the first three, and the plain
+    model's losses. What is traced anew is dynamo's, whatever makes code of it, so one of the two does without that."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -39,10 +39,10 @@ def test_compiled_blocks_do_not_recompile_as_lengths_vary(fill_to):
     plain = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2))
     compiled = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2, fill_to=fill_to))
     compiled.load_state_dict(plain.state_dict())
-    compiled.compile()
+    compiled.compile(**({} if fill_to else {"backend": "aot_eager"}))
     rng = np.random.default_rng(0)
     graphs = []
-    for step in range(200):
+    for step in range(60):
         samples = [sample(i, (int(rng.integers(2, 6)), 2, 1), (int(rng.integers(2, 6)), 3, int(rng.integers(1, 4))), i)
                    for i in range(3 + step % 3)]
         batch = pack(samples, 3)

@@ -125,7 +125,7 @@ def test_a_preempted_job_is_requeued_and_resumed_exactly(cluster, debug_tokens, 
     """Two processes under torchrun in a SLURM job, stopped by a job of higher priority."""
     for key, value in cluster.items():
         monkeypatch.setenv(key, value)
-    options = [f"data.root={debug_tokens}", "train.threads=1", "train.steps=500", "checkpoint.every=0", *SMALL]
+    options = [f"data.root={debug_tokens}", "train.threads=1", "train.steps=300", "checkpoint.every=0", *SMALL]
     run, output = tmp_path / "run", tmp_path / "job.out"
     done = run_cli("submit", "cfgs/train/debug.yaml", *options, f"run.dir={run}", "--nodes", 1, "--gpus-per-node", 0,
                    "--processes", 2, "--cpus-per-task", 2, "--time", "10:00",
@@ -141,13 +141,13 @@ def test_a_preempted_job_is_requeued_and_resumed_exactly(cluster, debug_tokens, 
     assert high.returncode == 0, high.stderr
     wait(lambda: (run / "checkpoints/latest").exists(), 60, "the checkpoint", output)
     stopped_at = len(read_metrics(run))
-    assert before <= stopped_at < 500
+    assert before <= stopped_at < 300
     wait(lambda: not state_of(cluster, job), 240, "the end of the job", output)
     text = output.read_text()
     assert "start 0:" in text
     assert "start 1:" in text, text[-3000:]
     assert "resuming" in text
-    assert read_metrics(run)[-1]["step"] == 500, text[-3000:]
+    assert read_metrics(run)[-1]["step"] == 300, text[-3000:]
 
     run_ranks(2, *arguments(debug_tokens, tmp_path / "whole", *options[1:]))
     assert curve(run) == curve(tmp_path / "whole")
@@ -160,7 +160,7 @@ def test_a_sweep_runs_as_an_array_whose_tasks_stop_and_go_on_alone(cluster, debu
     notices. Each is exactly the run without SLURM; sent once more, nothing is left to do, and they can be compared."""
     for key, value in cluster.items():
         monkeypatch.setenv(key, value)
-    options = [f"data.root={debug_tokens}", "train.threads=1", "train.steps=400", "checkpoint.every=0",
+    options = [f"data.root={debug_tokens}", "train.threads=1", "train.steps=250", "checkpoint.every=0",
                "optim.warmup_steps=0", *SMALL]
     sweep, output = tmp_path / "sweep.yaml", tmp_path / "job-0.out"
     sweep.write_text(f"base: cfgs/train/debug.yaml\nout: {tmp_path}/runs\noverrides: [{', '.join(options)}]\n"
@@ -170,7 +170,7 @@ def test_a_sweep_runs_as_an_array_whose_tasks_stop_and_go_on_alone(cluster, debu
     job = run_cli("ablate", sweep, f"--submit={submit}").stdout.strip()
     assert job.isdigit(), job
     runs = [tmp_path / "runs" / name for name in ("lr=0.001", "lr=0.002")]
-    wait(lambda: all(len(read_metrics(run)) > 20 for run in runs), 120, "the first steps", output)
+    wait(lambda: all(len(read_metrics(run)) > 5 for run in runs), 120, "the first steps", output)
     subprocess.run(["scancel", "--batch", "--signal=USR1", f"{job}_0"], env=cluster, check=True)
     wait(lambda: (runs[0] / "checkpoints/latest").exists(), 60, "the checkpoint", output)
     wait(lambda: not state_of(cluster, job), 240, "the end of the array", output)
@@ -178,7 +178,7 @@ def test_a_sweep_runs_as_an_array_whose_tasks_stop_and_go_on_alone(cluster, debu
     assert "start 1:" in first and "resuming" in first, first[-3000:]
     assert "start 1:" not in second and "resuming" not in second, second[-3000:]
     for run, rate in zip(runs, ("0.001", "0.002"), strict=True):
-        assert read_metrics(run)[-1]["step"] == 400, first[-3000:]
+        assert read_metrics(run)[-1]["step"] == 250, first[-3000:]
         run_cli("train", "cfgs/train/debug.yaml", *options, f"optim.lr={rate}", f"run.dir={tmp_path / rate}")
         assert curve(run) == curve(tmp_path / rate) and same_weights(run, tmp_path / rate)
     assert "every run is trained" in run_cli("ablate", sweep, f"--submit={submit}").stdout

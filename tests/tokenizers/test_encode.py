@@ -179,7 +179,7 @@ def test_a_killed_job_goes_on_under_torchrun(finished, tmp_path):
     """Two processes, killed while they encode; started again they leave what one undisturbed process does."""
     out = finished[0]
     write_clips(tmp_path / "clips.tar", [Clip(f"{i:06d}", "many", {"cam": poses(np.random.default_rng(i))})
-                                         for i in range(6000)])
+                                         for i in range(3000)])
     command = ("tokenizer", "encode", out / "tokenizers/cam", "--clips", tmp_path / "clips.tar", "--workers", 0,
                "--out")
     run_cli(*command, tmp_path / "whole")

@@ -1,5 +1,7 @@
 """The tokenizers of our own: training through the real command, round trips, causality, codebook."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from safetensors.torch import load_file
 from vector_quantize_pytorch import VectorQuantize
 
 from egom2p import geometry, tokenizers
-from egom2p.data.clips import read_clips
+from egom2p.data.clips import read_clips, write_clips
 from egom2p.errors import UserError
 from egom2p.modalities import Modality
 from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
@@ -57,6 +59,27 @@ def test_train_encode_decode(name, world_clips, tmp_path):
     if name == "cam":
         rotation = back[:, :3, :3]
         assert np.allclose(rotation @ np.swapaxes(rotation, 1, 2), np.eye(3), atol=1e-4)
+
+
+def test_other_clips_of_the_same_number_are_no_resume(world_clips, tmp_path):
+    clips = [c for c in read_clips(str(world_clips)) if "gaze" in c.signals]
+    (tmp_path / "clips").mkdir()
+    write_clips(tmp_path / "clips/a.tar", clips)
+    train("gaze", tmp_path / "clips", tmp_path / "run", "train.steps=2", "eval.every=0")
+    write_clips(tmp_path / "clips/a.tar", [replace(c, key=f"x{c.key[1:]}") for c in clips])
+    done = run_cli("tokenizer", "train", "tokenizers/world_gaze/config.yaml", f"data.clips={tmp_path}/clips/*.tar",
+                   f"run.dir={tmp_path / 'run'}", *SMALL, "train.steps=2", "eval.every=0", check=False)
+    assert done.returncode == 2 and "resume.force" in done.stderr
+
+
+def test_a_tokenizer_in_float64_and_wrong_numbers(world_clips, tmp_path):
+    train("gaze", world_clips, tmp_path, "train.steps=2", "train.precision=float64")
+    assert read_metrics(tmp_path)[-1]["step"] == 2
+    for wrong in ("train.seed=-1", "train.micro_batch_size=-1", "eval.samples=0"):
+        done = run_cli("tokenizer", "train", "tokenizers/world_gaze/config.yaml", wrong, check=False)
+        assert done.returncode == 2 and "below 0" in done.stderr
+    done = run_cli("train", "cfgs/train/debug.yaml", "init.freeze=all", check=False)
+    assert done.returncode == 2 and "nothing to learn" in done.stderr
 
 
 def test_wrong_ids_are_one_line(world_clips, tmp_path):

@@ -75,6 +75,56 @@ def test_only_valid_frames_count_in_the_loss():
         assert gaze.training_loss(x)[1]["error"].item() == pytest.approx(wanted, rel=1e-5)
 
 
+def test_the_loss_of_clips_is_the_mean_of_theirs_however_many_frames_are_valid():
+    """So that micro-batches and ranks add up to it (design invariant 2)."""
+    torch.manual_seed(0)
+    gaze = MotionTokenizer(Modality("gaze", 240, (4,), "gaze"),
+                           MotionArgs(8, (0.5, 0.5), (0.2, 0.2), dim=16, depth=1, num_heads=2, quantizer="fsq"))
+    x = torch.randn(4, 8, 3)
+    x[..., 2] = (torch.arange(8) < torch.tensor([[1], [3], [8], [0]])).float()
+    with torch.no_grad():
+        each = [gaze.training_loss(clip[None])[0].item() for clip in x]
+        assert gaze.training_loss(x)[0].item() == pytest.approx(np.mean(each), rel=1e-5)
+        assert each[3] == 0
+
+
+def test_a_stand_in_leaves_no_trace_in_the_codebook():
+    torch.manual_seed(0)
+    books = [EmaCodebook(8, 4).train() for _ in range(3)]
+    for book in books[1:]:
+        book.load_state_dict(books[0].state_dict())
+    latents = torch.randn(2, 6, 4)
+    books[0](latents)
+    for x in (latents, torch.randn(1, 6, 4)):
+        books[1](x)
+    books[1].leave_out_the_last()
+    books[2](latents)
+    books[2].leave_out_the_last()
+    before = {k: v.clone() for k, v in books[2].state_dict().items()}
+    for book in books:
+        book.update(seed=0, step=0)
+    assert all(torch.equal(v, books[1].state_dict()[k]) for k, v in books[0].state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in books[2].state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["series", "picture"])
+def test_ids_and_signals_do_not_depend_on_a_training_in_bfloat16_around_them(kind):
+    torch.manual_seed(0)
+    if kind == "series":
+        tokenizer = MotionTokenizer(Modality("gaze", 240, (4,), "gaze"), MotionArgs(
+            8, (0.5, 0.5), (0.2, 0.2), dim=16, depth=1, num_heads=2, quantizer="fsq")).eval()
+        signal = torch.rand(8, 3).numpy()
+    else:
+        tokenizer = VideoTokenizer(Modality("rgb", 512, (5, 2, 2), "rgb"), VideoArgs(dim=16, depth=1)).eval()
+        signal = torch.randint(0, 255, (16, 16, 16, 3), dtype=torch.uint8).numpy()
+    ids, back = tokenizer.encode(signal), tokenizer.decode(tokenizer.encode(signal))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(tokenizer.encode(signal), ids)
+        assert np.array_equal(tokenizer.decode(ids), back)
+        codes = tokenizer.codes()[torch.from_numpy(ids.reshape(-1))]
+        assert np.allclose(tokenizer.decode_from_codes(codes), back, atol=1e-5)
+
+
 def test_poses_are_relative_to_the_first_frame_and_scaled():
     """Rows of numbers by scipy: the rotation's first two columns, then metres, in the first camera's frame."""
     rng = np.random.default_rng(0)

@@ -8,10 +8,10 @@ import pytest
 from egom2p.training.loop import GARBAGE_STEPS, garbage_collected_by_steps
 from egom2p.training.profile import profiled_steps
 from tests.conftest import run_cli
-from tests.training.test_training import curve, reference, train  # noqa: F401
+from tests.training.test_training import curve, train
 
 
-def test_a_profiled_run_is_the_same_run(debug_tokens, reference, tmp_path):  # noqa: F811
+def test_a_profiled_run_is_the_same_run(debug_tokens, reference, tmp_path):
     train(debug_tokens, tmp_path, "train.profile=3:4")
     assert curve(tmp_path) == curve(reference)
     trace = json.loads((tmp_path / "profile/rank0.json").read_text())

@@ -19,7 +19,7 @@ from egom2p.training import loop
 from egom2p.training.pretraining import PretrainConfig
 from tests.conftest import ROOT, run_ranks, start_torchrun
 from tests.training.test_reliability import arguments, same_weights, small_disk  # noqa: F401
-from tests.training.test_training import curve, reference, train  # noqa: F401
+from tests.training.test_training import curve, train
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -103,7 +103,7 @@ def test_the_newest_flash_attention_that_is_installed_is_used(monkeypatch, insta
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_gradients_summed_in_bfloat16_train_as_well(debug_tokens, reference, tmp_path, parallel):  # noqa: F811
+def test_gradients_summed_in_bfloat16_train_as_well(debug_tokens, reference, tmp_path, parallel):
     """Two processes against one: the same losses up to the rounding of the sums, which is there."""
     run_ranks(2, *arguments(debug_tokens, tmp_path / "run", "train.reduce=bfloat16", f"train.parallel={parallel}"))
     for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):

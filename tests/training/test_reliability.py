@@ -21,7 +21,7 @@ from egom2p.training.checkpoint import CheckpointArgs, Checkpoints
 from egom2p.training.log import MetricsLog, read_metrics
 from egom2p.training.stop import StopRequest
 from tests.conftest import run_cli, run_ranks, start_cli, start_torchrun
-from tests.training.test_training import curve, reference, train, weights  # noqa: F401
+from tests.training.test_training import curve, train, weights
 from tests.zygote import Forked
 
 
@@ -48,7 +48,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_saves_and_ends_with_75(debug_tokens, reference, tmp_path, number):  # noqa: F811
+def test_a_signal_saves_and_ends_with_75(debug_tokens, reference, tmp_path, number):
     run = tmp_path / "run"
     process = start_cli(*arguments(debug_tokens, run, "checkpoint.every=0", "train.steps=20"))
     wait_for(lambda: len(read_metrics(run)) > 2, process)
@@ -64,7 +64,7 @@ def test_a_signal_saves_and_ends_with_75(debug_tokens, reference, tmp_path, numb
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_stops_both(debug_tokens, reference, tmp_path):  # noqa: F811
+def test_a_signal_to_one_of_two_processes_stops_both(debug_tokens, reference, tmp_path):
     run = tmp_path / "run"
     process = start_torchrun(2, *arguments(debug_tokens, run, "checkpoint.every=0"))
     wait_for(lambda: len(read_metrics(run)) > 2, process)
@@ -124,6 +124,20 @@ def test_milestones_are_kept_and_the_copy_is_of_its_own_moment(tmp_path):
         assert weights["weight"].unique().tolist() == [step]
 
 
+def test_a_run_that_went_on_before_damaged_checkpoints_keeps_its_own(tmp_path):
+    """Of damaged later ones, as many as are kept, none is worth the one just written."""
+    model, optimizer = _linear()
+    for step in (800, 900):
+        (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step_{step:08d}/state.json").write_text("{}")
+    checkpoints = Checkpoints(tmp_path, CheckpointArgs(keep_last=2))
+    for step in (100, 200, 300):
+        checkpoints.save(step, _export, model, optimizer, {"fingerprint": ""})
+    checkpoints.wait()
+    assert checkpoints.steps() == [200, 300, 800, 900]
+    assert (tmp_path / "checkpoints/latest").resolve().name == "step_00000300"
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 24 MB, or a skip that says why there is none."""
@@ -144,7 +158,7 @@ def _fill(folder: Path, leave: int = 128 * 1024) -> Path:
     return filler
 
 
-def test_a_disk_that_stays_full_ends_the_run_and_harms_nothing(debug_tokens, reference, small_disk):  # noqa: F811
+def test_a_disk_that_stays_full_ends_the_run_and_harms_nothing(debug_tokens, reference, small_disk):
     run = small_disk / "run"
     train(debug_tokens, run)
     forget_after(run, 15)
@@ -168,7 +182,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_harms_nothing(debug_tokens, ref
     assert same_weights(run, reference)
 
 
-def test_a_disk_that_is_full_for_a_while_costs_nothing(debug_tokens, reference, small_disk, tmp_path):  # noqa: F811
+def test_a_disk_that_is_full_for_a_while_costs_nothing(debug_tokens, reference, small_disk, tmp_path):
     run, said = small_disk / "run", tmp_path / "said"
     filler = _fill(small_disk)
     process = start_cli(*arguments(debug_tokens, run, "checkpoint.retry_s=100"), output=said)
@@ -253,7 +267,7 @@ def test_a_run_that_diverges_ends_with_the_last_good_weights(debug_tokens, tmp_p
     assert "debug.replay_step" in done.stderr
 
 
-def test_replay_repeats_the_step_and_touches_nothing(debug_tokens, reference, tmp_path):  # noqa: F811
+def test_replay_repeats_the_step_and_touches_nothing(debug_tokens, reference, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(reference, run, symlinks=True)
     before = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file() and not p.is_symlink()}
@@ -305,7 +319,7 @@ def test_four_processes_resume_bitwise(debug_tokens, tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_and_replicated_checkpoints_are_the_same_files(debug_tokens, reference, tmp_path):  # noqa: F811
+def test_sharded_and_replicated_checkpoints_are_the_same_files(debug_tokens, reference, tmp_path):
     """FSDP2 on two processes up to step 10 of one run, from step 10 of another: the same losses, names and shapes."""
     run_ranks(2, *arguments(debug_tokens, tmp_path / "sharded", "train.parallel=fsdp", "checkpoint.keep_last=9"))
     for ours, theirs in zip(curve(tmp_path / "sharded"), curve(reference), strict=True):

@@ -32,14 +32,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints/latest/model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def reference(debug_tokens, tmp_path_factory) -> Path:
-    """A run of the debug config that nothing disturbed."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    train(debug_tokens, run)
-    return run
-
-
 def test_a_run_leaves_what_the_design_says(reference):
     assert (reference / "config.yaml").exists()
     assert {"commit", "torch", "host", "index_hash"} <= json.loads((reference / "environment.json").read_text()).keys()

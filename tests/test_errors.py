@@ -1,0 +1,29 @@
+"""What the file system refuses is one line and exit code 2; a bug keeps its traceback."""
+
+import errno
+
+import pytest
+
+from egom2p.errors import refusal
+from tests.conftest import run_cli
+
+
+def test_refusals_of_the_file_system():
+    assert refusal(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
+    assert refusal(PermissionError(errno.EACCES, "Permission denied", "/x")) == "/x: Permission denied"
+    assert not refusal(FileNotFoundError(errno.ENOENT, "No such file", "/x")) and not refusal(ValueError("x"))
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError(errno.ENOSPC, "No space left on device"), 2),
+                                             (FileNotFoundError(errno.ENOENT, "No such file", "/x"), None)])
+def test_a_command_that_meets_one(monkeypatch, error, code):
+    def raises(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr("egom2p.resources.configs", raises)
+    if code is None:
+        with pytest.raises(FileNotFoundError):
+            run_cli("configs", check=False)
+        return
+    done = run_cli("configs", check=False)
+    assert done.returncode == code and done.stderr == "egom2p: No space left on device\n"
