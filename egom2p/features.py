@@ -46,11 +46,12 @@ class FeatureArgs:
     label: str = ""
 
 
-def write_features(model: EgoM2P, pattern: str, out: Path, args: FeatureArgs, world: World) -> int:
+def write_features(model: EgoM2P, pattern: str, out: Path, args: FeatureArgs, world: World,
+                   trust_torchscript: bool = False) -> int:
     """Features of all clips of `pattern` into `out`; returns how many clips have some. Raises UserError for inputs and
     layers that the model does not have, and when `out` holds features of something else."""
     index = ClipIndex(pattern)
-    loaded = _loaded(model, args)
+    loaded = _loaded(model, args, trust_torchscript)
     what = {"model": model.fingerprint(), "clips": pattern, "stamps": index.stamps(), **to_plain(args)}
     _claim(out, json.loads(json.dumps(what)))
     groups = [range(i, min(i + FILE_CLIPS, len(index))) for i in range(0, len(index), FILE_CLIPS)]
@@ -80,13 +81,14 @@ def read_features(folder: Path) -> tuple[list[str], np.ndarray]:
     return keys, np.concatenate([p for p in parts if len(p)])
 
 
-def _loaded(model: EgoM2P, args: FeatureArgs) -> dict[str, tokenizers.Tokenizer]:
+def _loaded(model: EgoM2P, args: FeatureArgs, trust_torchscript: bool) -> dict[str, tokenizers.Tokenizer]:
     known = model.modalities.names
     if strangers := [n for n in args.inputs if n not in known]:
         raise UserError(f"the model has no modality '{strangers[0]}'; --inputs are of {', '.join(known)}")
     if not -1 <= args.layers <= model.args.encoder_depth:
         raise UserError(f"--layer must lie in 0 .. {model.args.encoder_depth}, the model's encoder blocks")
-    return tokenizers.load_for(model.modalities, args.inputs, model.device, model.folder, origins=model.origins)
+    return tokenizers.load_for(model.modalities, args.inputs, model.device, model.folder, trust_torchscript,
+                               model.origins)
 
 
 def _claim(out: Path, what: dict[str, Any]) -> None:

@@ -5,10 +5,14 @@ clone and, after `pip install`, in any folder.
 """
 
 import difflib
+import importlib
+import os
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from egom2p.errors import UserError
 
@@ -43,6 +47,15 @@ def locate(path: str | Path) -> Path:
         return path
     shipped = root() / path
     return shipped if is_shipped(path) and shipped.exists() else path
+
+
+def load_object(name: str) -> Any:
+    """What `package.module:attribute` names, in a module that is installed or lies in the working directory. Raises
+    ImportError or AttributeError."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return getattr(importlib.import_module(module), attribute)
 
 
 def is_shipped(path: Path) -> bool:

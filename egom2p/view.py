@@ -24,7 +24,8 @@ GENERATED = "generated.json"
 CLIP_KINDS = {"rgb": "rgb", "depth": "depth", "cam": "pose", "gaze": "gaze"}
 
 
-def takes_of(path: str, limit: int = 3, model: str = "", targets: Sequence[str] = ()) -> list[Take]:
+def takes_of(path: str, limit: int = 3, model: str = "", targets: Sequence[str] = (),
+             trust_torchscript: bool = False) -> list[Take]:
     """At most `limit` takes of what lies at `path`, spread over it. model: predicts them, where PATH does not say
     which; targets: what is predicted, all that is not the input when empty. Raises UserError when nothing can be
     shown."""
@@ -32,22 +33,23 @@ def takes_of(path: str, limit: int = 3, model: str = "", targets: Sequence[str] 
     if (folder / GENERATED).exists():
         return [_generated(folder)]
     if not model and (folder / "results.json").exists() and (folder / "clips").is_dir():
-        return _of_clips(str(folder / "clips/test"), limit, str(folder / "model"), targets)
+        return _of_clips(str(folder / "clips/test"), limit, str(folder / "model"), targets,
+                         trust_torchscript)
     if not model and (folder / "results.json").exists():
         about = read_json(folder / "results.json").get("about", {})
         if not {"model", "data"} <= about.keys():
             raise UserError(f"{folder / 'results.json'} does not say which model and clips it is about; evaluate again")
-        return _of_clips(about["data"], limit, about["model"], targets)
-    return _of_clips(path, limit, model, targets)
+        return _of_clips(about["data"], limit, about["model"], targets, trust_torchscript)
+    return _of_clips(path, limit, model, targets, trust_torchscript)
 
 
-def _of_clips(pattern: str, limit: int, model: str, targets: Sequence[str]) -> list[Take]:
+def _of_clips(pattern: str, limit: int, model: str, targets: Sequence[str], trust: bool) -> list[Take]:
     index = ClipIndex(pattern)
     chosen = np.unique(np.linspace(0, len(index) - 1, max(1, min(limit, len(index)))).astype(int))
     clips = [index.read(int(number)) for number in chosen]
     if not model:
         return [take_of(clip, {n: CLIP_KINDS.get(n, "motion") for n in clip.signals}, {}) for clip in clips]
-    pipeline = Pipeline(EgoM2P.from_pretrained(model))
+    pipeline = Pipeline(EgoM2P.from_pretrained(model), trust)
     return [_predicted(pipeline, clip, targets) for clip in clips]
 
 

@@ -81,7 +81,7 @@ def _add_eval(commands) -> None:
     parser.add_argument("--limit", type=int, help="at most so many clips, spread evenly")
     parser.add_argument("--out", type=Path,
                         help="folder for results.json, plots and the rows a stopped evaluation goes on from (default: "
-                             "MODEL/eval)")
+                             "MODEL/eval; of a Hub repository evaluations/OWNER_NAME/eval)")
     parser.add_argument("--seed", type=int)
     add_trust(parser)
     parser.set_defaults(run=_eval)
@@ -94,7 +94,8 @@ def _eval(args) -> None:
     from egom2p.model.egom2p import EgoM2P
 
     protocol = _protocol(args)
-    out = args.out or Path(args.model) / "eval"
+    here = Path(args.model)
+    out = args.out or (here if here.exists() else Path("evaluations") / args.model.replace("/", "_")) / "eval"
     with process_group(3600) as world:
         evaluation = evaluate_to(out, EgoM2P.from_pretrained(args.model, str(world.device)), protocol, world,
                                  args.trust_torchscript)
@@ -126,6 +127,7 @@ def _add_view(commands) -> None:
     parser.add_argument("--model", default="", help="predict the clips with this run, export folder or Hub name")
     parser.add_argument("--targets", default="", help="what is predicted, comma-separated (default: everything)")
     parser.add_argument("--limit", type=int, default=3, help="at most so many clips, spread over them")
+    add_trust(parser)
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--save", type=Path, metavar="FILE.rrd", help="a rerun recording")
     shown.add_argument("--web", action="store_true", help="serve the rerun viewer to browsers")
@@ -140,7 +142,8 @@ def _view(args) -> None:
 
     if args.limit < 1:
         raise UserError("--limit must be at least 1")
-    takes = takes_of(args.path, args.limit, args.model, [t for t in args.targets.split(",") if t])
+    takes = takes_of(args.path, args.limit, args.model, [t for t in args.targets.split(",") if t],
+                     args.trust_torchscript)
     if args.html:
         write_page(args.html, takes, f"egom2p view {args.path}")
     elif args.web:
@@ -161,6 +164,7 @@ def _add_features(commands) -> None:
     parser.add_argument("--pool", default="mean", choices=("mean", "none"), help="over the tokens of a clip")
     parser.add_argument("--label", default="", help="entry of the clips' json that goes into OUT/labels.csv")
     add_device(parser)
+    add_trust(parser)
     parser.set_defaults(run=_features)
 
 
@@ -171,7 +175,8 @@ def _features(args) -> None:
 
     world = environment_world(args.device)
     asked = FeatureArgs(tuple(args.inputs.split(",")), args.layer, args.pool, args.label)
-    count = write_features(EgoM2P.from_pretrained(args.model, str(world.device)), args.clips, args.out, asked, world)
+    count = write_features(EgoM2P.from_pretrained(args.model, str(world.device)), args.clips, args.out, asked, world,
+                           args.trust_torchscript)
     if world.is_main:
         print(f"features of {count} clips in {args.out}")
 

@@ -34,7 +34,7 @@ def _train(args) -> None:
 def _add_submit(commands) -> None:
     parser = commands.add_parser("submit", help="freeze a run's code and configuration and send it to SLURM",
                                  epilog="Another command than train goes after two dashes: egom2p submit --nodes 1 -- "
-                                        "tokenizer encode ... (also: tokenizer train, eval).")
+                                        "tokenizer encode ... (also: tokenizer train, eval, features).")
     add_config(parser)
     _add_job(parser)
     parser.set_defaults(run=_submit)

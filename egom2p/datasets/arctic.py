@@ -11,7 +11,7 @@ head-mounted camera:
   meta/misc.json                               ioi_offset of each subject: row = image number - ioi_offset; image_size
 The pickle is read by an unpickler that knows numpy arrays and plain containers and nothing else. Frames are
 undistorted. Ten images at either end may be black and are left out, as the authors do. 30 fps, no time stamps, no
-captured depth, no gaze. s05 is held out (facts.md).
+captured depth, no gaze. s05 is held out, as in EgoM2P.
 """
 
 import io

@@ -15,7 +15,7 @@ downscaled_takes/448 take_trajectory take_eye_gaze take_point_cloud --views ego`
 Frame i of the mp4 is row timesync_start_idx + 1 + i (docs and tutorial), or without the + 1 where the mp4 has a frame
 more.
 Gaze is placed by tracking_timestamp_us against frame 0's stamp where both are there, else row k at k / 10 s, as the
-tutorial spreads it. Poses: MPS world from device @ device from camera @ rotZ(-90), which is facts.md's matrix. Frames
+tutorial spreads it. Poses: MPS world from device @ device from camera @ rotZ(-90), which is the authors' matrix. Frames
 stay fisheye and gaze is / 1408, no crop, as EgoM2P has it; so clips carry no pinhole intrinsics. Takes in no split list
 are left out. No depth. No real take was at hand; columns and rates are what three independent readers of real ones
 agree on.

@@ -9,7 +9,7 @@ authors' taeinkwon/h2odataset README and taeinkwon/h2oplayer:
     cam_intrinsics.txt      fx fy cx cy width height
 The folder's name may carry more (subject3_ego_v1_1); the subject is its digit. A sequence that several folders hold
 (the ego archive beside the full one) counts once. There are no time stamps: 30 frames a second by index (the player's
-rate). No gaze. Splits of EgoM2P (facts.md): subject3 k2, o1, o2 held out (the authors' validation list); subject4 is
+rate). No gaze. Splits of EgoM2P: subject3 k2, o1, o2 held out (the authors' validation list); subject4 is
 the authors' test. No real file was at hand.
 """
 

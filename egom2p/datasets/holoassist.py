@@ -14,10 +14,9 @@ and taeinkwon/PyHoloAssist:
   SESSION/Export_py/Eyes/Eyes_sync.txt           seconds, ticks, ray origin (3), direction (3), valid; world frame
   {train,val,test}-v1_2.txt                      a session a line, in ROOT, data_split/, data-splits-v1_2/ or splits/
 Ticks are 100 ns since year 1 and are read as integers (they exceed a float's precision). Video frame i is at start + i
-/ fps. Gaze: the ray's point at 0.5 m, projected with K (no distortion, as the authors do), crop 480 of 896 x 504
-(facts.md).
-Eyes are joined to poses by their ticks. AHAT depth is another camera and not used. Sessions in no list are left out, as
-EgoM2P does. No real file was at hand; sizes and columns are what third parties report of real ones.
+/ fps. Gaze: the ray's point at 0.5 m, projected with K (no distortion, as the authors do), crop 480 of 896 x 504, as
+EgoM2P. Eyes are joined to poses by their ticks. AHAT depth is another camera and not used. Sessions in no list are left
+out, as EgoM2P does. No real file was at hand; sizes and columns are what third parties report of real ones.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ clips/README.md):
 Where headset_trajectory.csv is missing, or the recording has no usable time code, the MPS trajectory is used; where
 that is missing too, the camera is left out. Frames are undistorted to a pinhole of the same focal length and turned
 upright; the
-Quest's images too (worked out from one sample pose; look at the contact sheet). No captured depth. Splits (facts.md):
+Quest's images too (worked out from one sample pose; look at the contact sheet). No captured depth. Splits, EgoM2P's:
 val
 P0001, P0014; test P0004 P0005 P0006 P0008 P0016 P0020.
 """

@@ -7,7 +7,6 @@ from), and one that fails is written down and harms no other.
 """
 
 import hashlib
-import importlib
 import inspect
 import json
 import logging
@@ -34,6 +33,7 @@ from egom2p.datasets.recording import Adapter, BadSequence, NotARecording, Recor
 from egom2p.errors import UserError
 from egom2p.files import write_whole
 from egom2p.processes import forks
+from egom2p.resources import load_object
 
 log = logging.getLogger(__name__)
 
@@ -153,11 +153,11 @@ def make_adapter(name: str, args: PrepareArgs | None = None) -> Adapter:
     if name not in ADAPTERS and ":" not in name:
         raise UserError(f"no data set '{name}'; there are {', '.join(sorted(ADAPTERS))}, or name your own as "
                         f"package.module:Class")
-    module, _, attribute = ADAPTERS.get(name, name).partition(":")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
+        cls = load_object(ADAPTERS.get(name, name))
     except (ImportError, AttributeError) as error:
-        raise UserError(f"data set '{name}': {error}; write package.module:Class of an importable module") from error
+        raise UserError(f"data set '{name}': {error}; write package.module:Class of a module that is installed or lies "
+                        "in the working directory") from error
     wanted = inspect.signature(cls).parameters
     return cls(**{k: v for k, v in (asdict(args) if args else {}).items() if k in wanted})
 

@@ -6,7 +6,6 @@ are behind the names `rollingdepth` and `video-depth-anything`, when their repos
 estimate, between 0.5 and 20 m: the scale is not metric, and `pseudo` in the json says so.
 """
 
-import importlib
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from egom2p.data.clips import Clip, ClipIndex, count_clips, expand_paths, to_files
 from egom2p.data.tarindex import index_tars, write_tar
 from egom2p.errors import DamagedClip, UserError
+from egom2p.resources import load_object
 from egom2p.signals.writers import write_video
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def make_estimator(model: str) -> DepthEstimator:
     if name in BUILT_IN:
         return BUILT_IN[name](rest) if rest else BUILT_IN[name]()
     try:
-        made = getattr(importlib.import_module(name), rest)()
+        made = load_object(model)()
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--model {model}: no such estimator ({error}); use {', '.join(BUILT_IN)} or "
                         f"package.module:Class") from error

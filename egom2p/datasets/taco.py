@@ -13,7 +13,7 @@ files: 198 frames each). Where the extrinsics are fewer or more the camera is le
 shorter covers its own frames. The "resized" copies in circulation (512 x 376, H.264 depth of 8 bits, full-size
 intrinsics) are not
 TACO's data: their depth is refused, their intrinsics fit no frame. No gaze, no time stamps. No real file was at hand.
-Split of EgoM2P (facts.md): 500 of 2 490 pieces of 4 s, evenly spaced; here, so that no recording is on both sides and a
+Split of EgoM2P: 500 of 2 490 pieces of 4 s, evenly spaced; here, so that no recording is on both sides and a
 further download moves none, a fifth of the sequences by a hash of their names (ours).
 """
 
