@@ -17,6 +17,8 @@ from typing import Any
 from egom2p.compare import Row, compare, comparison_text, write_comparison
 from egom2p.config import load, read_json
 from egom2p.errors import UserError
+from egom2p.files import write_whole
+from egom2p.training.loop import check_same_run
 from egom2p.training.pretraining import PretrainConfig
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,10 @@ class SweepConfig:
         for name, axis in self.axes.items():
             if not axis or not isinstance(axis, (list, dict)):
                 raise ValueError(f"axes.{name} must be a list of values, or labels with lists of overrides")
+        changes = [c for name, axis in self.axes.items() for _, some in _choices(name, axis) for c in some]
+        for key in {c.partition("=")[0] for c in (*self.overrides, *changes)} & {"train.seed", "run.dir"}:
+            raise ValueError(f"{key} is set for each run; give " + ("seeds: [0, 1, 2]" if key == "train.seed" else
+                                                                  "out, the folder of all of them"))
 
 
 @dataclass(frozen=True)
@@ -90,9 +96,12 @@ def ablate(sweep: SweepConfig, send: Callable[[list[PretrainConfig], list[int]],
     configs = []
     for run in runs:
         configs.append(load(PretrainConfig, sweep.base, run.overrides))
-        known = _finished(run.folder)
-        if known and known != run.overrides:
-            raise UserError(f"{run.folder} was run with {known}, now {run.overrides}; choose another out or remove it")
+        known, asked = _finished(run.folder), _asked(sweep, run)
+        if changed := {k: v for k, v in known.items() if v != asked[k]}:
+            now = {k: asked[k] for k in changed}
+            raise UserError(f"{run.folder} was run with {changed}, now {now}; choose another out or remove it")
+        if known:
+            check_same_run(configs[-1], run.folder, force=False)
     if send:
         missing = [n for n, (run, config) in enumerate(zip(runs, configs, strict=True))
                    if not _finished(run.folder) and not _trained(run.folder, config)]
@@ -129,7 +138,7 @@ def _run(sweep: SweepConfig, run: Combination) -> bool:
     for command in commands:
         if subprocess.run([sys.executable, "-m", "egom2p", *command]).returncode:
             return False
-    (run.folder / FINISHED).write_text(json.dumps(run.overrides, indent=1))
+    write_whole(run.folder / FINISHED, json.dumps(_asked(sweep, run), indent=1))
     return True
 
 
@@ -139,7 +148,12 @@ def _trained(folder: Path, config: PretrainConfig) -> bool:
     return state.exists() and read_json(state)["step"] >= config.num_steps
 
 
-def _finished(folder: Path) -> list[str]:
-    """The overrides a finished run was made with; [] when it is not finished."""
+def _asked(sweep: SweepConfig, run: Combination) -> dict[str, Any]:
+    return {"overrides": run.overrides, "protocol": sweep.protocol, "data": sweep.data}
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """What a finished run was made with; {} when it is not finished."""
     path = folder / FINISHED
-    return read_json(path) if path.exists() else []
+    known = read_json(path) if path.exists() else {}
+    return known if isinstance(known, dict) else {"overrides": known}  # a list, before version 0.2.0

@@ -10,6 +10,7 @@ A subject is a run (the last figures of `metrics.jsonl`, and of `RUN/eval` when 
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from egom2p.evaluation.results import BOOTSTRAP, RESULTS, mean_of_finite
 from egom2p.training.log import HELD_OUT, last_figures, read_metrics
 from egom2p.visualize import plots
 from egom2p.visualize.plots import plt
+
+log = logging.getLogger(__name__)
 
 # Student's t, 97.5 %, by degrees of freedom from 1.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -86,7 +89,10 @@ def compare(folders: Sequence[Path], figures: Sequence[str] = ()) -> tuple[list[
             if values:
                 reference = [s.figures[figure] for s in first if figure in s.figures]
                 difference = float(np.mean(values) - np.mean(reference)) if reference else float("nan")
-                low, high = _interval(first, subjects, figure) if subjects is not first else (np.nan, np.nan)
+                low, high = np.nan, np.nan
+                if subjects is not first:
+                    told = _interval(first, subjects, figure)
+                    difference, low, high = told or (difference, low, high)
                 spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
                 rows.append(Row(group, figure, float(np.mean(values)), spread, len(values), difference, low, high))
     return rows, groups
@@ -137,28 +143,32 @@ def _group_of(folder: Path, all_folders: Sequence[Path]) -> str:
     return re.sub(r",?seed=\d+", "", name).strip(",") or "base"
 
 
-def _interval(first: list[Subject], others: list[Subject], figure: str) -> tuple[float, float]:
-    """95 % interval of others - first; nan when there is nothing to tell from."""
+def _interval(first: list[Subject], others: list[Subject], figure: str) -> tuple[float, float, float] | None:
+    """others - first and its 95 % interval; None when there is nothing to tell from."""
     if all(figure in s.clips for s in (*first, *others)):
         return _paired(first, others, figure)
     a, b = ([s.figures[figure] for s in group if figure in s.figures] for group in (first, others))
     if min(len(a), len(b)) < 2:
-        return float("nan"), float("nan")
+        return None
     errors = [np.var(x, ddof=1) / len(x) for x in (a, b)]
     freedom = sum(errors) ** 2 / max(sum(e**2 / (len(x) - 1) for e, x in zip(errors, (a, b), strict=True)), 1e-300)
     t = T975[min(int(freedom), len(T975)) - 1] if freedom >= 1 else T975[0]
     middle, half = float(np.mean(b) - np.mean(a)), t * float(np.sqrt(sum(errors)))
-    return middle - half, middle + half
+    return middle, middle - half, middle + half
 
 
-def _paired(first: list[Subject], others: list[Subject], figure: str) -> tuple[float, float]:
-    """By resampling clips (the same ones for both) and, where there are several, seeds."""
+def _paired(first: list[Subject], others: list[Subject], figure: str) -> tuple[float, float, float] | None:
+    """Of the clips that all have, by resampling clips (the same ones for both) and, where there are several, seeds."""
     keys = sorted(set.intersection(*(set(s.clips[figure]) for s in (*first, *others))))
     tables = [np.array([[s.clips[figure][k] for k in keys] for s in group]) for group in (first, others)]
     finite = np.isfinite(np.concatenate(tables)).all(0)
     tables = [t[:, finite] for t in tables]
     if not finite.any():
-        return float("nan"), float("nan")
+        return None
+    most = max(len(s.clips[figure]) for s in (*first, *others))
+    if len(keys) < most:
+        log.warning("%s of %s and %s: compared on the %d clips that both have, of up to %d", figure,
+                    first[0].folder.name, others[0].folder.name, len(keys), most)
     rng = np.random.default_rng(0)
     means = []
     for _ in range(BOOTSTRAP):
@@ -166,7 +176,7 @@ def _paired(first: list[Subject], others: list[Subject], figure: str) -> tuple[f
         drawn = [t[rng.integers(0, len(t), len(t))][:, clips].mean() for t in tables]
         means.append(drawn[1] - drawn[0])
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return float(tables[1].mean() - tables[0].mean()), float(low), float(high)
 
 
 def comparison_text(rows: list[Row]) -> str:

@@ -42,7 +42,8 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
 
 def _keep_text(kind: Any, tree: Any, keys: list[str], text: str) -> None:
-    """Where a field is text, `key=4711` means the text 4711, not the number that YAML sees in it."""
+    """Where a field is text, `key=4711` means the text 4711, not the number that YAML sees in it, and `key=a #2` all of
+    it."""
     if not isinstance(tree, dict) or keys[0] not in tree:
         return
     if dataclasses.is_dataclass(kind):
@@ -53,8 +54,8 @@ def _keep_text(kind: Any, tree: Any, keys: list[str], text: str) -> None:
     if len(keys) > 1:
         _keep_text(options[0] if typing.get_origin(kind) in (typing.Union, types.UnionType) else kind,
                    tree[keys[0]], keys[1:], text)
-    elif options == [str] and isinstance(tree[keys[0]], (bool, int, float)):
-        tree[keys[0]] = text
+    elif options == [str] and (isinstance(tree[keys[0]], (bool, int, float)) or text.startswith(f"{tree[keys[0]]} #")):
+        tree[keys[0]] = text  # YAML saw a number, or a comment
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:

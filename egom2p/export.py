@@ -115,7 +115,7 @@ def resolve_beside(source: str, folder: Path) -> str:
         return source
     for place in (folder.absolute(), *folder.absolute().parents):
         if export_in(place / source):
-            return os.path.normpath(place / source)
+            return str((place / source).resolve())
     return source
 
 
@@ -136,7 +136,7 @@ def resolve_folder(source: str | Path) -> Path:
     found = export_in(path)
     if found:
         return found
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    if path.exists() or str(source).partition("@")[0].count("/") != 1 or str(source).startswith((".", "/", "~")):
         hint = "; a released .pth is converted by `egom2p import-released`" if path.suffix in (".pth", ".pt") else ""
         raise UserError(f"{source}: no export or checkpoint there (expected {CONFIG} and {WEIGHTS}){hint}")
     return from_hub(str(source), ["*.json", "*.safetensors", "*.jit"])

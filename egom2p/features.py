@@ -8,6 +8,7 @@ finished ones are kept, so a stopped command goes on. A clip that lacks an input
 import csv
 import json
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 FILE_CLIPS = 512
 BATCH = 16
 NOTE = "features.json"
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,30 @@ def write_features(model: EgoM2P, pattern: str, out: Path, args: FeatureArgs, wo
     _claim(out, json.loads(json.dumps(what)))
     groups = [range(i, min(i + FILE_CLIPS, len(index))) for i in range(0, len(index), FILE_CLIPS)]
     first = world.rank * len(groups) // world.size
-    for group in tqdm([*groups[first:], *groups[:first]], desc="features", unit="file", disable=not world.is_main):
-        path = out / f"features-{group.start // FILE_CLIPS:06d}.safetensors"
-        lock = FileLock(out / f".{path.name}.lock")
-        if not path.exists() and lock.take():
-            if not path.exists():
-                _write_file(path, model, loaded, index, group, args)
-            lock.release()
+    left = [*groups[first:], *groups[:first]]
+    with tqdm(total=len(left), desc="features", unit="file", disable=not world.is_main) as bar:
+        while left := [group for group in left if not _is_written(out, model, loaded, index, group, args, bar)]:
+            if not world.is_main:
+                break
+            time.sleep(POLL_S)  # others are at the rest; should they die, it falls to this one
     if args.label and world.is_main:
         _write_labels(out / "labels.csv", index, args.label)
     return sum(len(_keys(path)) for path in sorted(out.glob("features-*.safetensors")))
+
+
+def _is_written(out: Path, model: EgoM2P, loaded: dict, index: ClipIndex, group: range, args: FeatureArgs,
+                bar: tqdm) -> bool:
+    """Whether the file of these clips is there, perhaps by this process, now; False when another is at it."""
+    path = out / f"features-{group.start // FILE_CLIPS:06d}.safetensors"
+    lock = FileLock(out / f".{path.name}.lock")
+    if not path.exists():
+        if not lock.take():
+            return False
+        if not path.exists():
+            _write_file(path, model, loaded, index, group, args)
+        lock.release()
+    bar.update(1)
+    return True
 
 
 def read_features(folder: Path) -> tuple[list[str], np.ndarray]:
@@ -78,6 +94,8 @@ def read_features(folder: Path) -> tuple[list[str], np.ndarray]:
         keys += _keys(path)
         with safe_open(path, "np") as file:
             parts.append(file.get_tensor("features").astype(np.float32))
+    if not keys:
+        raise UserError(f"{folder}: no clip there has features; they all lacked an input")
     return keys, np.concatenate([p for p in parts if len(p)])
 
 
@@ -151,8 +169,8 @@ def _keys(path: Path) -> list[str]:
 def _write_labels(path: Path, index: ClipIndex, label: str) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["key", "label"])
+        writer.writerow(["key", "label", "group"])
         for number, key in enumerate(index.keys):
-            value = index.read(number, set()).meta.get(label)
-            if value is not None:
-                writer.writerow([key, value])
+            meta = index.read(number, set()).meta
+            if meta.get(label) is not None:
+                writer.writerow([key, meta[label], meta.get("source", "")])

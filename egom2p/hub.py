@@ -67,7 +67,7 @@ Its tokenizers are in the subfolders `tokenizers/NAME`.
 
 ## Results
 
-{_results(folder)}
+{_results(folder, model.fingerprint())}
 
 ## Limits
 
@@ -90,11 +90,13 @@ def _training(folder: Path) -> str:
             + (f" Held-out cross-entropy, nats a token: {losses}." if losses else ""))
 
 
-def _results(folder: Path) -> str:
-    """The table of `RUN/eval/results.json`, or of the quickstart the run belongs to."""
-    found = next((p for p in (folder / "eval/results.json", folder.parent / "results.json") if p.exists()), None)
+def _results(folder: Path, weights: str) -> str:
+    """The table of `RUN/eval/results.json`, or of the quickstart the run belongs to, if it is of these weights."""
+    places = (folder / "eval/results.json", folder.parent / "results.json")
+    found = next((p for p in places if p.exists()
+                  and read_json(p).get("about", {}).get("weights", weights) == weights), None)
     if found is None:
-        return f"Not evaluated yet: `egom2p eval {folder} --tasks ... --data ...`."
+        return f"These weights were not evaluated yet: `egom2p eval {folder} --tasks ... --data ...`."
     lines = ["| task | metric | model | 95 % | strongest trivial | inputs shuffled | tokenizer's own |",
              "|---|---|---|---|---|---|---|"]
     for task, metrics in read_json(found).items():
@@ -115,11 +117,11 @@ def push_data(pattern: str, repo: str, private: bool, licence: str) -> str:
     entries = index_tars(tars)
     if damaged := [e for e in entries if e.damage]:
         raise UserError(f"{damaged[0].path}: {damaged[0].damage}; mend or remove it first, nothing was uploaded")
-    root = os.path.commonpath([p.resolve().parent for p in tars])
+    root = os.path.commonpath([p.absolute().parent for p in tars])
     notes = {folder / name for folder in {p.parent for p in tars} for name in NOTES if (folder / name).exists()}
     with tempfile.TemporaryDirectory() as place:
         for path in [*tars, *sorted(notes)]:
-            target = Path(place) / path.resolve().relative_to(root)
+            target = Path(place) / path.absolute().relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(path.resolve())
         files = sum(len(e.keys) for e in entries)

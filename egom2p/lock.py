@@ -62,7 +62,7 @@ class FileLock:
             self.path.unlink(missing_ok=True)
 
     def _alive(self, holder: dict[str, Any]) -> bool:
-        if holder.get("host") == socket.gethostname():
+        if _is_here(holder):
             return is_running(holder.get("pid"), holder.get("born"))
         return self._silence() < STALE_S
 
@@ -73,7 +73,7 @@ class FileLock:
 
     def _create(self) -> bool:
         """Make the lock file, whole from the first moment, unless there is one."""
-        holder = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(),
+        holder = {"token": self.token, "host": socket.gethostname(), "space": _space(), "pid": os.getpid(),
                   "born": process_start(os.getpid()), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         aside = self.path.with_name(f".{self.path.name}.{self.token}")
         try:
@@ -152,7 +152,7 @@ class RunLock(FileLock):
         """Wait until it is sure that whoever holds the lock is gone. Raises UserError when somebody is alive."""
         holder, silent = self._holder(), self._silence()
         where = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
-        if holder.get("host") == socket.gethostname():
+        if _is_here(holder):
             if self._alive(holder):
                 raise UserError(f"{self.path.parent} is in use by {where}; stop that one first, or choose another "
                                 f"run.dir")
@@ -179,6 +179,19 @@ class RunLock(FileLock):
         return False
 
 
+def _space() -> str:
+    """Which numbering of processes this one lives in: containers of one host name may have one each."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether the holder's process number means anything here; else it is judged by its heartbeat."""
+    return holder.get("host") == socket.gethostname() and holder.get("space", _space()) == _space()
+
+
 def is_running(pid: Any, born: Any) -> bool:
     """Whether that process of this machine is alive, and not another one that got its number since."""
     if not isinstance(pid, int):
@@ -187,8 +200,9 @@ def is_running(pid: Any, born: Any) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
+    except PermissionError:  # somebody else's; /proc may hide what it is (hidepid)
+        if process_start(pid) == "":
+            return True
     start = process_start(pid)
     return start != "" and start == born if born else True
 

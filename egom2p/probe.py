@@ -1,8 +1,10 @@
 """`egom2p probe`: how much of a label is in features, by a linear or an attentive probe and cross-validation.
 
-Labels come from a CSV of `key,label`. Words are classes (balanced cross-entropy; figure: balanced accuracy, the mean of
-the classes' recalls), numbers are regressed (figure: R2). Every clip is predicted once, by the probe that was trained
-on the other folds; the 95 % interval is a bootstrap over clips. The baseline is what a probe without features reaches.
+Labels come from a CSV of `key,label[,group]`. Words are classes (balanced cross-entropy; figure: balanced accuracy, the
+mean of the classes' recalls), numbers are regressed (figure: R2). Every clip is predicted once, by the probe that was
+trained on the other folds; the 95 % interval is a bootstrap over clips. Clips of one group, such as a recording, are
+all in one fold and drawn together, since neighbours tell of each other; where there are fewer groups than folds they
+are not used. The baseline is what a probe without features reaches.
 """
 
 import csv
@@ -24,7 +26,8 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """figure: balanced accuracy or R2, with its 95 % interval and what no features give; recalls {class: recall}."""
+    """figure: balanced accuracy or R2, with its 95 % interval and what no features give; recalls {class: recall};
+    groups: into how many the clips fall, 0 where each stands for itself."""
 
     name: str
     figure: float
@@ -33,10 +36,11 @@ class ProbeResult:
     baseline: float
     clips: int
     recalls: dict[str, float]
+    groups: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.name} {self.figure:.3f} [{self.low:.3f}, {self.high:.3f}], without features "
-                 f"{self.baseline:.3f}; {self.clips} clips"]
+                 f"{self.baseline:.3f}; {self.clips} clips" + (f" in {self.groups} groups" if self.groups else "")]
         return "\n".join([*lines, *(f"  {name:20} {recall:.3f}" for name, recall in self.recalls.items())])
 
 
@@ -67,7 +71,7 @@ def probe(folder: Path, labels: Path, kind: Literal["linear", "attentive"] = "li
     """Cross-validate a probe. Raises UserError for labels that do not fit, or features without tokens for an attentive
     one."""
     keys, features = read_features(folder)
-    known = _read_labels(labels)
+    known, groups = _read_labels(labels)
     kept = [i for i, key in enumerate(keys) if key in known]
     if len(kept) < 2 * folds:
         raise UserError(f"{labels}: {len(kept)} of {len(keys)} clips with features have a label; {folds} folds need at "
@@ -77,11 +81,12 @@ def probe(folder: Path, labels: Path, kind: Literal["linear", "attentive"] = "li
     x, words = torch.from_numpy(features[kept]), [known[keys[i]] for i in kept]
     numbers = _numbers(words)
     target, outputs, classes = _targets(words, numbers)
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(kept)))
+    members = _members([groups.get(keys[i], "") for i in kept], folds)
+    order = np.random.default_rng(seed).permutation(len(members))
     predicted = torch.zeros(len(kept), outputs)
     for fold in range(folds):
-        test = order[fold::folds]
-        train = torch.tensor(sorted(set(order.tolist()) - set(test.tolist())))
+        test = torch.from_numpy(np.concatenate([members[g] for g in order[fold::folds]]))
+        train = torch.tensor(sorted(set(range(len(kept))) - set(test.tolist())))
         mean, std = x[train].flatten(0, -2).mean(0), x[train].flatten(0, -2).std(0) + 1e-6
         torch.manual_seed(seed)
         network = {"linear": Linear, "attentive": Attentive}[kind](x.shape[-1], outputs)
@@ -90,13 +95,22 @@ def probe(folder: Path, labels: Path, kind: Literal["linear", "attentive"] = "li
             predicted[test] = network((x[test] - mean) / std)
     if classes:
         hits = (predicted.argmax(1) == target).numpy()
-        return _summary("balanced accuracy", lambda i: _recalls(hits[i], target.numpy()[i], classes)[0], len(kept),
+        return _summary("balanced accuracy", lambda i: _recalls(hits[i], target.numpy()[i], classes)[0], members,
                         1 / len(classes), _recalls(hits, target.numpy(), classes)[1])
     off, truth = (predicted[:, 0] - target).numpy(), target.numpy()
-    return _summary("R2", lambda i: 1 - (off[i] ** 2).mean() / max(truth[i].var(), 1e-12), len(kept), 0.0, {})
+    return _summary("R2", lambda i: 1 - (off[i] ** 2).mean() / max(truth[i].var(), 1e-12), members, 0.0, {})
 
 
-def _read_labels(path: Path) -> dict[str, str]:
+def _members(groups: list[str], folds: int) -> list[np.ndarray]:
+    """Numbers of the clips of each group; every clip by itself where there are fewer groups than folds."""
+    names = list(dict.fromkeys(groups))
+    if len(names) < folds:
+        return [np.array([i]) for i in range(len(groups))]
+    return [np.array([i for i, group in enumerate(groups) if group == name]) for name in names]
+
+
+def _read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """{key: label} and {key: group}."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -104,7 +118,8 @@ def _read_labels(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: {error.strerror}") from error
     if not rows or not {"key", "label"} <= rows[0].keys():
         raise UserError(f"{path}: expected a CSV with the columns key and label")
-    return {row["key"]: row["label"] for row in rows if row["label"] not in (None, "")}
+    return ({row["key"]: row["label"] for row in rows if row["label"] not in (None, "")},
+            {row["key"]: row["group"] for row in rows if row.get("group")})
 
 
 def _numbers(words: list[str]) -> np.ndarray | None:
@@ -148,9 +163,11 @@ def _recalls(hits: np.ndarray, target: np.ndarray, classes: list[str]) -> tuple[
     return float(np.mean(list(found.values()))), found
 
 
-def _summary(name: str, figure: Callable[[np.ndarray], float], clips: int, baseline: float,
+def _summary(name: str, figure: Callable[[np.ndarray], float], members: list[np.ndarray], baseline: float,
              recalls: dict[str, float]) -> ProbeResult:
-    rng = np.random.default_rng(0)
-    drawn = [figure(rng.integers(0, clips, clips)) for _ in range(RESAMPLES)]
+    rng, everything = np.random.default_rng(0), np.sort(np.concatenate(members))
+    drawn = [figure(np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))]))
+             for _ in range(RESAMPLES)]
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return ProbeResult(name, float(figure(np.arange(clips))), float(low), float(high), baseline, clips, recalls)
+    return ProbeResult(name, float(figure(everything)), float(low), float(high), baseline, len(everything), recalls,
+                       0 if len(members) == len(everything) else len(members))

@@ -21,6 +21,7 @@ from egom2p.data.clips import expand_paths
 from egom2p.data.remote import is_remote
 from egom2p.data.tokens import TokenDataset
 from egom2p.errors import UserError
+from egom2p.files import aside
 from egom2p.modalities import ModalitySet
 from egom2p.training.pretraining import PretrainConfig, held_out_sets
 
@@ -151,13 +152,25 @@ def freeze(run_dir: Path, config: str, script: str) -> Path:
             log.warning("the code changed since %s was frozen (%s); the job runs the frozen code. Remove it to freeze "
                         "anew", frozen, ", ".join(changed[:5]))
     else:
-        shutil.copytree(resources.PACKAGE, frozen / "egom2p", ignore=shutil.ignore_patterns("__pycache__", "shipped"))
-        for folder in resources.FOLDERS:
-            shutil.copytree(resources.root() / folder, frozen / "egom2p" / "shipped" / folder)
-        (frozen / "egom2p" / "shipped" / resources.COMMIT).write_text((resources.commit() or "") + "\n")
+        _copy_code(frozen / "egom2p")
     (frozen / "config.yaml").write_text(config)
     (frozen / "train.sbatch").write_text(script)
     return frozen
+
+
+def _copy_code(target: Path) -> None:
+    """The package with what is shipped with it: whole, or not there at all."""
+    part = aside(target)
+    try:
+        shutil.copytree(resources.PACKAGE, part, ignore=shutil.ignore_patterns("__pycache__", "shipped"))
+        for folder in resources.FOLDERS:
+            shutil.copytree(resources.root() / folder, part / "shipped" / folder)
+        (part / "shipped" / resources.COMMIT).write_text((resources.commit() or "") + "\n")
+        part.rename(target)
+    except shutil.Error as error:
+        raise UserError(f"{target}: the code cannot be copied there ({error.args[0][0][2]})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def fill(script: str, options: dict[str, str], environment: dict[str, str]) -> str:

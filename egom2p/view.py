@@ -74,7 +74,7 @@ def _generated(folder: Path) -> Take:
     note = read_json(folder / GENERATED)
     predicted = {p.stem: np.load(p) for p in sorted(folder.glob("*.npy"))
                  if not p.stem.endswith(("_tokens", "_spread"))}
-    kinds = {n: CLIP_KINDS.get(n, "motion") for n in predicted}
+    kinds = {n: note.get("kinds", CLIP_KINDS).get(n, "motion") for n in predicted}
     source, truth, notes = Path(note.get("source", "")), {}, []
     seconds = note["seconds"]
     rates = {n: len(signal) / seconds for n, signal in predicted.items()}

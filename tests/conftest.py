@@ -28,6 +28,7 @@ SHARED = ROOT.parent / "shared"
 ONE_AT_A_TIME = ("test_slurm.py", "test_hosts.py", "test_released_sizes_run_whole")
 
 
+@pytest.hookimpl(trylast=True)  # when what is not asked for is gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist, which gives each worker one stretch of the list to begin with: tests of a file stay together,
     so that what they share is made once, and slow ones come first, so that no worker waits for one at the end. Those of
@@ -159,8 +160,11 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
 @pytest.fixture(scope="session")
 def debug_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random token shards for cfgs/train/debug.yaml, written by the real command."""
-    return made_once(common_folder(tmp_path_factory) / "debug_tokens", lambda folder: run_cli(
-        "shards", "random", "cfgs/train/debug.yaml", "--out", folder, "--count", 40))
+    def make(folder: Path) -> None:
+        run_cli("shards", "random", "cfgs/train/debug.yaml", "--out", folder, "--count", 40)
+        run_cli("shards", "index", folder)  # or the first to read it writes one while others copy the folder
+
+    return made_once(common_folder(tmp_path_factory) / "debug_tokens", make)
 
 
 @pytest.fixture(scope="session")

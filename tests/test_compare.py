@@ -9,7 +9,7 @@ import pytest
 from egom2p.ablate import SweepConfig, combinations
 from egom2p.compare import compare, comparison_text
 from egom2p.config import load
-from tests.conftest import run_cli
+from tests.conftest import ROOT, run_cli
 
 
 def write_eval(folder, values, metric="ate_m"):
@@ -167,3 +167,41 @@ def test_a_sweep_without_values_is_refused(axes, tmp_path):
     path.write_text(f"base: cfgs/train/debug.yaml\nout: {tmp_path}/runs\naxes: {axes}\n")
     done = run_cli("ablate", path, "--dry-run", check=False)
     assert done.returncode == (0 if axes == "{}" else 2)
+
+
+@pytest.mark.parametrize("wrong", ["axes: {train.seed: [0, 1]}", "axes: {x: {a: ['train.seed=3']}}",
+                                   "axes: {optim.lr: [1]}\noverrides: [run.dir=x]"])
+def test_seeds_and_folders_are_the_sweeps_own(tmp_path, wrong):
+    (tmp_path / "s.yaml").write_text(f"base: cfgs/train/debug.yaml\nout: {tmp_path}/runs\n{wrong}\n")
+    done = run_cli("ablate", tmp_path / "s.yaml", "--dry-run", check=False)
+    assert done.returncode == 2 and "is set for each run" in done.stderr
+
+
+def test_a_finished_run_of_another_base_is_refused(debug_tokens, tmp_path):
+    """What is compared was trained by the configuration of now."""
+    base = tmp_path / "base.yaml"
+    base.write_text(f"include: [{ROOT}/cfgs/train/debug.yaml]\ndata: {{root: {debug_tokens}}}\n"
+                    "train: {steps: 2}\noptim: {warmup_steps: 0}\neval: {every: 0}\n")
+    (tmp_path / "s.yaml").write_text(f"base: {base}\nout: {tmp_path}/runs\naxes: {{optim.lr: [0.001]}}\n")
+    run = combinations(load(SweepConfig, tmp_path / "s.yaml"))[0]
+    run_cli("train", base, *run.overrides)
+    (run.folder / "ablation.json").write_text(json.dumps(run.overrides))
+    run_cli("ablate", tmp_path / "s.yaml")
+    base.write_text(base.read_text() + "model: {dim: 32}\n")
+    done = run_cli("ablate", tmp_path / "s.yaml", check=False)
+    assert done.returncode == 2 and "model.dim" in done.stderr
+
+
+def test_the_verdict_is_about_the_clips_that_both_have(tmp_path, caplog):
+    """Of evaluations of 200 and of 50 clips, the latter the harder ones: better on each is better."""
+    rng = np.random.default_rng(0)
+    easy, hard = rng.normal(0.1, 0.01, 150), rng.normal(0.2, 0.01, 50)
+    rows = {"a": dict(enumerate([*hard, *easy])), "b": dict(enumerate(hard - 0.01))}
+    for name, values in rows.items():
+        (tmp_path / name).mkdir()
+        clips = {"rgb2cam": {"keys": list(map(str, values)), "rows": {"model": {"ate_m": list(values.values())}}}}
+        (tmp_path / name / "clips.json").write_text(json.dumps(clips))
+        (tmp_path / name / "results.json").write_text("{}")
+    _, row = compare([tmp_path / "a", tmp_path / "b"])[0]
+    assert row.verdict == "better" and row.difference == pytest.approx(-0.01)
+    assert "on the 50 clips that both have" in caplog.text

@@ -230,3 +230,8 @@ def test_json_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.json").write_text('{"a":\n 1')
     with pytest.raises(UserError, match=f"^{tmp_path / 'bad.json'}: unreadable JSON: Expecting .* delimiter: line 2"):
         read_json(tmp_path / "bad.json")
+
+
+def test_a_path_with_what_yaml_takes_for_a_comment():
+    config = load(PretrainConfig, ROOT / "cfgs/train/debug.yaml", ["run.dir=runs/exp #2", "data.root=a b"])
+    assert config.run.dir == "runs/exp #2" and config.data.root == "a b"

@@ -108,3 +108,28 @@ def test_what_cannot_be_probed_is_one_line(tmp_path, rng):
     assert done.returncode == 2 and "columns key and label" in done.stderr
     done = run_cli("probe", tmp_path, "--labels", labels, check=False)
     assert done.returncode == 2 and "no features there" in done.stderr
+
+
+def test_clips_of_one_recording_are_in_one_fold(tmp_path, rng):
+    """Features that only say which recording it is tell nothing of labels drawn by recording."""
+    keys = [f"r{i // 20}-{i % 20}" for i in range(800)]
+    recording = np.repeat(rng.normal(size=(40, 8)), 20, 0)
+    features = torch.from_numpy(recording + 0.1 * rng.normal(size=(800, 8))).half()
+    (tmp_path / "f").mkdir()
+    save_file({"features": features}, tmp_path / "f/features-000000.safetensors", {"keys": json.dumps(keys)})
+    words = np.repeat(rng.permutation(["a"] * 20 + ["b"] * 20), 20)
+    with (tmp_path / "grouped.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["key", "label", "group"],
+                                    *zip(keys, words, [k.partition("-")[0] for k in keys], strict=True)])
+    with (tmp_path / "each.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["key", "label"], *zip(keys, words, strict=True)])
+    grouped, each = (probe(tmp_path / "f", tmp_path / name, steps=60) for name in ("grouped.csv", "each.csv"))
+    assert grouped.figure < 0.75 and grouped.high - grouped.low > 2 * (each.high - each.low)
+    assert each.figure > grouped.figure + 0.05
+    assert "in 40 groups" in str(grouped) and "groups" not in str(each)
+
+
+def test_features_of_nothing_are_one_line(tmp_path):
+    save_file({"features": torch.zeros(0, 8).half()}, tmp_path / "features-000000.safetensors", {"keys": "[]"})
+    with pytest.raises(UserError, match="no clip there has features"):
+        read_features(tmp_path)

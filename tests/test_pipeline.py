@@ -1,7 +1,10 @@
 """The whole pipeline in small, through the real commands; and generation from plain files."""
 
 import json
+import shutil
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from egom2p import EgoM2P, Pipeline
 from egom2p.data.video import decode_video
 from egom2p.errors import Preempted, UserError
+from egom2p.modalities import ModalitySet
 from egom2p.quickstart import _all_done, _Lane, _to_the_end
 from egom2p.training.log import read_metrics
 from tests.conftest import run_cli
@@ -67,6 +71,39 @@ def test_generate_from_a_plain_video(finished, tmp_path):
     assert note["starts_s"] == [0.0, 1.0]
     assert note["drift"]["cam"]["joins"] == 1
     assert np.load(folder / "cam_tokens.npy").shape == (2, 30)
+
+
+def test_another_recording_of_the_same_name_is_refused(finished, tmp_path):
+    """As sessions of HoloAssist are, all of them Video_pitchshift.mp4: neither replaces the other's results."""
+    out, _, video, _ = finished
+    other = tmp_path / "b/walk.mp4"
+    other.parent.mkdir()
+    shutil.copy(video, other)
+    words = ("generate", out / "model", "--targets", "gaze", "--out", tmp_path / "made", "--inputs")
+    run_cli(*words, video)
+    before = (tmp_path / "made/walk/gaze.npy").stat().st_mtime_ns
+    done = run_cli(*words, other, check=False)
+    assert done.returncode == 2 and f"holds the results of {video}" in done.stderr
+    assert (tmp_path / "made/walk/gaze.npy").stat().st_mtime_ns == before
+    run_cli(*words, video, "--seed", 1)
+    assert (tmp_path / "made/walk/gaze.npy").stat().st_mtime_ns != before
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["walk"]
+
+
+def test_a_run_behind_a_link_finds_its_tokenizers(finished, tmp_path):
+    """runs -> scratch: paths beside the model are as they are from the real folder."""
+    out = finished[0]
+    (tmp_path / "scratch/deep").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    shutil.copytree(out / "tokenizers/gaze", tmp_path / "home/tok", symlinks=True)
+    model = EgoM2P.from_pretrained(out / "model")
+    entries = [replace(m, tokenizer=str(tmp_path / "home/tok") if m.name == "gaze" else "") for m in model.modalities]
+    linked = tmp_path / "home/runs"
+    linked.symlink_to(tmp_path / "scratch/deep")
+    model.modalities = ModalitySet(entries)
+    model.save_pretrained(linked / "m")
+    found = EgoM2P.from_pretrained(linked / "m").modalities.by_name("gaze").tokenizer
+    assert Path(found).is_dir() and Path(found) == (tmp_path / "home/tok").resolve()
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def _add_recordings(parser, out: str) -> None:
                         help="depth that shows the wearer's own body, where a set has both (adt)")
     parser.add_argument("--store", default="", choices=("npy", "mp4"),
                         help="frames and depth as arrays (npy), or as H.264 (visually lossless) and FFV1 "
-                             "(lossless), a tenth of the size (default: mp4 above 128 pixels)")
+                             "(lossless), a tenth of the size (default: npy, for prepare above 128 pixels mp4)")
 
 
 def _prepare_args(args, store: str):
@@ -168,7 +168,8 @@ def _shards_check(args) -> int:
 def _shards_stats(args) -> None:
     from egom2p.data.shardtools import stats
 
-    columns = ("folder", "shards", "clips", "bytes", "dtype", "shape", "distinct_ids", "commonest_share", "unobserved")
+    columns = ("folder", "shards", "clips", "bytes", "dtype", "shape", "distinct_ids", "commonest_share", "unobserved",
+               "unreadable")
     print("\t".join(columns))
     for row in stats(args.pattern):
         print("\t".join(f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ def _local_paths(pattern: str) -> list[Path]:
 def expand_pattern(pattern: str) -> list[str]:
     """Expand `[a,b]` lists (the released notation) and `{a,b}`, `{000..010}` braces; what exists under just this name
     is no pattern."""
-    if not is_remote(pattern) and Path(pattern).exists():
+    if not is_remote(pattern) and os.path.exists(pattern):  # False, and no error, for a list that is no name
         return [pattern]
     try:
         return list(braceexpand(re.sub(r"\[([^\[\]]*,[^\[\]]*)\]", r"{\1}", pattern)))

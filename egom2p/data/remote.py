@@ -36,7 +36,7 @@ CHUNK = 1 << 20
 READERS = 4
 ABANDONED_S = 86400  # a partial copy that nobody has written to for so long is of a process that was killed
 # What file systems call that which changes with a file's content, the surest first.
-VERSIONS = ("ETag", "etag", "blob_id", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created")
+VERSIONS = ("blob_id", "md5Hash", "generation", "ETag", "etag", "LastModified", "last_modified", "mtime", "created")
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -273,7 +273,11 @@ def _remote_index(folder: str, cache: ShardCache) -> dict[str, dict]:
     def ask() -> dict[str, dict]:
         fs, path = filesystem(f"{folder}/{INDEX_FILE}")
         fs.info(path)
-        return parse_index(json.loads(fs.cat_file(path)))
+        index = json.loads(fs.cat_file(path))
+        if isinstance(index, dict) and index.get("version") == 1:
+            log.warning("%s/%s is of an older version, which took damaged tars for whole; `egom2p shards index` where "
+                        "the shards are made writes a new one to upload", folder, INDEX_FILE)
+        return parse_index(index, oldest=1)
 
     try:
         return retry(ask, f"{folder}/{INDEX_FILE}", cache.retry_s)

@@ -192,7 +192,7 @@ def _loose_jobs(pattern: str, out: Path, names: set[str]) -> Iterator[_Job]:
 def _loose(pattern: str) -> list[Path]:
     files = []
     for path in map(Path, expand_pattern(pattern)):
-        files += [p for p in walk(path) if p.suffix in (".npz", ".npy")]
+        files += [p for p in walk(path) if p.suffix in (".npz", ".npy")] if path.is_dir() else []
     found = [] if files else [p for p in _expand_or_none(pattern) if p.suffix in (".npz", ".npy")]
     return [*files, *found]
 

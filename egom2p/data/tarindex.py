@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
 VERSION = 2  # 1 took a tar with a damaged header in its middle for whole
+VOLUME_LABEL = b"V"  # of GNU tar: a name for the archive
 LONGEST_END = 1 << 16  # bytes of zeros behind the last member; tar fills up to 10 KiB
 _NOTHING: dict = {"size": 0, "mtime_ns": 0, "keys": [], "suffixes": [], "offsets": [], "sizes": []}
 
@@ -213,8 +214,8 @@ def _scan(path: Path) -> dict:
                 elif member.islnk() and member.linkname in places:
                     places[member.name] = places[member.linkname]
                 else:
-                    damage = damage or ("" if member.isdir() else f"holds {member.name}, which is no file but a link "
-                                                                  "or the like")
+                    known = member.isdir() or member.type == VOLUME_LABEL
+                    damage = damage or ("" if known else f"holds {member.name}, which is a link or the like, no file")
                     continue
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
                 stem, suffix = split_name(name)
@@ -253,13 +254,15 @@ def _damaged_end(path: Path, offset: int, size: int) -> str:
         while block := file.read(1 << 20):
             if block.strip(b"\0"):
                 return f"goes on behind its end at byte {offset}, and what follows is not used"
-    return f"holds nothing but zeros from byte {offset} on, so files may be missing" if (
-        size - offset > LONGEST_END) else ""
+    # tar fills up whole records, of more than 10 KiB when it is told to (`tar -b`).
+    record = max(LONGEST_END, size & -size)
+    return f"holds nothing but zeros from byte {offset} on, so files may be missing" if size - offset > record else ""
 
 
-def parse_index(index: dict) -> dict[str, dict]:
+def parse_index(index: dict, oldest: int = VERSION) -> dict[str, dict]:
     """{shard name: record} of an index file's JSON; {} when it is of another version or malformed."""
-    shards = index.get("shards") if isinstance(index, dict) and index.get("version") == VERSION else None
+    version = index.get("version") if isinstance(index, dict) else None
+    shards = index.get("shards") if type(version) is int and oldest <= version <= VERSION else None
     return {name: r for name, r in shards.items() if _is_record(r)} if isinstance(shards, dict) else {}
 
 

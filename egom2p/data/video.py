@@ -83,6 +83,7 @@ def shown(source: Path | bytes, losses: Losses | None = None, gray16: bool = Fal
                 frames = packet.decode()
             except av.error.FFmpegError:
                 damage.packet(clock.of_packet(packet))
+                clock.lost(packet)
                 continue
             for frame in frames:
                 time = clock.of_frame(frame)
@@ -268,7 +269,8 @@ class _Clock:
     """Seconds of packets and frames from the first frame shown.
 
     AVI has no presentation times and those FFmpeg makes up for B-frames are wrong: there the i-th frame shown is at the
-    i-th smallest decoding time. A clock that starts anew (joined transport streams) goes on from the frame before.
+    i-th smallest decoding time, counted anew from the first key frame after damage. A clock that starts anew (joined
+    transport streams) goes on from the frame before.
     """
 
     def __init__(self, container: Any, stream: Any) -> None:
@@ -276,6 +278,7 @@ class _Clock:
         self.base = float(stream.time_base) if stream.time_base else 0.0
         self.step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         self.waiting: list[float] = []
+        self.keys: list[float] | None = None  # decoding times of key frames since damage
         self.first: float | None = None
         self.last: float | None = None
         self.shift = 0.0
@@ -283,6 +286,15 @@ class _Clock:
     def saw(self, packet: Any) -> None:
         if self.by_dts and packet.dts is not None and packet.size:
             heapq.heappush(self.waiting, packet.dts * self.base)
+            if self.keys is not None and packet.is_keyframe:
+                self.keys.append(packet.dts * self.base)
+
+    def lost(self, packet: Any) -> None:
+        """No frame will come of this packet, so its time is nobody's, nor of some that need it."""
+        if self.by_dts and packet.dts is not None and packet.dts * self.base in self.waiting:
+            self.waiting.remove(packet.dts * self.base)
+            heapq.heapify(self.waiting)
+            self.keys = []
 
     def of_packet(self, packet: Any) -> float | None:
         """Container time of a packet whose frame is shown."""
@@ -294,6 +306,10 @@ class _Clock:
     def of_frame(self, frame: Any) -> float | None:
         """None for a frame that repeats one shown already."""
         if self.by_dts:
+            if self.keys and frame.key_frame:
+                while self.waiting and self.waiting[0] < self.keys[0]:
+                    heapq.heappop(self.waiting)
+                self.keys = None
             time = heapq.heappop(self.waiting) if self.waiting else None
         else:
             time = None if frame.time is None else float(frame.time)

@@ -76,7 +76,8 @@ class Arctic(Adapter):
 
     def _base(self, root: Path) -> Path:
         """Where the folders lie: `root`, or below it as the authors' scripts unpack them."""
-        places = (root, root / "data", root / "arctic_data/data", root / "unpack/arctic_data/data")
+        places = [root / p for p in ("", "data", "arctic_data/data", "data/arctic_data/data",
+                                     "unpack/arctic_data/data")]
         return next((p for p in places if any((p / kind).is_dir() for kind in KINDS)), root)
 
 

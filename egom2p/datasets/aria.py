@@ -59,9 +59,8 @@ class Trajectory:
         return poses_from(self.quaternions[rows], self.translations[rows])
 
     def thinned(self) -> "Trajectory":
-        """About one row every DENSE_STEP_NS."""
-        step = float(np.median(np.diff(self.device_ns))) if len(self.device_ns) > 1 else DENSE_STEP_NS
-        rows = slice(None, None, max(1, round(DENSE_STEP_NS / max(step, 1))))
+        """The first row of every DENSE_STEP_NS. HOT3D's have two or three rows a frame, microseconds apart."""
+        rows = np.unique((self.device_ns - self.device_ns[:1]) // DENSE_STEP_NS, return_index=True)[1]
         return Trajectory(self.device_ns[rows], self.quaternions[rows], self.translations[rows], self.left_out)
 
 

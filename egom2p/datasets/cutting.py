@@ -13,9 +13,9 @@ from egom2p.datasets.recording import BadSequence, Pictures, Recording, Track
 
 SECONDS = 2.0
 SPEED_LIMIT, TURN_LIMIT = 20.0, 1500.0  # m/s and deg/s between neighbouring 30 Hz poses: more is a jump of the tracker
+LARGEST_DEPTH = 65504.0  # metres, what float16 holds
 NO_ROTATION = 0.05  # largest entry of R R^T - 1 of a pose that counts
 # Seconds a sample may be from the moment it stands for.
-LARGEST_DEPTH = 65504.0  # metres, what float16 holds
 LARGEST_GAP = {"rgb": 0.2, "depth": 0.3, "cam": 0.1, "gaze": 0.16}
 
 

@@ -1,9 +1,10 @@
 """EgoGen (Li et al., "EgoGen: An Egocentric Synthetic Data Generator", CVPR 2024), as published for EgoM2P.
 
-Get it: https://egogen.ethz.ch (registration), the `egom2p_*_ori.tar` archives. What is known of them comes from the
-loader of EgoM2P: one file a sequence, cam/NAME.npz with `arr_0` (T, 4, 4), camera to world in OpenGL axes (x right, y
-up, looking along -z), metres; videos beside it. The inside of the archives is not documented, so this adapter is
-configurable where it must guess, and says so:
+Get it: https://egogen.ethz.ch (registration), the `egom2p_*_ori.tar` archives. What is known of them comes from
+EgoM2P's loader (one file a sequence, cam/NAME.npz with `arr_0` (T, 4, 4), camera to world in OpenGL axes: x right, y
+up, looking along -z; metres; videos beside it) and its README_DATA.md, by which they were saved by scripts like
+EgoGen's gen_egobody_depth.py. That one writes a file a frame, 320 x 288 with a focal length of 200, and the inverse of
+the pose; no archive was at hand, so this adapter reads the layout of the loader:
   cam/NAME.npz                arr_0 (T, 4, 4), 30 Hz
   rgb/NAME.mp4                or rgb_256_8fps/NAME.mp4
   depth/NAME.npz or .npy      arr_0 (T, H, W) metres along z (pyrender's), 0 where nothing was hit; at the video's rate

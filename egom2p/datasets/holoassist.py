@@ -11,7 +11,8 @@ and taeinkwon/PyHoloAssist:
   SESSION/Export_py/Video/Intrinsics.txt         25 numbers: K row-major first, width and height last (the README's tree
                                                  spells it Instrinsincs.txt)
   SESSION/Export_py/Video/VideoMp4Timing.txt     start and end of the mp4 in ticks
-  SESSION/Export_py/Eyes/Eyes_sync.txt           seconds, ticks, ray origin (3), direction (3), valid; world frame
+  SESSION/Export_py/Eyes/Eyes_sync.txt           seconds, ticks, ray origin (3), direction (3), whether the eyes were
+                                                 calibrated; world frame; a lost ray is NaN
   {train,val,test}-v1_2.txt                      a session a line, in ROOT, data_split/, data-splits-v1_2/ or splits/
 Ticks are 100 ns since year 1 and are read as integers (they exceed a float's precision). Video frame i is at start + i
 / fps. Gaze: the ray's point at 0.5 m, projected with K (no distortion, as the authors do), crop 480 of 896 x 504, as
@@ -71,13 +72,17 @@ class HoloAssist(Adapter):
         eyes = folder / "Eyes/Eyes_sync.txt"
         if eyes.exists() and recording.intrinsics is not None:
             recording.gaze = recording.attempt("gaze", self._gaze, eyes, start, ticks, recording.cam,
-                                               recording.intrinsics)
+                                               recording.intrinsics, recording.notes)
         return recording
 
-    def _gaze(self, path: Path, start: int, pose_ticks: np.ndarray, cam: Track, intrinsics: np.ndarray) -> Track:
+    def _gaze(self, path: Path, start: int, pose_ticks: np.ndarray, cam: Track, intrinsics: np.ndarray,
+              notes: list[str]) -> Track:
         """Pixels of the gaze ray's point at half a metre, NaN where the eyes or the head were lost or the point is
         behind the camera."""
-        ticks, rows, valid = _stamped(path, 6)
+        ticks, rows, calibrated = _stamped(path, 6)
+        if not calibrated.all():
+            notes.append(f"gaze: {np.mean(~calibrated):.0%} of the rows were taken without a valid calibration of the "
+                         "eyes; they are used, as EgoM2P does")
         nearest = np.clip(np.searchsorted(pose_ticks, ticks), 1, max(1, len(pose_ticks) - 1))
         before = np.abs(pose_ticks[nearest - 1] - ticks) <= np.abs(pose_ticks[np.minimum(nearest, len(pose_ticks) - 1)]
                                                                    - ticks)
@@ -88,7 +93,7 @@ class HoloAssist(Adapter):
         with np.errstate(invalid="ignore", divide="ignore"):
             seen = np.einsum("tij,tj->ti", geometry.invert(cam.values[nearest]), points)[:, :3]
             pixels = geometry.project(seen, intrinsics)
-            lost = (seen[:, 2] <= 0.05) | ~np.isfinite(pixels).all(1) | (lengths < 1e-6) | ~valid
+            lost = (seen[:, 2] <= 0.05) | ~np.isfinite(pixels).all(1) | (lengths < 1e-6)
         lost |= np.abs(pose_ticks[nearest] - ticks) * TICKS > 1 / 60
         return Track(_seconds(ticks, start), np.where(lost[:, None], np.nan, pixels))
 
@@ -115,8 +120,8 @@ def _start(path: Path) -> int:
 
 
 def _stamped(path: Path, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(N,) integer ticks, (N, columns) numbers and (N,) bool (a further column that is 0 or False says no) of a `_sync`
-    file: seconds, ticks, then the numbers."""
+    """(N,) integer ticks, (N, columns) numbers and (N,) bool (a further column that is 0 or False says no: of the eyes'
+    calibration) of a `_sync` file: seconds, ticks, then the numbers."""
     ticks, rows, valid = [], [], []
     for line in read_text(find(path)).splitlines():
         words = line.split()

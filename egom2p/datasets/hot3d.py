@@ -20,10 +20,10 @@ clips/README.md):
                                      {projection_params, ...}}}, FRAME.info.json {participant_id, image_timestamps_ns}
 Where headset_trajectory.csv is missing, or the recording has no usable time code, the MPS trajectory is used; where
 that is missing too, the camera is left out. Frames are undistorted to a pinhole of the same focal length and turned
-upright; the
-Quest's images too (worked out from one sample pose; look at the contact sheet). No captured depth. Splits, EgoM2P's:
-val
-P0001, P0014; test P0004 P0005 P0006 P0008 P0016 P0020.
+upright; the Quest's images too (worked out from one sample pose; look at the contact sheet). The calibration is the
+factory's (of a clip, its first frame's), where the authors' code takes MPS' own for each frame. headset_trajectory.csv
+has a row for the stamp of every camera, so two or three a frame, microseconds apart. No captured depth. Splits,
+EgoM2P's: val P0001, P0014; test P0004 P0005 P0006 P0008 P0016 P0020.
 """
 
 import csv

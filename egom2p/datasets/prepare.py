@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,7 +31,7 @@ from egom2p.datasets.cutting import SECONDS, cut, safe
 from egom2p.datasets.recording import Adapter, BadSequence, NotARecording, Recording, stamp_of
 from egom2p.errors import UserError
 from egom2p.files import write_whole
-from egom2p.processes import forks
+from egom2p.processes import cores, forks
 from egom2p.resources import load_object
 
 log = logging.getLogger(__name__)
@@ -200,8 +199,8 @@ def _gone(out: Path, root: Path, names: dict[str, str]) -> list[str]:
     if not gone:
         return []
     more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-    return [f"{gone[0]}{more}: prepared before and not below {root} now; the clips stay in {out}. Were they renamed or "
-            "moved, remove those clips and records, or use another --out"]
+    return [f"{gone[0]}{more}: prepared before and not below {root} now; what was made of it stays. Renamed or moved "
+            "recordings are there twice: take another --out"]
 
 
 def _prepared(out: Path) -> Iterator[tuple[Path, str]]:
@@ -236,7 +235,7 @@ def _record(out: Path, job: Job) -> dict[str, Any] | None:
 
 
 def _run(name: str, root: Path, out: Path, args: PrepareArgs, jobs: list[Job], total: int) -> Iterator[dict]:
-    workers = min(args.workers or len(os.sched_getaffinity(0)), max(1, len(jobs)))
+    workers = min(args.workers or cores(), max(1, len(jobs)))
     with tqdm(total=total, initial=total - len(jobs), desc=f"prepare {name}", unit="sequence") as bar:
         if workers <= 1:
             for job in jobs:

@@ -26,6 +26,7 @@ from egom2p.files import walk
 T = TypeVar("T")
 CENTRE_TOLERANCE = 0.15  # of the side: a principal point further than this from the frame's centre is another frame's
 ASPECT_TOLERANCE = 0.01
+DEPTH_TOLERANCE = 0.03  # networks round the sides to multiples of 14 or 32
 SHORTEST_SHARE = 0.9  # of the video: depth with fewer frames was stored at another rate
 
 
@@ -236,7 +237,7 @@ def beside_video(rgb: VideoPictures, path: Path, scale: float, notes: list[str])
 def check_shape(path: Path, shape: tuple[int, ...], size: tuple[int, ...]) -> None:
     """BadSequence unless depth pictures of `shape` (H, W) are the video's frames, `size` (width, height), or a smaller
     form of them."""
-    if abs(shape[1] / shape[0] / (size[0] / size[1]) - 1) > ASPECT_TOLERANCE:
+    if abs(shape[1] / shape[0] / (size[0] / size[1]) - 1) > DEPTH_TOLERANCE:
         raise BadSequence(f"{path} is {shape[1]} x {shape[0]}, the video as it is shown {size[0]} x {size[1]}: another "
                           "shape, so turned, cut or squeezed; depth of the frames as they are shown is wanted")
 

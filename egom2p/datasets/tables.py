@@ -51,33 +51,45 @@ def read_text(path: Path) -> str:
 
 
 def read_table(path: Path) -> Table:
-    """See the module. The header is the last comment line or the first line, when it holds words, as many as a row."""
+    """See the module. The header is the last comment line or the first line, when it holds words, as many as a row.
+
+    Tabs at a line's ends are empty cells, or mean nothing: whatever makes more whole rows, and columns that hold
+    something.
+    """
     comments, lines = [], []
     for line in read_text(path).splitlines():
         if line.lstrip().startswith("#"):
             comments.append(line.strip().lstrip("#").strip())
         elif line.strip():
-            lines.append(line.strip(" \r\n"))  # tabs at its ends are empty cells
+            lines.append(line.strip(" \r\n"))
     if not lines:
         raise BadSequence(f"{path} holds no row")
-    delimiter, decimal = _delimiter([line.strip() for line in lines])
-    rows = [_split(line, delimiter) for line in lines]
-    header: list[str] | None = None
-    if not any(_is_number(word, decimal) for word in rows[0]):
-        header = rows.pop(0)
-    elif comments:
-        words = _split(comments[-1], _delimiter([comments[-1]])[0])
-        header = words if len(words) == len(rows[0]) and not any(_is_number(w, ".") for w in words) else None
+    bare = [line.strip() for line in lines]
+    delimiter, decimal = _delimiter(bare)
+    readings = [_columns_of([_split(line, delimiter) for line in some], comments, decimal) for some in (lines, bare)]
+    header, rows, whole = max(readings, key=lambda r: (len(r[2]), any(row[0] for row in r[1]) if r[1] else False))
     if not rows:
         raise BadSequence(f"{path} holds no row")
-    width = len(header) if header else max(_filled(row) for row in rows)
-    rows = [row[:width] if _filled(row) <= width else row for row in rows]
-    whole = [[_number(word, decimal) for word in row] for row in rows if len(row) == width]
+    width = len(header) if header else max(map(_filled, rows))
     if not whole:
         raise BadSequence(f"{path} holds no row of {width} columns")
     names = [name.strip().strip('"').lower() for name in header] if header else [str(i) for i in range(width)]
-    table = np.array(whole, np.float64).T
+    table = np.array([[_number(word, decimal) for word in row] for row in whole], np.float64).T
     return Table(path, dict(zip(names, table, strict=False)), header is not None, len(rows) - len(whole))
+
+
+def _columns_of(rows: list[list[str]], comments: list[str],
+                decimal: str) -> tuple[list[str] | None, list[list[str]], list[list[str]]]:
+    """(header if there is one, the other rows, those of them that are whole)."""
+    header: list[str] | None = None
+    if not any(_is_number(word, decimal) for word in rows[0]):
+        header, rows = rows[0], rows[1:]
+    elif comments:
+        words = _split(comments[-1], _delimiter([comments[-1]])[0])
+        header = words if len(words) == len(rows[0]) and not any(_is_number(w, ".") for w in words) else None
+    width = len(header) if header else max(map(_filled, rows), default=0)
+    cut = [row[:width] if _filled(row) <= width else row for row in rows]
+    return header, rows, [row for row in cut if len(row) == width]
 
 
 def numbers(path: Path, columns: int | None = None) -> np.ndarray:

@@ -48,36 +48,41 @@ def tokenise(name: str, root: Path, out: Path, tokenizers: list[Tokenizer], args
     clips = prepared_beside(out)
     plan = plan_jobs(name, root, clips, args, only)
     note = _Note.of(clips / NOTE, {"group": group, "sequences": list(only)})
-    jobs = {job.file: job for job in plan.jobs}
-    for number, files in enumerate(note.grouped(list(jobs))):
-        there = [jobs[file] for file in files if file in jobs]
-        if number in note.done and not _has_news(name, root, clips, plan, there, number, note):
+    jobs = {job.sequence: job for job in plan.jobs}
+    for number, sequences in enumerate(note.grouped(list(jobs))):
+        there = [jobs[sequence] for sequence in sequences if sequence in jobs]
+        if number in note.done and not _has_news(name, root, clips, plan, there, note.failed.get(str(number), [])):
             continue
-        if number in note.stale:
-            gone = [file for file in files if file not in jobs]
+        if number in note.done | note.stale:
+            gone = [sequence for sequence in sequences if sequence not in jobs]
             if gone:
                 raise UserError(f"shard {number} of {out} must be made anew, since a recording of it changed, but "
                                 f"{gone[0]} of it is not below {root} any more; put it back or choose another --out")
             log.warning("group %d changed since it was encoded; it is prepared and encoded anew", number)
-            _forget(clips, files)
+            note.write(done=note.done - {number}, stale=note.stale | {number})
+            for job in there:
+                record_path(clips, job.file).unlink(missing_ok=True)
             note.write(stale=note.stale - {number})
         run_jobs(name, root, clips, plan, there)
+        files = [job.file for job in there]
         _encode_group(tokenizers, set_name(name), clips, files, number, out, encoding or EncodeArgs())
-        note.write(done=note.done | {number})
+        failed = [job.sequence for job in there if has_failed(clips, job)]
+        note.write(done=note.done | {number}, failed={**note.failed, str(number): failed})
         _keep_some(clips, files)
     return write_card(clips, set_name(name), plan.skipped)
 
 
 @dataclass
 class _Note:
-    """What is finished, on disk: groups (files in each), done (numbers of groups whose shards are whole), stale
-    (numbers of those to be prepared and encoded anew)."""
+    """What is finished, on disk: groups (sequences of each), done (numbers of groups whose shards are whole), stale
+    (numbers of those to be prepared and encoded anew), failed {number: sequences that gave nothing}."""
 
     path: Path
     settings: dict[str, Any]
     groups: list[list[str]]
     done: set[int]
     stale: set[int]
+    failed: dict[str, list[str]]
 
     @classmethod
     def of(cls, path: Path, settings: dict[str, Any]) -> "_Note":
@@ -85,37 +90,32 @@ class _Note:
         begun = {k: known.get(k) for k in settings}
         if begun != settings:
             raise UserError(f"{path.parent} was begun with {begun}, now {settings}; choose another --out")
-        return cls(path, settings, known.get("groups", []), set(known.get("done", ())), set(known.get("stale", ())))
+        return cls(path, settings, known.get("groups", []), set(known.get("done", ())), set(known.get("stale", ())),
+                   known.get("failed", {}))
 
-    def grouped(self, files: list[str]) -> list[list[str]]:
-        """Groups on record that are begun, and then the files that are in none."""
+    def grouped(self, sequences: list[str]) -> list[list[str]]:
+        """Groups on record that are begun, and then the sequences that are in none."""
         kept = self.groups[: max(self.done | self.stale, default=-1) + 1]
-        taken, size = {file for group in kept for file in group}, self.settings["group"]
-        others = [file for file in files if file not in taken]
+        taken, size = {sequence for group in kept for sequence in group}, self.settings["group"]
+        others = [sequence for sequence in sequences if sequence not in taken]
         self.groups = kept + [others[i : i + size] for i in range(0, len(others), size)]
         self.write()
         return self.groups
 
-    def write(self, **changes: set[int]) -> None:
-        for name, numbers in changes.items():
-            setattr(self, name, numbers)
+    def write(self, **changes: Any) -> None:
+        for name, value in changes.items():
+            setattr(self, name, value)
         write_whole(self.path, json.dumps({**self.settings, "groups": self.groups, "done": sorted(self.done),
-                                           "stale": sorted(self.stale)}))
+                                           "stale": sorted(self.stale), "failed": self.failed}))
 
 
-def _has_news(name: str, root: Path, clips: Path, plan: Plan, jobs: list[Job], number: int, note: _Note) -> bool:
-    """Whether the shards of a finished group are out of date: a sequence changed, or one that failed before has clips
-    now. It is noted before anything is prepared, so that a run that is stopped here finds it again."""
-    failed = [job for job in jobs if has_failed(clips, job)]
-    changed = [job for job in jobs if not is_done(clips, job) and job not in failed]
-    if not changed and not failed:
-        return False
-    note.write(done=note.done - {number}, stale=note.stale | {number})
-    run_jobs(name, root, clips, plan, [] if changed else failed)
-    if changed or any(is_done(clips, job) for job in failed):
+def _has_news(name: str, root: Path, clips: Path, plan: Plan, jobs: list[Job], failed: list[str]) -> bool:
+    """Whether the shards of a finished group are out of date: a sequence changed, or one that `failed` when it was
+    encoded, and is tried again here, has clips now."""
+    if any(not is_done(clips, job) and not has_failed(clips, job) for job in jobs):
         return True
-    note.write(done=note.done | {number}, stale=note.stale - {number})
-    return False
+    run_jobs(name, root, clips, plan, [job for job in jobs if has_failed(clips, job)])
+    return any(job.sequence in failed and is_done(clips, job) for job in jobs)
 
 
 def prepared_beside(out: Path) -> Path:
@@ -132,11 +132,6 @@ def _encode_group(tokenizers: list[Tokenizer], dataset: str, clips: Path, files:
         index = ClipIndex.of(paths)
         shard = Shard(dataset if split == "train" else f"{dataset}_{split}", number, list(range(len(index))))
         encode_shards(tokenizers, index, [shard], out, f"egom2p tokens {dataset}, {split}", encoding)
-
-
-def _forget(clips: Path, files: Sequence[str]) -> None:
-    for file in files:
-        record_path(clips, file).unlink(missing_ok=True)
 
 
 def _keep_some(clips: Path, files: Sequence[str]) -> None:

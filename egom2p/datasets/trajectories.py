@@ -2,8 +2,9 @@
 
 TUM: `time tx ty tz qx qy qz qw` a line, camera to world. Seen written by evo, ORB-SLAM2 and 3, DPVO (frame numbers as
 time) and MonST3R (frame numbers, and `qw qx qy qz` though it is called TUM); EuRoC's `data.csv` has a header and w
-first. The order of a quaternion cannot be told from its norm: a header says it, or `{"quaternion": "wxyz"}` in
-NAME.cam.json, or a first row that is exactly the identity; else it is x y z w.
+first, and its poses (as those of ORB-SLAM3 with an IMU) are the IMU's: taken as the camera's, with a note. The order of
+a quaternion cannot be told from its norm: a header says it, or `{"quaternion": "wxyz"}` in NAME.cam.json, or a first
+row that is exactly the identity; else it is x y z w.
 
 COLMAP: `images.txt` / `images.bin` hold camera from world, Hamilton, w first; ids and order mean nothing, so images are
 joined to frames by the number at the end of their names.
@@ -35,7 +36,7 @@ MODEL_PARAMS = (3, 4, 4, 5, 8, 8, 12, 5, 4, 5, 12, 16, 4, 5, 3, 4, 6, 2)
 def read_tum(path: Path, clock: VideoClock, said: dict[str, Any], notes: list[str]) -> Track:
     """A TUM or EuRoC trajectory; rows that are no pose are left out and counted."""
     table = read_table(path)
-    stamps, translations, quaternions = _tum_columns(table, said)
+    stamps, translations, quaternions = _tum_columns(table, said, notes)
     times = seconds_of(stamps, clock, str(path), notes, said)
     poses = poses_from(quaternions, translations)
     good = np.isfinite(times) & np.isfinite(poses).all((1, 2))
@@ -50,13 +51,16 @@ def read_tum(path: Path, clock: VideoClock, said: dict[str, Any], notes: list[st
     return Track(times[fresh], poses[fresh])
 
 
-def _tum_columns(table: Table, said: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tum_columns(table: Table, said: dict[str, Any],
+                 notes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(N,) stamps, (N, 3) translations, (N, 4) quaternions x y z w."""
     if table.has_header:
         translation = next((t for t in TRANSLATIONS if set(t) <= table.columns.keys()), None)
         quaternion = next((q for q in QUATERNIONS if set(q) <= table.columns.keys()), None)
         stamp = next(iter(table.columns.values()))
         if translation and quaternion:
+            if translation[0].startswith("p_rs_r"):
+                notes.append(f"{table.path.name}: EuRoC's poses are those of the IMU; they are taken as the camera's")
             return (stamp, *(np.stack([table.columns[n] for n in names], 1) for names in (translation, quaternion)))
     matrix = table.matrix()
     if matrix.shape[1] < 8:

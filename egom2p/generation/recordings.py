@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from egom2p.config import to_plain
+from egom2p.config import read_json, to_plain
 from egom2p.errors import UserError
+from egom2p.files import aside
 from egom2p.generation.pipeline import SPREAD, Joined, Pipeline, Window
 from egom2p.generation.schedule import TargetArgs
 from egom2p.signals.writers import NpyWriter, npy_file
@@ -78,21 +79,31 @@ def _generate_file(pipeline: Pipeline, path: Path, folder: Path, args: GenerateA
     if _done(folder, identity):
         log.info("%s holds these results already and is kept", folder)
         return folder
-    if folder.exists() and any(folder.iterdir()) and not (folder / NOTE).exists():
+    _refuse_foreign(folder, path)
+    part, old = aside(folder), aside(folder.with_name(f"{folder.name}.old"))
+    part.mkdir(parents=True)
+    try:
+        note = _write(pipeline, path, part, args)
+        (part / NOTE).write_text(json.dumps({**note, "identity": identity}, indent=1))
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _refuse_foreign(folder: Path, path: Path) -> None:
+    """Raises UserError unless a folder is absent, empty or holds results of this very recording."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / NOTE).exists():
         raise UserError(f"{folder} holds files that no earlier call of generate wrote; choose another --out or remove "
                         f"it")
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        note = _write(pipeline, path, aside, args)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    (aside / NOTE).write_text(json.dumps({**note, "identity": identity}, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    return folder
+    source = read_json(folder / NOTE).get("source", "")
+    if source and Path(source).absolute() != path.absolute():
+        raise UserError(f"{folder} holds the results of {source}; choose another --out, or remove it")
 
 
 def _write(pipeline: Pipeline, path: Path, folder: Path, args: GenerateArgs) -> dict[str, Any]:
@@ -115,10 +126,11 @@ def _write(pipeline: Pipeline, path: Path, folder: Path, args: GenerateArgs) -> 
     files.append(joined.end())
     for writer in (*tokens.values(), files):
         writer.close()
-    return {"source": str(path), "seconds": round(joined.seconds, 6), "windows": len(starts),
+    return {"source": str(path.absolute()), "seconds": round(joined.seconds, 6), "windows": len(starts),
             "starts_s": starts[:: len(starts) // STARTS_SHOWN + 1], "overlap_s": args.overlap,
             "targets": list(args.targets), "seed": args.seed, "samples": args.samples, "rates_hz": joined.rates,
             "units": {n: pipeline.kind(n).unit for n in args.targets},
+            "kinds": {n: pipeline.model.modalities.by_name(n).signal for n in args.targets},
             "recipes": {n: to_plain(pipeline.recipes(args.recipes)[n]) for n in args.targets},
             "mean_confidence": {n: c / len(starts) for n, c in confidence.items()},
             "drift": {n: _drift(j) for n, j in joined.drift().items()}}

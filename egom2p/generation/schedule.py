@@ -1,5 +1,6 @@
 """How a target is generated: in how many steps, in what order, with what temperature and guidance."""
 
+import difflib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from egom2p.config import build
+from egom2p.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +74,13 @@ def recipes_of(own: dict[str, Any], given: dict[str, TargetArgs] | None = None) 
 
 
 def name_unknown(recipes: Iterable[str], names: Sequence[str]) -> None:
-    """Say which recipes are for modalities that a model does not have."""
+    """Say which recipes are for modalities that a model does not have. Raises UserError for one that is nearly called
+    like a modality without a recipe."""
     for name in sorted(set(recipes) - set(names)):
+        meant = difflib.get_close_matches(name, set(names) - set(recipes), n=1)
+        if meant:
+            raise UserError(f"there is a recipe for '{name}', which this model does not have; did you "
+                            f"mean '{meant[0]}'?")
         log.warning("there is a recipe for '%s', which this model does not have; it has %s", name, ", ".join(names))
 
 

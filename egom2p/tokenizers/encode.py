@@ -32,6 +32,7 @@ from egom2p.data.tokens import encode_tokens
 from egom2p.distributed import World, environment_world
 from egom2p.errors import DamagedClip, UserError
 from egom2p.lock import FileLock
+from egom2p.processes import cores
 from egom2p.tokenizers.base import Tokenizer
 from egom2p.tokenizers.origin import Origin
 
@@ -94,8 +95,8 @@ def encode_shards(tokenizers: list[Tokenizer], index: ClipIndex, plan: list[Shar
     """`encode_clips` for shards of one's own making. source: where the clips are from, in words; a folder's shards must
     all say the same."""
     world = world or environment_world()
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    workers = args.workers if args.workers >= 0 else min(MAX_WORKERS, max(0, cores - 1))
+    own = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    workers = args.workers if args.workers >= 0 else min(MAX_WORKERS, max(0, own - 1))
     folders: dict[tuple[str, str], Origin] = {}
     for tokenizer in tokenizers:
         made_by = tokenizer.fingerprint()
@@ -106,7 +107,7 @@ def encode_shards(tokenizers: list[Tokenizer], index: ClipIndex, plan: list[Shar
     first = world.rank * len(plan) // world.size
     left = [*plan[first:], *plan[:first]]
     with (tqdm(total=len(index) * len(tokenizers), desc="encode", unit="signal", disable=not world.is_main) as bar,
-          _threads(max(1, cores - workers))):
+          _threads(max(1, own - workers))):
         while left := _encode(work, left, args.batch, workers, bar):
             if not world.is_main:
                 return {}

@@ -101,7 +101,7 @@ def run_training(config: Any, make_task: Any) -> Path:
                         "train.precision=float32 is the faster one here")
         task = make_task(config, world)
         run_dir, replaying = Path(config.run.dir), bool(config.debug.replay_step)
-        _check_same_run(config, run_dir, config.resume.force)
+        check_same_run(config, run_dir, config.resume.force)
         with RunLock(run_dir, world.is_main and not replaying) as lock:
             if world.is_main and not replaying:
                 write_to_run(run_dir / "config.yaml", dump(config))
@@ -397,7 +397,7 @@ def garbage_collected_by_steps() -> Iterator[Callable[[int], None]]:
             gc.enable()
 
 
-def _check_same_run(config: Any, run_dir: Path, force: bool) -> None:
+def check_same_run(config: Any, run_dir: Path, force: bool) -> None:
     """Refuse to write into the folder of another run; the differences are named."""
     path = run_dir / "config.yaml"
     if not path.exists() or force:

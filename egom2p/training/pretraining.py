@@ -22,7 +22,7 @@ from egom2p.distributed import World, sum_over_ranks
 from egom2p.errors import UserError
 from egom2p.evaluation.measures import VARIANT
 from egom2p.evaluation.run import evaluate
-from egom2p.generation.schedule import TargetArgs
+from egom2p.generation.schedule import TargetArgs, name_unknown
 from egom2p.modalities import ModalityArgs, ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.flops import training_flops
@@ -118,16 +118,14 @@ class PretrainTask:
     def __init__(self, config: PretrainConfig, world: World) -> None:
         self.modalities = ModalitySet.from_config(config.modalities)
         self.config, self.world = config, world
-        for where, recipes in (("generation", config.generation), ("eval.recipes", config.eval.recipes)):
-            for name in recipes.keys() - set(self.modalities.names):
-                raise UserError(f"{where}.{name}: this model has no modality '{name}'; it has "
-                                f"{', '.join(self.modalities.names)}")
+        recipes = {name: recipe for name, recipe in config.generation.items() if name in self.modalities.names}
+        name_unknown({**config.generation, **config.eval.recipes}, self.modalities.names)
         self.stream = TokenStream(config.data, self.modalities, config.masking, config.train.seed)
         self.held_out = self._open_held_out()
         self._name_absent()
         folders = folders_of([*self.stream.datasets, *(self.held_out.datasets if self.held_out else ())])
         self.model = EgoM2P(self.modalities, config.model)
-        self.model.generation = {name: to_plain(recipe) for name, recipe in config.generation.items()}
+        self.model.generation = {name: to_plain(recipe) for name, recipe in recipes.items()}
         self.model.origins = check_tokenizers(self.modalities, origins_of(folders))
         start_model(self.model, config.init, config.train.seed)
         self._spread_targets(config.loss)

@@ -168,7 +168,8 @@ class TokenizerTask:
         self.model.statistics = self.model.modality.kind.statistics(self._checked_clips())
 
     def fingerprint(self) -> str:
-        content = json.dumps([self.clips.keys, [(name, size) for name, size, _ in self.clips.stamps()]])
+        content = json.dumps([self.clips.keys, [(name[25:] if self.clips.is_remote else name, size)
+                                               for name, size, _ in self.clips.stamps()]])
         return f"{len(self.clips)} clips {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def steps(self, steps: range) -> Iterator[StepBatch]:
@@ -181,7 +182,7 @@ class TokenizerTask:
         self.samples = sum_over_ranks(on_device(count, self.world.device))
 
     def loss(self, micro: SignalBatch, forward: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        loss, figures = forward(micro.x.to(next(self.model.parameters()).dtype))
+        loss, figures = forward(self._typed(micro.x))
         used = torch.bincount(figures["ids"].flatten(), minlength=self.model.modality.vocab_size).double()
         if not micro.samples:  # a stand-in counts nothing
             self.model.quantizer.leave_out_the_last()
@@ -189,6 +190,9 @@ class TokenizerTask:
         share = micro.samples / self.samples
         sums = torch.stack([loss.detach() * share, figures["error"] * share]).double()
         return loss * share, torch.cat([sums, used]), (~torch.isfinite(loss.detach())).expand(len(micro.numbers))
+
+    def _typed(self, x: Tensor) -> Tensor:
+        return x.to(next(self.model.parameters()).dtype)
 
     def figures(self, sums: Tensor) -> dict[str, float]:
         """loss, reconstruction error, share of codes used and perplexity of the codebook in this batch."""
@@ -216,7 +220,7 @@ class TokenizerTask:
         rows = []
         for micro in batch.micro_batches:
             for number, x in zip(micro.numbers.tolist(), micro.x, strict=True):
-                loss = self.model.eval()(x[None].to(self.world.device))[0].item()
+                loss = self.model.eval()(self._typed(x[None]).to(self.world.device))[0].item()
                 rows.append({"sample": number, "loss": loss if math.isfinite(loss) else None})
         self.model.train()
         return rows

@@ -18,6 +18,7 @@ from egom2p.signals import KINDS
 from egom2p.visualize.scene import Take, as_images
 
 PICTURE_SIDE = 160
+WIDEST_JPEG = 65_000  # pixels; libjpeg takes 65 500
 POINTS = 700  # a frame
 
 VIEWER_STYLE = """
@@ -72,12 +73,11 @@ def viewer_html(take: Take) -> str:
 def _data(take: Take) -> dict[str, Any]:
     """Everything the script draws, as plain numbers and inlined pictures."""
     paths = take.paths
-    pictures = [{"name": f"{name}, {side}", "rate": take.rates[name], "sheet": _sheet(kind, signal),
-                 "count": len(signal), "gaze": _gaze(take, name)}
+    pictures = [_film(f"{name}, {side}", kind, signal, take.rates[name], _gaze(take, name))
                 for name, kind in take.kinds.items() if KINDS[kind].is_picture
                 for side, signal in take.sides(name).items()]
     curves = [{"name": f"{name}: error, {take.units.get(name, '')}", "seconds": take.seconds,
-               "lines": [{"side": "predicted", "values": _plain(error)}]} for name, error in take.errors.items()]
+               "lines": [{"side": "predicted", "values": _or_null(error)}]} for name, error in take.errors.items()]
     for name, kind in take.kinds.items():
         if not KINDS[kind].is_picture and kind not in ("pose", "gaze"):
             curves.append({"name": name, "seconds": take.seconds,
@@ -108,6 +108,18 @@ def _gaze(take: Take, picture: str) -> dict[str, Any]:
 
 def _plain(array: np.ndarray) -> list:
     return np.where(np.isfinite(array), np.round(array.astype(np.float64), 4), 0.0).tolist()
+
+
+def _or_null(array: np.ndarray) -> list:
+    """As `_plain`, null where there is no number: a curve has a gap there."""
+    return [value if known else None for value, known in zip(_plain(array), np.isfinite(array), strict=True)]
+
+
+def _film(name: str, kind: str, video: np.ndarray, rate: float, gaze: dict[str, Any]) -> dict[str, Any]:
+    """A film, of a long one every second frame, third, ..., so that they fit side by side into a JPEG."""
+    step = -(-len(video) * PICTURE_SIDE // WIDEST_JPEG)
+    return {"name": name, "rate": rate / step, "sheet": _sheet(kind, video[::step]), "count": len(video[::step]),
+            "gaze": gaze}
 
 
 def _sheet(kind: str, video: np.ndarray) -> str:

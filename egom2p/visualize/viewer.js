@@ -136,7 +136,7 @@ function film(parent, picture) {  // frames of one sheet, gaze on top
 function curve(parent, data) {
   make("div", parent, "soft").textContent = data.name;
   const canvas = make("canvas", parent, "curve");
-  const all = data.lines.flatMap(l => l.values);
+  const all = data.lines.flatMap(l => l.values).filter(v => v !== null);
   const low = Math.min(0, ...all), high = Math.max(...all, low + 1e-9);
   return time => {
     const [context, width, height] = fit(canvas), pad = 38;
@@ -146,7 +146,13 @@ function curve(parent, data) {
     for (const v of [low, high]) { context.beginPath(); context.moveTo(pad, y(v)); context.lineTo(width, y(v)); context.stroke(); context.fillText(v.toPrecision(2), 2, y(v) + 4); }
     for (const line of data.lines) {
       context.strokeStyle = COLOURS[line.side]; context.lineWidth = 1.6; context.beginPath();
-      line.values.forEach((v, i) => { const a = x(i / Math.max(1, line.values.length - 1)), b = y(v); i ? context.lineTo(a, b) : context.moveTo(a, b); });
+      let gap = true;
+      line.values.forEach((v, i) => {
+        if (v === null) { gap = true; return; }
+        const a = x(i / Math.max(1, line.values.length - 1)), b = y(v);
+        gap ? context.moveTo(a, b) : context.lineTo(a, b);
+        gap = false;
+      });
       context.stroke();
     }
     context.strokeStyle = "#00798c"; context.beginPath();

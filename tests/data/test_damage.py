@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import struct
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -189,6 +190,16 @@ def test_damage_is_found_named_and_harms_nothing_else(debug_tokens, tmp_path, ca
     assert len(read_metrics(tmp_path / "run")) == 6
     if name not in ("key missing", "shard missing"):
         assert SHARD in caplog.text, caplog.text
+
+
+@pytest.mark.parametrize("options", [["-b", "20"], ["-b", "256"], ["-b", "2048"], ["-V", "label"], ["--format=pax"]])
+def test_whole_tars_of_gnu_tar_are_whole(debug_tokens, tmp_path, options):
+    for name, data in members(debug_tokens / SHARD)[:5]:
+        (tmp_path / name).write_bytes(data)
+    names = sorted(p.name for p in tmp_path.glob("*.npy"))
+    subprocess.run(["tar", *options, "-cf", "a.tar", *names], cwd=tmp_path, check=True)
+    entry = index_tars([tmp_path / "a.tar"])[0]
+    assert not entry.damage and len(entry.keys) == 5
 
 
 def test_a_hard_link_is_the_file_it_names(debug_tokens, tmp_path):

@@ -196,6 +196,8 @@ def test_statistics_and_conversion_of_shards_with_holes(tmp_path):
     rows = {Path(row["folder"]).parent.name: row for row in stats(str(tmp_path))}
     assert rows["depth"]["clips"] == 0 and rows["depth"]["distinct_ids"] == 0
     assert rows["cam"]["unreadable"] == 2 and rows["cam"]["distinct_ids"] == 3
+    printed = [line.split("\t") for line in run_cli("shards", "stats", tmp_path).stdout.splitlines()]
+    assert printed[0][-1] == "unreadable" and sorted(line[-1] for line in printed[1:]) == ["0", "2"]
     done = run_cli("shards", "convert", tmp_path / "[cam,depth]", "--out", tmp_path / "new", check=False)
     assert done.returncode == 2 and "shard-000000.tar: b: " in done.stderr and not list((tmp_path / "new").rglob("*.*"))
     np.savez(tmp_path / "poses.npz", np.zeros((5, 4, 4)))

@@ -233,21 +233,22 @@ def damage(source: Path, path: Path, lost: set[int]) -> Path:
     return path
 
 
-def test_damage_costs_its_frames_and_no_wrong_one_comes_out(tmp_path):
-    whole = write(tmp_path / "w.mkv", [coded(i) for i in range(240)], options={"crf": "8", "g": "30", "bf": "0"})
+@pytest.mark.parametrize("kind", ["mkv", "avi"])
+def test_damage_costs_its_frames_and_no_wrong_one_comes_out(tmp_path, kind):
+    whole = write(tmp_path / f"w.{kind}", [coded(i) for i in range(240)], options={"crf": "8", "g": "30", "bf": "0"})
     losses = Losses()
-    rows = seen(damage(whole, tmp_path / "one.mkv", {121}), losses)
+    rows = seen(damage(whole, tmp_path / f"one.{kind}", {121}), losses)
     assert losses.packets == 1
     assert len(rows) == 239
     assert all(abs(n - round(t * 30)) <= 1 for t, n in rows)
     losses = Losses()
-    rows = seen(damage(whole, tmp_path / "run.mkv", set(range(125, 131))), losses)
+    rows = seen(damage(whole, tmp_path / f"run.{kind}", set(range(125, 131))), losses)
     assert losses.packets == 6
     assert 205 < len(rows) < 235  # the rest of that group of pictures goes too
     assert all(abs(n - round(t * 30)) <= 1 for t, n in rows)
     with pytest.raises(UserError, match="6 damaged packets"):
-        decode_video(tmp_path / "run.mkv")
-    numbers = [n for _, n in seen(damage(whole, tmp_path / "end.mkv", {125, 126, 127}))]
+        decode_video(tmp_path / f"run.{kind}")
+    numbers = [n for _, n in seen(damage(whole, tmp_path / f"end.{kind}", {125, 126, 127}))]
     assert set(range(128, 240)) <= set(numbers)  # what is lost right before a key frame costs nothing after it
     assert not {125, 126, 127} & set(numbers)
 

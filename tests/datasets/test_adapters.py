@@ -171,11 +171,13 @@ def test_holoassist(tmp_path):
             origin = eyes[i, :3, 3]
             direction = (ball - origin) * half
             eye_file.write("\t".join([f"{t + 0.5:.6f}", str(zero + round(t * 1e7)),
-                                      *(f"{v:.9g}" for v in (*origin, *direction)), str(int(not 60 <= i < 70))]) + "\n")
+                                      *(f"{np.nan if 60 <= i < 70 else v:.9g}" for v in (*origin, *direction)),
+                                      str(int(i < 100))]) + "\n")
     (tmp_path / "raw/val-v1_2.txt").write_text("R001-1July-Test\n")
     card = prepare("holoassist", tmp_path / "raw", tmp_path / "out")
     clips = clips_of(tmp_path / "out", "R001-1July-Test")
     assert card["clips_by_split"] == {"val": 3}
+    assert "without a valid calibration" in card["notes"]["R001-1July-Test"][-1]
     assert card["left_out"]["cam left out: gap or NaN"] == 1
     check(clips[:2], mini, crop=120, signals=("rgb", "cam", "gaze"))
     assert "cam" not in clips[2].signals
@@ -376,8 +378,8 @@ def test_folders_and_names_as_people_have_them(tmp_path, rng):
     (root / f"{long}.mp4").rename(root / "b.mp4")
     card = prepare("video", root, out)
     assert card["clips"] == 4
-    assert card["skipped"] == [f"{long}.mp4: prepared before and not below {root} now; the clips stay in {out}. Were "
-                               "they renamed or moved, remove those clips and records, or use another --out"]
+    assert card["skipped"] == [f"{long}.mp4: prepared before and not below {root} now; what was made of it stays. "
+                               "Renamed or moved recordings are there twice: take another --out"]
     (tmp_path / "file").write_text("")
     done = run_cli("prepare", "video", "--root", root, "--out", tmp_path / "file", check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path / "file") in done.stderr

@@ -341,8 +341,9 @@ def test_hot3d_recording(vrs, tmp_path, poses_by):
         with (folder / "headset_trajectory.csv").open("w") as file:
             file.write("object_uid,timestamp[ns],t_wo_x[m],t_wo_y[m],t_wo_z[m],q_wo_w,q_wo_x,q_wo_y,q_wo_z\n")
             for t, pose, (x, y, z, w) in zip(mini.times, poses, quaternions(poses[:, :3, :3]), strict=True):
-                row = ["h", start + round(t * 1e9) + _Provider.OFFSET, *pose[:3, 3], w, x, y, z]
-                file.write(",".join(map(str, row)) + "\n")
+                for later in (0, 93_000, 93_013):  # a row for the stamp of each camera, as in the authors' files
+                    row = ["h", start + round(t * 1e9) + later + _Provider.OFFSET, *pose[:3, 3], w, x, y, z]
+                    file.write(",".join(map(str, row)) + "\n")
     if poses_by != "headset":
         dense = np.arange(0, 6, 0.001)
         write_trajectory(folder / "mps/slam/closed_loop_trajectory.csv", dense, world_from_device(mini, dense),

@@ -276,6 +276,16 @@ def test_empty_cells_at_the_ends_of_tab_separated_rows(tmp_path):
     assert read_matrix(tmp_path / "k.txt")[1, 2] == 240
 
 
+@pytest.mark.parametrize(("head", "row"), [("time\tx\ty\t", "{}\t{}\t{}"), ("\ttime\tx\ty", "{}\t{}\t{}"),
+                                           ("time\tx\ty", "\t{}\t{}\t{}"), ("time\tx\ty", "{}\t{}\t{}\t")])
+def test_tabs_that_mean_nothing(tmp_path, head, row):
+    rows = [row.format(t, x, y) for t, (x, y) in zip(GAZE_TIMES, PIXELS, strict=True)]
+    track = read_gaze(written(tmp_path / "a.gaze.tsv", [head, *rows]), CLOCK, (WIDTH, HEIGHT), "", {}, [])
+    assert np.abs(track.values - PIXELS).max() < 1e-6
+    (tmp_path / "k.txt").write_text("\t900\t0\t320\n\t0\t900\t240\n\t0\t0\t1\n")
+    assert read_matrix(tmp_path / "k.txt")[0].tolist() == [900, 0, 320]
+
+
 def test_tobii_glasses_3(tmp_path):
     with gzip.open(tmp_path / "a.gazedata.gz", "wt") as file:
         for t, (x, y), lost in zip(GAZE_TIMES, PIXELS, LOST, strict=True):

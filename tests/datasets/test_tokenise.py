@@ -94,7 +94,7 @@ def test_recordings_that_come_later_make_shards_of_their_own(raw, tmp_path, rng)
         (tmp_path / "one-prepared/card.json").read_text())["skipped"][-1], said.stdout
     write_video(folder / "walk1.mp4", rng.integers(0, 255, (32, 32, 32, 3)).astype(np.uint8), 8)
     refused = run_cli(*command, check=False)
-    assert refused.returncode == 2 and "walk0_mp4 of it is not below" in refused.stderr
+    assert refused.returncode == 2 and "walk0.mp4 of it is not below" in refused.stderr
 
 
 def test_a_change_is_not_forgotten_when_the_run_is_stopped(raw, tmp_path, rng, monkeypatch):

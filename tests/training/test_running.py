@@ -18,7 +18,7 @@ from egom2p import resources
 from egom2p.config import load
 from egom2p.data.tarindex import split_name
 from egom2p.errors import UserError
-from egom2p.lock import LOCK, RunLock, process_start
+from egom2p.lock import LOCK, RunLock, is_running, process_start
 from egom2p.submit import fill
 from egom2p.training.log import read_metrics
 from egom2p.training.pretraining import PretrainConfig
@@ -54,6 +54,28 @@ def test_a_living_holder_elsewhere_is_waited_for_and_refused(tmp_path, monkeypat
     monkeypatch.setattr(lock, "_still_beats", lambda seconds: True)
     with pytest.raises(UserError, match="node-17"):
         lock.__enter__()
+
+
+def test_a_holder_of_another_numbering_is_judged_by_its_heart(tmp_path, monkeypatch):
+    """As in containers that share the host's name: its process number means nothing here."""
+    (tmp_path / LOCK).write_text(json.dumps({"token": "x", "host": os.uname().nodename, "space": "pid:[1]", "pid": 1,
+                                             "born": "1"}))
+    lock = RunLock(tmp_path)
+    monkeypatch.setattr(lock, "_still_beats", lambda seconds: True)
+    with pytest.raises(UserError, match="it is alive"):
+        lock.__enter__()
+    os.utime(tmp_path / LOCK, (time.time() - 600,) * 2)
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_process_that_may_not_be_looked_at_is_alive(monkeypatch):
+    def forbidden(*given: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("egom2p.lock.os.kill", forbidden)
+    monkeypatch.setattr("egom2p.lock.process_start", lambda pid: "")
+    assert is_running(4711, "1")
 
 
 def test_a_number_used_again_is_no_living_holder(tmp_path):

@@ -65,6 +65,19 @@ def test_a_kind_that_nothing_knows_of_appears_as_curves():
     assert [len(line["values"]) for line in data["curves"][0]["lines"]] == [60, 60]
 
 
+def test_a_page_of_a_long_film_and_of_errors_with_gaps():
+    """JPEG ends at 65 500 pixels, so of ten minutes every twelfth frame; where gaze is not known its error is a gap."""
+    frames = np.zeros((4800, 16, 160, 3), np.uint8)
+    gaze = np.ones((18_000, 3), np.float32)
+    gaze[100:200, 2] = 0
+    clip = Clip("k", "", {"rgb": frames, "gaze": gaze}, {})
+    page = viewer_html(take_of(clip, {"rgb": "rgb", "gaze": "gaze"}, {"gaze": np.ones((18_000, 3), np.float32)}))
+    data = json.loads(re.search(r"<script[^>]*>(.*?)</script>", page)[1])
+    assert data["pictures"][0]["count"] == 400 and data["pictures"][0]["rate"] == pytest.approx(8 / 12)
+    values = data["curves"][0]["values"] if "values" in data["curves"][0] else data["curves"][0]["lines"][0]["values"]
+    assert None in values and 0.0 in values
+
+
 def test_what_generate_and_eval_leave_can_be_looked_at(finished, tmp_path):
     out, _, video, _ = finished
     run_cli("generate", out / "model", "--inputs", video, "--targets", "cam,gaze,depth", "--out", tmp_path / "made")
