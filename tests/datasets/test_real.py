@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from egom2p import geometry
-from egom2p.datasets.aria import gaze_direction, read_online_calibration, read_trajectory
+from egom2p.datasets.aria import Trajectory, gaze_direction, read_online_calibration, read_trajectory
+from egom2p.datasets.cutting import LARGEST_GAP
+from egom2p.datasets.hot3d import _integers
 from egom2p.datasets.prepare import make_adapter
 from egom2p.datasets.tables import read_table
 from tests.conftest import SHARED
@@ -131,6 +133,9 @@ def test_headset_poses_are_those_of_mps():
     distance = np.abs(ours[:, None] - mps.translations[None]).max(-1).min(1)
     assert np.median(distance) < 1e-5
     assert (distance < 1e-5).sum() >= 60
+    stamps = np.sort(_integers(HOT3D / "headset_trajectory.csv", "timestamp[ns]"))  # two a frame
+    thinned = Trajectory(stamps, np.zeros((len(stamps), 4)), np.zeros((len(stamps), 3))).thinned().device_ns
+    assert np.diff(thinned).max() < 1e9 * LARGEST_GAP["cam"]
 
 
 def test_real_gaze_and_metadata_of_hot3d_are_read():
