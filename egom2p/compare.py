@@ -165,10 +165,10 @@ def _paired(first: list[Subject], others: list[Subject], figure: str) -> tuple[f
     tables = [t[:, finite] for t in tables]
     if not finite.any():
         return None
-    most = max(len(s.clips[figure]) for s in (*first, *others))
-    if len(keys) < most:
+    most, shared = max(len(s.clips[figure]) for s in (*first, *others)), int(finite.sum())
+    if shared < most:
         log.warning("%s of %s and %s: compared on the %d clips that both have, of up to %d", figure,
-                    first[0].folder.name, others[0].folder.name, len(keys), most)
+                    first[0].folder.name, others[0].folder.name, shared, most)
     rng = np.random.default_rng(0)
     means = []
     for _ in range(BOOTSTRAP):

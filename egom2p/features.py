@@ -77,9 +77,11 @@ def _is_written(out: Path, model: EgoM2P, loaded: dict, index: ClipIndex, group:
     if not path.exists():
         if not lock.take():
             return False
-        if not path.exists():
-            _write_file(path, model, loaded, index, group, args)
-        lock.release()
+        try:
+            if not path.exists():
+                _write_file(path, model, loaded, index, group, args)
+        finally:
+            lock.release()
     bar.update(1)
     return True
 

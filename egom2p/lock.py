@@ -1,8 +1,9 @@
 """One process at a time: in a run's folder, at a shard, at a note that several write.
 
 A lock is a file that names the host and process that holds it; its modification time is a heartbeat. One whose process
-is gone (same host) or whose heart has stopped for STALE_S (another host) is taken over. Locks of the file system itself
-are not used: on the network disks of clusters they work on some and silently do nothing on others.
+is gone (same host, same numbering of processes) or whose heart has stopped for STALE_S (elsewhere) is taken over. Locks
+of the file system itself are not used: on the network disks of clusters they work on some and silently do nothing on
+others.
 """
 
 import errno

@@ -8,6 +8,7 @@ are not used. The baseline is what a probe without features reaches.
 """
 
 import csv
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from egom2p.errors import UserError
 from egom2p.features import read_features
+
+log = logging.getLogger(__name__)
 
 RESAMPLES = 2000
 
@@ -103,8 +106,11 @@ def probe(folder: Path, labels: Path, kind: Literal["linear", "attentive"] = "li
 
 def _members(groups: list[str], folds: int) -> list[np.ndarray]:
     """Numbers of the clips of each group; every clip by itself where there are fewer groups than folds."""
+    groups = [group or f"clip {i}" for i, group in enumerate(groups)]
     names = list(dict.fromkeys(groups))
     if len(names) < folds:
+        log.warning("the clips are of %d groups, fewer than the %d folds, so neighbours are in different folds",
+                    len(names), folds)
         return [np.array([i]) for i in range(len(groups))]
     return [np.array([i for i, group in enumerate(groups) if group == name]) for name in names]
 

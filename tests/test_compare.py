@@ -187,9 +187,14 @@ def test_a_finished_run_of_another_base_is_refused(debug_tokens, tmp_path):
     run_cli("train", base, *run.overrides)
     (run.folder / "ablation.json").write_text(json.dumps(run.overrides))
     run_cli("ablate", tmp_path / "s.yaml")
-    base.write_text(base.read_text() + "model: {dim: 32}\n")
-    done = run_cli("ablate", tmp_path / "s.yaml", check=False)
-    assert done.returncode == 2 and "model.dim" in done.stderr
+    whole = base.read_text()
+    longer = whole.replace("steps: 2", "steps: 3")
+    for changed, words in ((whole + "model: {dim: 32}\n", "model.dim"), (longer, "steps=2")):
+        base.write_text(changed)
+        done = run_cli("ablate", tmp_path / "s.yaml", check=False)
+        assert done.returncode == 2 and words in done.stderr and "resume: {force: true}" in done.stderr
+    base.write_text(changed + "resume: {force: true}\n")
+    run_cli("ablate", tmp_path / "s.yaml")
 
 
 def test_the_verdict_is_about_the_clips_that_both_have(tmp_path, caplog):

@@ -255,7 +255,7 @@ def _damaged_end(path: Path, offset: int, size: int) -> str:
             if block.strip(b"\0"):
                 return f"goes on behind its end at byte {offset}, and what follows is not used"
     # tar fills up whole records, of more than 10 KiB when it is told to (`tar -b`).
-    record = max(LONGEST_END, size & -size)
+    record = max(LONGEST_END, min(size & -size, 1 << 20))
     return f"holds nothing but zeros from byte {offset} on, so files may be missing" if size - offset > record else ""
 
 

@@ -114,7 +114,10 @@ def _has_news(name: str, root: Path, clips: Path, plan: Plan, jobs: list[Job], f
     encoded, and is tried again here, has clips now."""
     if any(not is_done(clips, job) and not has_failed(clips, job) for job in jobs):
         return True
-    run_jobs(name, root, clips, plan, [job for job in jobs if has_failed(clips, job)])
+    again = [job for job in jobs if has_failed(clips, job)]
+    failed = {*failed, *(job.sequence for job in again)}
+    if again:
+        run_jobs(name, root, clips, plan, again)
     return any(job.sequence in failed and is_done(clips, job) for job in jobs)
 
 

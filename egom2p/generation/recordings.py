@@ -81,6 +81,8 @@ def _generate_file(pipeline: Pipeline, path: Path, folder: Path, args: GenerateA
         return folder
     _refuse_foreign(folder, path)
     part, old = aside(folder), aside(folder.with_name(f"{folder.name}.old"))
+    for left in (part, old):  # by a process of this number that was killed, as in a container that is started again
+        shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         note = _write(pipeline, path, part, args)
@@ -102,7 +104,8 @@ def _refuse_foreign(folder: Path, path: Path) -> None:
         raise UserError(f"{folder} holds files that no earlier call of generate wrote; choose another --out or remove "
                         f"it")
     source = read_json(folder / NOTE).get("source", "")
-    if source and Path(source).absolute() != path.absolute():
+    same = Path(source).resolve() == path.resolve() or (source == Path(source).name and source == path.name)
+    if source and not same:
         raise UserError(f"{folder} holds the results of {source}; choose another --out, or remove it")
 
 

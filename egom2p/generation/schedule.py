@@ -77,7 +77,7 @@ def name_unknown(recipes: Iterable[str], names: Sequence[str]) -> None:
     """Say which recipes are for modalities that a model does not have. Raises UserError for one that is nearly called
     like a modality without a recipe."""
     for name in sorted(set(recipes) - set(names)):
-        meant = difflib.get_close_matches(name, set(names) - set(recipes), n=1)
+        meant = difflib.get_close_matches(name, set(names) - set(recipes), n=1, cutoff=0.8)
         if meant:
             raise UserError(f"there is a recipe for '{name}', which this model does not have; did you "
                             f"mean '{meant[0]}'?")

@@ -192,6 +192,8 @@ def test_damage_is_found_named_and_harms_nothing_else(debug_tokens, tmp_path, ca
         assert SHARD in caplog.text, caplog.text
 
 
+@pytest.mark.skipif("GNU" not in subprocess.run(["tar", "--version"], capture_output=True, text=True).stdout,
+                    reason="no GNU tar")
 @pytest.mark.parametrize("options", [["-b", "20"], ["-b", "256"], ["-b", "2048"], ["-V", "label"], ["--format=pax"]])
 def test_whole_tars_of_gnu_tar_are_whole(debug_tokens, tmp_path, options):
     for name, data in members(debug_tokens / SHARD)[:5]:
