@@ -19,7 +19,7 @@ from egom2p.training.tokenizer_training import TokenizerConfig, make_tokenizer
 from tests.conftest import ROOT, run_cli
 
 TRAIN = sorted((ROOT / "cfgs/train").glob("*.yaml"))
-TOKENIZERS = sorted((ROOT / "tokenizers").glob("*/config.yaml"))
+TOKENIZERS = sorted((ROOT / "tokenizers").glob("*/*.yaml"))
 QUICKSTARTS = sorted((ROOT / "cfgs").glob("*.yaml"))
 PROTOCOLS = sorted((ROOT / "cfgs/eval").glob("*.yaml"))
 RECIPES = sorted((ROOT / "cfgs/generate").glob("*.yaml"))
