@@ -141,7 +141,8 @@ def test_recipes_for_what_the_model_has_not_are_named(finished, clips, tmp_path,
     done = run_cli("train", tmp_path / "c.yaml", "generation.camm.steps=3", "generation.cam=null", check=False)
     assert done.returncode == 2 and "did you mean 'cam'" in done.stderr
     run_cli("train", tmp_path / "c.yaml", "modalities.gaze=null", f"run.dir={tmp_path / 'less'}", "train.steps=1",
-            "optim.warmup_steps=0", "eval.every=0", "masking.components=[{alpha: 1}]")
+            "optim.warmup_steps=0", "eval.every=0", "loss.near_modalities=[rgb,depth]",
+            "masking.components=[{alpha: 1}]")
     assert "a recipe for 'gaze'" in caplog.text
     assert "gaze" not in EgoM2P.from_pretrained(tmp_path / "less").generation
     evaluate(EgoM2P.from_pretrained(finished[0] / "model"), ["rgb2gaze"], clips, {"camera": TargetArgs()}, 4)
