@@ -90,6 +90,17 @@ def test_another_recording_of_the_same_name_is_refused(finished, tmp_path):
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["walk"]
 
 
+def test_an_export_without_recipes_says_so(finished, tmp_path):
+    """Pushed over an older model, it must take that one's recipes away."""
+    model = EgoM2P.from_pretrained(finished[0] / "model")
+    assert model.generation
+    model.generation = {}
+    model.save_pretrained(tmp_path / "plain")
+    run_cli("export", tmp_path / "plain", "--out", tmp_path / "bundle")
+    assert (tmp_path / "bundle/generation.json").read_text() == "{}"
+    assert EgoM2P.from_pretrained(tmp_path / "bundle").generation == {}
+
+
 def test_a_run_behind_a_link_finds_its_tokenizers(finished, tmp_path):
     """runs -> scratch: paths beside the model are as they are from the real folder."""
     out = finished[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 from egom2p import tokenizers
 from egom2p.errors import UserError
 from egom2p.modalities import ModalitySet
-from egom2p.model.egom2p import EgoM2P
+from egom2p.model.egom2p import GENERATION, EgoM2P
 
 
 def export_bundle(source: str | Path, out: Path) -> str:
@@ -22,6 +22,8 @@ def export_bundle(source: str | Path, out: Path) -> str:
     inside = {name: str(out / "tokenizers" / name) for name in named}
     model.modalities = ModalitySet(dataclasses.replace(m, tokenizer=inside.get(m.name, "")) for m in model.modalities)
     model.save_pretrained(out)
+    if not model.generation:  # uploaded over an older model, nothing else takes that one's recipes away
+        (out / GENERATION).write_text("{}")
     without = [m.name for m in model.modalities if not m.tokenizer]
     note = f"; tokens only, no tokenizer is named: {', '.join(without)}" if without else ""
     return f"{out}: {', '.join(m.name for m in model.modalities)}{note}"
