@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from egom2p.compare import Row, compare, comparison_text, write_comparison
-from egom2p.config import load, read_json, read_yaml
+from egom2p.config import load, read_json
 from egom2p.errors import UserError
 from egom2p.files import write_whole
-from egom2p.training.loop import check_same_run
+from egom2p.training.loop import MAY_CHANGE, what_differs
 from egom2p.training.pretraining import PretrainConfig
 
 log = logging.getLogger(__name__)
+
+# Of runs that are compared; to resume one, its end may change.
+MAY_DIFFER = tuple(key for key in MAY_CHANGE if key not in ("train.steps", "train.tokens"))
 
 FINISHED = "ablation.json"
 
@@ -100,8 +103,10 @@ def ablate(sweep: SweepConfig, send: Callable[[list[PretrainConfig], list[int]],
         if changed := {k: v for k, v in known.items() if v != asked[k]}:
             now = {k: asked[k] for k in changed}
             raise UserError(f"{run.folder} was run with {changed}, now {now}; choose another out or remove it")
-        if known:
-            _check_finished(run.folder, configs[-1])
+        other = what_differs(configs[-1], run.folder, MAY_DIFFER) if known else ""
+        if other and not configs[-1].resume.force:
+            raise UserError(f"{run.folder} holds another run ({other}); choose another out, or put "
+                            "resume: {force: true} into the base to compare what is there")
     if send:
         missing = [n for n, (run, config) in enumerate(zip(runs, configs, strict=True))
                    if not _finished(run.folder) and not _trained(run.folder, config)]
@@ -146,23 +151,6 @@ def _trained(folder: Path, config: PretrainConfig) -> bool:
     """Whether the last checkpoint is that of the last step."""
     state = folder / "checkpoints/latest/state.json"
     return state.exists() and read_json(state)["step"] >= config.num_steps
-
-
-def _check_finished(folder: Path, config: PretrainConfig) -> None:
-    """Raises UserError when a finished run is not one of this configuration, or is one of another length."""
-    path = folder / "config.yaml"
-    if not path.exists() or config.resume.force:
-        return
-    try:
-        check_same_run(config, folder, force=False)
-        train = read_yaml(path).train
-        for key in ("steps", "tokens"):
-            before, now = train.get(key), getattr(config.train, key)
-            if before != now:
-                raise UserError(f"{folder} was trained with train.{key}={before}, now {now}")
-    except UserError as error:
-        raise UserError(f"{str(error).partition('; choose')[0]}; choose another out, or put resume: {{force: true}} "
-                        f"into the base to compare what is there") from error
 
 
 def _asked(sweep: SweepConfig, run: Combination) -> dict[str, Any]:

@@ -211,11 +211,7 @@ def finished(tmp_path_factory):
 
     Made once and shared by all workers: a test that writes into it asks for `finished_alone`.
     """
-    folder = common_folder(tmp_path_factory) / "finished"
-    with only_one(folder.with_suffix(".lock")):
-        if not (folder / "printed.txt").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            (folder / "printed.txt").write_text(_small_quickstart(folder).stdout)
+    folder = made_once(common_folder(tmp_path_factory) / "finished", _small_quickstart)
     return folder / "out", folder / "tiny.yaml", folder / "walk.mp4", (folder / "printed.txt").read_text()
 
 
@@ -226,10 +222,9 @@ def finished_alone(finished, tmp_path_factory):
         yield finished
 
 
-def _small_quickstart(folder: Path) -> subprocess.CompletedProcess:
+def _small_quickstart(folder: Path) -> None:
     from egom2p.signals.writers import write_video
 
-    folder.mkdir()
     for name in ("rgb", "depth"):
         text = (ROOT / f"tokenizers/world_{name}/config.yaml").read_text().replace("[5, 6, 6]", "[5, 3, 3]")
         (folder / f"{name}.yaml").write_text(text)
@@ -239,4 +234,5 @@ def _small_quickstart(folder: Path) -> subprocess.CompletedProcess:
     config.write_text(TINY.format(quickstart=ROOT / "cfgs/quickstart.yaml") + lanes)
     video = folder / "walk.mp4"
     write_video(video, np.random.default_rng(0).integers(0, 255, (75, 48, 64, 3)).astype(np.uint8), 25)
-    return run_cli("quickstart", "--out", folder / "out", "--config", config, "--inputs", video)
+    done = run_cli("quickstart", "--out", folder / "out", "--config", config, "--inputs", video)
+    (folder / "printed.txt").write_text(done.stdout)

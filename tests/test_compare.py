@@ -189,7 +189,7 @@ def test_a_finished_run_of_another_base_is_refused(debug_tokens, tmp_path):
     run_cli("ablate", tmp_path / "s.yaml")
     whole = base.read_text()
     longer = whole.replace("steps: 2", "steps: 3")
-    for changed, words in ((whole + "model: {dim: 32}\n", "model.dim"), (longer, "steps=2")):
+    for changed, words in ((whole + "model: {dim: 32}\n", "model.dim"), (longer, "train.steps: 2 -> 3")):
         base.write_text(changed)
         done = run_cli("ablate", tmp_path / "s.yaml", check=False)
         assert done.returncode == 2 and words in done.stderr and "resume: {force: true}" in done.stderr

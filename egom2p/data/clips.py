@@ -99,11 +99,7 @@ def read_clips(pattern: str, only: set[str] | None = None) -> Iterator[Clip]:
     skipped.
     """
     index = ClipIndex(pattern)
-    for number in range(len(index)):
-        try:
-            yield index.read(number, only)
-        except DamagedClip as error:
-            log.warning("%s; it is skipped", error)
+    yield from index.readable(range(len(index)), only)
 
 
 def count_clips(pattern: str) -> int:
@@ -171,6 +167,14 @@ class ClipIndex:
     def read(self, number: int, only: set[str] | None = None) -> Clip:
         """Clip `number` with its signals, or those named in `only`. Raises DamagedClip."""
         return self.decode(number, self.files(number, only))
+
+    def readable(self, numbers: Iterable[int], only: set[str] | None = None) -> Iterator[Clip]:
+        """Those of some clips that can be decoded; the others are named in the log."""
+        for number in numbers:
+            try:
+                yield self.read(number, only)
+            except DamagedClip as error:
+                log.warning("%s; it is left out", error)
 
     def files(self, number: int, only: set[str] | None = None) -> dict[str, bytes]:
         """{suffix: bytes} of clip `number`: of its json and its signals, or those named in `only`. Raises

@@ -221,8 +221,9 @@ def _scan(path: Path) -> dict:
                 stem, suffix = split_name(name)
                 keys.append(f"{folder}/{stem}" if folder else stem)
                 suffixes.append(suffix)
-                for column, number in zip((offsets, sizes), places[member.name], strict=True):
-                    column.append(number)
+                offset, size = places[member.name]
+                offsets.append(offset)
+                sizes.append(size)
             else:
                 damage = _damaged_end(path, tar.offset, stat.st_size) or damage
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:

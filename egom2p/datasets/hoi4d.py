@@ -13,9 +13,8 @@ prepare_4Dseg), relative path ZY2021080000*/H*/C*/N*/S*/s*/T*/:
 The archives unpack to roots of their own (HOI4D_release, HOI4D_depth_video, HOI4D_annotations), real trees nest once
 more (annotations/HOI4D_annotations/ZY*); folders down to two below `root` are searched. Frame t of video, depth and log
 belong together; its time is t * duration / 300. No gaze. The authors publish lists for their own benchmarks; here
-everything is `test` (ours). No real
-file was at hand; the depth's codec is inferred from the authors' decoding (16-bit PNG out of ffmpeg) and from TACO by
-the same authors.
+everything is `test` (ours). No real file was at hand; the depth's codec is inferred from the authors' decoding (16-bit
+PNG out of ffmpeg) and from TACO by the same authors.
 """
 
 from pathlib import Path

@@ -99,11 +99,12 @@ def plan_jobs(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[s
     chosen = [s for s in sequences if not only or s in only]
     splits = None if args.split else adapter.splits(root, chosen)
     unlisted = [s for s in chosen if splits is not None and s not in splits]
-    skipped = [*adapter.skipped(root), *(f"{s}: in no split list" for s in unlisted), *_gone(out, root, names)]
+    prepared = list(_prepared(out))
+    skipped = [*adapter.skipped(root), *(f"{s}: in no split list" for s in unlisted), *_gone(prepared, root, names)]
     for line in skipped:
         log.warning("skipped: %s", line)
     args = _settled(out, name, args)
-    _forget_renamed(out, names)
+    _forget_renamed(out, prepared, names)
     return Plan([Job(s, args.split or (splits or {}).get(s, ""), names[s], stamp_of(adapter.files(root, s)))
                  for s in chosen if s not in unlisted], args, skipped)
 
@@ -184,18 +185,18 @@ def _settled(out: Path, name: str, args: PrepareArgs) -> PrepareArgs:
     return args
 
 
-def _forget_renamed(out: Path, names: dict[str, str]) -> None:
+def _forget_renamed(out: Path, prepared: list[tuple[Path, str]], names: dict[str, str]) -> None:
     """Drop what was prepared of a sequence whose file name is another now (because one that would have the same
     came)."""
-    for path, sequence in _prepared(out):
+    for path, sequence in prepared:
         if sequence in names and names[sequence] != path.stem:
             _remove(out, path.stem)
 
 
-def _gone(out: Path, root: Path, names: dict[str, str]) -> list[str]:
+def _gone(prepared: list[tuple[Path, str]], root: Path, names: dict[str, str]) -> list[str]:
     """A line about what was prepared of sequences that are not below `root` now; [] when there is none. It stays: raw
     data may have been removed on purpose, but one that was renamed or moved to another split is there twice."""
-    gone = sorted(sequence for _, sequence in _prepared(out) if sequence not in names)
+    gone = sorted(sequence for _, sequence in prepared if sequence not in names)
     if not gone:
         return []
     more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""

@@ -66,7 +66,8 @@ def read_table(path: Path) -> Table:
         raise BadSequence(f"{path} holds no row")
     bare = [line.strip() for line in lines]
     delimiter, decimal = _delimiter(bare)
-    readings = [_columns_of([_split(line, delimiter) for line in some], comments, decimal) for some in (lines, bare)]
+    readings = [_columns_of([_split(line, delimiter) for line in some], comments, decimal)
+                for some in ([lines] if lines == bare else [lines, bare])]
     header, rows, whole = max(readings, key=lambda r: (len(r[2]), any(row[0] for row in r[1]) if r[1] else False))
     if not rows:
         raise BadSequence(f"{path} holds no row")

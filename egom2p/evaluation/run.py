@@ -12,8 +12,9 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from egom2p import resources, tokenizers
 from egom2p.config import read_json, to_plain
 from egom2p.data.clips import Clip, ClipIndex
 from egom2p.distributed import World, barrier
-from egom2p.errors import DamagedClip, UserError
+from egom2p.errors import UserError
 from egom2p.evaluation.measures import MEASURES, MeasureArgs, is_better
 from egom2p.evaluation.results import Evaluation, TaskRows, check_same_model, summarise, write_results
 from egom2p.generation.pipeline import Pipeline
@@ -168,12 +169,14 @@ class _Runner:
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{self.rank}-of-{self.size}.jsonl"
-            cut = path.exists() and not path.read_bytes().endswith(b"\n")  # a kill's half line must not spoil the next
-            with path.open("a") as file:
-                file.write("\n" * cut + "".join(json.dumps({"of": self.identity, **row}) + "\n" for row in rows))
+            with path.open("a+b") as file:
+                if file.tell():  # a kill's half line must not spoil the next
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"" if file.read(1) == b"\n" else b"\n")
+                file.write("".join(json.dumps({"of": self.identity, **row}) + "\n" for row in rows).encode())
 
     def _run_block(self, block: list[int], tasks: list[Task]) -> list[dict]:
-        clips = list(_readable(self.clips, block, self.sources))
+        clips = list(self.clips.readable(block, self.sources))
         tokens = {name: self._encode(clips, name) for name in self.loaded}
         lacking = {self.clips.keys[i] for i in block} - {c.key for c in clips}
         rows = []
@@ -305,7 +308,7 @@ def reconstruct(tokenizer: Tokenizer, data: str, limit: int = 0) -> Reconstructi
     measure = MEASURES[tokenizer.modality.signal](MeasureArgs())
     rows, used, seconds = TaskRows(), set(), [0.0, 0.0]
     index = ClipIndex(data, having=source)
-    for clip in tqdm(_readable(index, _spread(len(index), limit), {source}), desc="reconstruct", unit="clip"):
+    for clip in tqdm(index.readable(_spread(len(index), limit), {source}), desc="reconstruct", unit="clip"):
         truth = clip.signals[source]
         if np.any(tokenizer.observed(truth)):
             started = time.perf_counter()
@@ -379,14 +382,6 @@ def _spread(total: int, limit: int) -> list[int]:
     if limit < 0:
         raise UserError(f"at most {limit} clips are none; 0 means all of them")
     return list(range(total)) if not limit or limit >= total else [i * total // limit for i in range(limit)]
-
-
-def _readable(index: ClipIndex, numbers: Iterable[int], only: set[str]) -> Iterator[Clip]:
-    for number in numbers:
-        try:
-            yield index.read(number, only)
-        except DamagedClip as error:
-            log.warning("%s; it is left out", error)
 
 
 def _without_padding(made: np.ndarray, truth: np.ndarray) -> np.ndarray:

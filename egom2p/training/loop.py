@@ -101,7 +101,7 @@ def run_training(config: Any, make_task: Any) -> Path:
                         "train.precision=float32 is the faster one here")
         task = make_task(config, world)
         run_dir, replaying = Path(config.run.dir), bool(config.debug.replay_step)
-        check_same_run(config, run_dir, config.resume.force)
+        _check_same_run(config, run_dir, config.resume.force)
         with RunLock(run_dir, world.is_main and not replaying) as lock:
             if world.is_main and not replaying:
                 write_to_run(run_dir / "config.yaml", dump(config))
@@ -397,21 +397,27 @@ def garbage_collected_by_steps() -> Iterator[Callable[[int], None]]:
             gc.enable()
 
 
-def check_same_run(config: Any, run_dir: Path, force: bool) -> None:
+def _check_same_run(config: Any, run_dir: Path, force: bool) -> None:
     """Refuse to write into the folder of another run; the differences are named."""
+    differing = "" if force else what_differs(config, run_dir)
+    if differing:
+        raise UserError(f"{run_dir} holds another run ({differing}); choose another run.dir, or insist with "
+                        f"resume.force=true")
+
+
+def what_differs(config: Any, run_dir: Path, may_change: tuple[str, ...] = MAY_CHANGE) -> str:
+    """What of a configuration is not as the run in a folder has it, keys that begin with `may_change` left aside; ""
+    when nothing is, or there is no run."""
     path = run_dir / "config.yaml"
-    if not path.exists() or force:
-        return
+    if not path.exists():
+        return ""
     old = _flatten(OmegaConf.to_container(read_yaml(path)))
     new = _flatten(to_plain(config))
     # A key the old file lacks is an option younger than the run, unless it adds data or modalities.
     compared = old.keys() | {k for k in new if k.startswith(("data.datasets.", "modalities.", "loss.weights."))}
-    differing = [k for k in sorted(compared) if old.get(k) != new.get(k) and not k.startswith(MAY_CHANGE)
+    differing = [k for k in sorted(compared) if old.get(k) != new.get(k) and not k.startswith(may_change)
                  and not (k.startswith("modalities.") and k.endswith(".tokenizer"))]  # checked by what it makes
-    if differing:
-        shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:8])
-        raise UserError(f"{run_dir} holds another run ({shown}); choose another run.dir, or insist with "
-                        f"resume.force=true")
+    return "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:8])
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
