@@ -12,17 +12,20 @@
   micro-batch sizes, with and without torch.compile: samples/s, real tokens/s, model FLOP utilisation
   (egom2p/model/flops.py over the datasheet peak), peak memory. The goal is 177 samples/s on an H100.
 - ladder: the same step with one change after another switched on, at the largest micro-batch that fits: samples/s, MFU
-  of real tokens, peak memory, kernels a step, milliseconds a step for which the host is busy; a table for RESULTS.md.
+  of real tokens, peak memory, kernels a step, milliseconds for which a micro-batch keeps the host busy (one of a single
+  sample, whose kernels do not fill the device's queue); a table for RESULTS.md.
 - sync: one step under torch.cuda.set_sync_debug_mode("error"), which raises where the host would wait for the device.
 - profile: the kernels of a step by device time.
-- generate: seconds a clip of the four released recipes.
+- generate: seconds a clip of the four released recipes, as `egom2p generate` computes, after one clip to warm up.
 - train: two minutes of `egom2p train` on random shards, on one GPU and, where there are more, under torchrun on all;
   the share of time waiting for data must be near 0.
 A table comes last; full figures are in OUT/gpu.json. Timings are medians; the first steps are left out.
 """
 
 import argparse
+import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +34,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `egom2p` does
 
 import numpy as np
 import torch
@@ -48,10 +53,12 @@ from egom2p.model.attention import Segments, segment_attention
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.flops import peak_flops, training_flops
 from egom2p.model.loss import CHUNK_ELEMENTS, softmax_step, softmax_step_to_fuse, weighted_cross_entropy
+from egom2p.training.loop import newest_flash_attention
 from egom2p.training.optim import OptimArgs, make_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GOAL = 177.0
+TRAIN_LIMIT_S = 600
 SMALL = ModalitySet([Modality("a", 70, (3, 4, 4)), Modality("b", 50, (2, 4, 4)), Modality("c", 17, (9,))])
 MODALITIES = RELEASED
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -224,14 +231,21 @@ class Trainer:
     """Model, optimiser and batches of one step measurement."""
 
     def __init__(self, sizes: ModelArgs, micro: int, compiled: bool, batches: int = 4, fused: bool = True) -> None:
+        give_back()
         torch.manual_seed(0)
-        self.model = EgoM2P(MODALITIES, sizes).to(DEVICE)  # position tables come from numpy: `with device` leaves them
+        with DEVICE:  # 400 M random numbers take a CPU long; position tables come from numpy and are moved
+            self.model = EgoM2P(MODALITIES, sizes)
+        self.model.to(DEVICE)
         if compiled:
             self.model.compile()
         if not fused:
             self.model.softmax = softmax_step
         self.optimizer = make_optimizer(self.model, OptimArgs())
         self.sizes = sizes
+        self.hold(micro, batches)
+
+    def hold(self, micro: int, batches: int) -> None:
+        """Batches of `micro` samples to step through."""
         self.host = [pack(make_samples(micro, i * micro, MODALITIES), 4) for i in range(batches)]
         self.host = [b.pin_memory() for b in self.host] if DEVICE.type == "cuda" else self.host
         self.scales = [torch.cat([torch.full((n,), 1 / (4 * max(n, 1))) for n in b.targets.modality_counts]).to(DEVICE)
@@ -254,13 +268,20 @@ class Trainer:
         return flops, len(batch.inputs) + len(batch.targets)
 
 
+def give_back() -> None:
+    """What former models held on the device: compiled blocks refer to themselves, and go when garbage is collected."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def wait() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def time_steps(sizes: ModelArgs, micro: int, compiled: bool, steps: int, fused: bool = True) -> dict:
-    """Median seconds a step after the first passes over the batches, and for how long of them the host is busy."""
+    """Median seconds a step after the first passes over the batches, and for how long the host is busy with one."""
     trainer = Trainer(sizes, micro, compiled, fused=fused)
     for number in range(len(trainer.host) + 2):
         trainer.step(number)
@@ -271,17 +292,30 @@ def time_steps(sizes: ModelArgs, micro: int, compiled: bool, steps: int, fused: 
     for number in range(steps):
         started = time.perf_counter()
         trainer.step(number)
-        host = time.perf_counter() - started
         wait()
-        rows.append((time.perf_counter() - started, *trainer.work(number), host))
+        rows.append((time.perf_counter() - started, *trainer.work(number)))
+    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None
+    launches = count_launches(trainer, steps)
     seconds = statistics.median(r[0] for r in rows)
-    flops = statistics.median(f / s for s, f, *_ in rows)
+    flops = statistics.median(f / s for s, f, _ in rows)
     peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
     return {"micro": micro, "compile": compiled, "ms": 1e3 * seconds, "samples_per_s": micro / seconds,
-            "tokens_per_s": statistics.median(t / s for s, _, t, _ in rows), "tflops": flops / 1e12,
-            "mfu": flops / peak if peak else None, "host_ms": 1e3 * statistics.median(r[3] for r in rows),
-            "launches": count_launches(trainer, steps),
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None}
+            "tokens_per_s": statistics.median(t / s for s, _, t in rows), "tflops": flops / 1e12,
+            "mfu": flops / peak if peak else None, "host_ms": 1e3 * host_seconds(trainer), "launches": launches,
+            "peak_gb": peak_gb}
+
+
+def host_seconds(trainer: Trainer) -> float:
+    """For how long a step keeps the host busy, whatever its size: with one sample, whose kernels do not fill the
+    device's queue, in which a host would wait."""
+    trainer.hold(1, 2)
+    seconds = []
+    for number in range(5):
+        started = time.perf_counter()
+        trainer.step(number)
+        seconds.append(time.perf_counter() - started)
+        wait()
+    return min(seconds)
 
 
 def count_launches(trainer: Trainer, number: int) -> int | None:
@@ -297,7 +331,29 @@ def count_launches(trainer: Trainer, number: int) -> int | None:
 
 
 def section_correct(args) -> dict:
-    return {**check_attentions(args.smoke), **check_loss(args.smoke), **check_model()}
+    """Every check is made, also after one that fails."""
+    found, failed = {}, []
+    for check in (lambda: check_attentions(args.smoke), lambda: check_loss(args.smoke), check_model):
+        try:
+            found |= check()
+        except Exception as problem:
+            failed.append(f"{type(problem).__name__}: {problem}")
+    say(json.dumps(found, indent=1))
+    if failed:
+        raise AssertionError("; ".join(failed))
+    return found
+
+
+def timed(sizes: ModelArgs, micro: int, compiled: bool, steps: int, fused: bool = True) -> dict | None:
+    """`time_steps`, or None and why it failed: one row must not cost the others their lease."""
+    try:
+        return time_steps(sizes, micro, compiled, steps, fused)
+    except torch.cuda.OutOfMemoryError:
+        reason = "out of memory"
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+    say(f"micro-batch {micro}, compile={compiled}: {reason}")
+    return None
 
 
 LADDER = (  # what is switched on, step by step: (name, compile, fused softmax, fill_to, elements of a chunk of logits)
@@ -318,10 +374,8 @@ def section_ladder(args) -> str:
         CHUNK_ELEMENTS[DEVICE.type] = elements
         torch._dynamo.reset()
         for micro in sorted(args.micro, reverse=True):
-            try:
-                row = time_steps(replace(args.sizes, fill_to=fill_to), micro, compiled, args.steps, fused)
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            row = timed(replace(args.sizes, fill_to=fill_to), micro, compiled, args.steps, fused)
+            if row is None:
                 continue
             lines.append(f"| {name} | {micro} | {row['samples_per_s']:.1f} | "
                          + (f"{row['mfu']:.1%}" if row["mfu"] else "-") + " | "
@@ -337,13 +391,13 @@ def section_step(args) -> list[dict]:
     rows = []
     for compiled in (False,) if args.smoke else (False, True):  # the ladder compiles too
         for micro in args.micro:
-            try:
-                rows.append(time_steps(args.sizes, micro, compiled, args.steps))
-                say(json.dumps(rows[-1]))
-            except torch.cuda.OutOfMemoryError:
-                say(f"micro-batch {micro}, compile={compiled}: out of memory")
-            if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()
+            row = timed(args.sizes, micro, compiled, args.steps)
+            if row is not None:
+                rows.append(row)
+                say(json.dumps(row))
+    if not rows:
+        raise RuntimeError("no row could be measured")
+    args.best_micro = max(rows, key=lambda row: row["samples_per_s"])["micro"]
     return rows
 
 
@@ -378,18 +432,20 @@ def section_profile(args) -> str:
 
 
 def section_generate(args) -> dict[str, float]:
+    give_back()
     torch.manual_seed(0)
-    model = EgoM2P(MODALITIES, args.sizes).to(DEVICE).eval()
+    with DEVICE:
+        model = EgoM2P(MODALITIES, args.sizes).eval()
+    model.to(DEVICE)
     seconds = {}
-    for name in args.recipes:
+    for name in [*args.recipes[:1], *args.recipes]:  # the first also warms up, and is timed again
         recipe = load(RecipeConfig, f"cfgs/generate/{name}.yaml")
         targets = {k: replace(t, steps=min(t.steps, 2))
                    for k, t in recipe.targets.items()} if args.smoke else recipe.targets
         rgb = MODALITIES[0]
         grid = np.random.default_rng(0).integers(0, rgb.vocab_size, (1, *rgb.grid))
         started = time.perf_counter()
-        with half():
-            generate_targets(model, {recipe.input or "rgb": grid}, targets, codes=None)
+        generate_targets(model, {recipe.input or "rgb": grid}, targets, codes=None)
         wait()
         seconds[name] = time.perf_counter() - started
     return seconds
@@ -397,6 +453,7 @@ def section_generate(args) -> dict[str, float]:
 
 def section_train(args) -> dict[str, dict[str, float]]:
     """The real command on random shards, {processes: figures}: medians of its logged steps, the first left out."""
+    give_back()
     counts = sorted({1, max(1, torch.cuda.device_count())})
     return {f"{n} process{'es' if n > 1 else ''}": train_for_a_while(args, n) for n in counts}
 
@@ -408,7 +465,7 @@ def train_for_a_while(args, processes: int) -> dict[str, float]:
         subprocess.run([sys.executable, "-m", "egom2p", "shards", "random", config, "--out", root, "--count", "40"
                         if args.smoke else "500"],
                        check=True, stderr=subprocess.DEVNULL)
-    micro = 4 if args.smoke else max(args.micro)
+    micro = 4 if args.smoke else args.best_micro
     changes = ["train.steps=5", "train.batch_size=8"] if args.smoke else [
         f"train.steps={args.train_steps}", f"train.batch_size={2 * micro * processes}",
         "loss.group_samples=0", "train.tokens=0", "optim.warmup_tokens=0",
@@ -418,9 +475,9 @@ def train_for_a_while(args, processes: int) -> dict[str, float]:
                            f"data.root={root}",
                            f"run.dir={args.out / f'run-{time.time_ns()}'}",
                            f"train.micro_batch_size={micro}", "checkpoint.every=0", "eval.every=0",
-                           *changes], capture_output=True, text=True)
+                           *changes], capture_output=True, text=True, timeout=TRAIN_LIMIT_S)
     if done.returncode:
-        return {"failed": done.stderr[-1500:]}
+        raise RuntimeError(f"{processes} processes: {done.stderr[-1500:]}")
     newest = max(args.out.glob("run-*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
     rows = [json.loads(line) for line in newest.read_text().splitlines()][1:]
     return {k: statistics.median(r[k] for r in rows if k in r)
@@ -447,11 +504,13 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="toy sizes, any device")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    args.sizes = model_sizes(args.size)
+    args.sizes, args.best_micro = model_sizes(args.size), args.micro[-1]
     if args.smoke:
         MODALITIES = ModalitySet([replace(m, vocab_size=min(m.vocab_size, 500)) for m in RELEASED])
         args.sizes, args.micro, args.steps, args.recipes = ModelArgs(32, 2, 1, 1), [1], 1, ["rgb2cam"]
     heading(__doc__, size=args.size)
+    if DEVICE.type == "cuda":
+        say(f"attention by {newest_flash_attention(torch.cuda.get_device_capability()[0]) or 'torch'}, as in training")
     results, summary = {}, []
     for name in args.sections.split(","):
         started = time.perf_counter()

@@ -103,8 +103,8 @@ def ablate(sweep: SweepConfig, send: Callable[[list[PretrainConfig], list[int]],
         if changed := {k: v for k, v in known.items() if v != asked[k]}:
             now = {k: asked[k] for k in changed}
             raise UserError(f"{run.folder} was run with {changed}, now {now}; choose another out or remove it")
-        other = what_differs(configs[-1], run.folder, MAY_DIFFER) if known else ""
-        if other and not configs[-1].resume.force:
+        forced = configs[-1].resume.force
+        if known and not forced and (other := what_differs(configs[-1], run.folder, MAY_DIFFER)):
             raise UserError(f"{run.folder} holds another run ({other}); choose another out, or put "
                             "resume: {force: true} into the base to compare what is there")
     if send:

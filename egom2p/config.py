@@ -9,13 +9,14 @@ anything else fails with the nearest valid name and the file.
 import dataclasses
 import difflib
 import json
+import os
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -30,7 +31,7 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
     Raises UserError for a missing or malformed file, an unknown key or an ill-typed value.
     """
-    tree = OmegaConf.merge(read_yaml(Path(path)), _parse_overrides(overrides))
+    tree = _merged(read_yaml(Path(path)), _parse_overrides(overrides), f"{path} and {' '.join(overrides)}")
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -75,8 +76,29 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     tree.pop("include", None)
     merged = OmegaConf.create()
     for file in included:
-        merged = OmegaConf.merge(merged, read_yaml(file, (*seen, path.resolve())))
-    return OmegaConf.merge(merged, tree)
+        merged = _merged(merged, read_yaml(file, (*seen, path.resolve())), f"{path}: its include {file}")
+    return _merged(merged, tree, str(path))
+
+
+def _merged(below: DictConfig, above: DictConfig, what: str) -> DictConfig:
+    """`above` over `below`. Raises UserError where one has a mapping and the other a list."""
+    try:
+        return OmegaConf.merge(below, above)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        clash = _clash(below, above) or _one_line(error)
+        raise UserError(f"{what}: {clash}") from error
+
+
+def _clash(below: Any, above: Any, where: str = "") -> str:
+    """Which key is a mapping on one side and a list on the other; "" when none is."""
+    if isinstance(below, DictConfig) and isinstance(above, DictConfig):
+        both = [key for key in above if key in below and not OmegaConf.is_missing(below, key)]
+        return next(filter(None, (_clash(below._get_node(k), above._get_node(k), f"{where}.{k}" if where else str(k))
+                                  for k in both)), "")
+    kinds = {DictConfig: "a mapping (NAME: value)", ListConfig: "a list"}
+    if type(below) in kinds and type(above) in kinds and type(below) is not type(above):
+        return f"{where} must be {kinds[type(below)]}, not {kinds[type(above)]}"
+    return ""
 
 
 def included_files(path: Path) -> list[Path]:
@@ -87,7 +109,16 @@ def included_files(path: Path) -> list[Path]:
 
 def _includes(path: Path, tree: DictConfig) -> list[Path]:
     names = tree.get("include") or []
-    return [path.parent / name for name in ([names] if isinstance(names, str) else names)]
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, ListConfig | list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: include must be a file's name or a list of them, not {names}")
+    return [_included(path.parent, name) for name in names]
+
+
+def _included(folder: Path, name: str) -> Path:
+    """The file `name`, relative to the one that includes it; else the shipped one of that name (`cfgs/...`)."""
+    places = (folder / name, os.path.normpath(folder / name), name)
+    return next((place for place in map(resources.locate, places) if place.exists()), folder / name)
 
 
 def build(cls: Any, value: Any, where: str, file: str) -> Any:
@@ -160,7 +191,7 @@ def _build_dataclass(cls: Any, value: Any, where: str, file: str) -> Any:
     built = {fields[k].name: build(hints[fields[k].name], v, f"{prefix}{k}", file) for k, v in value.items()}
     try:
         return cls(**built)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise UserError(f"{where or 'the configuration'} ({file}): {error}") from error
 
 

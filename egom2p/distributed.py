@@ -24,6 +24,9 @@ from egom2p.errors import Preempted, UserError, refusal
 BEAT_S = 1.0
 DIAGNOSIS_S = 10.0
 NCCL_MARGIN_S = 60
+SILENCE_MARGIN_S = 30  # beyond the time-out: where the hosts' own group can tell, it does so first
+LEFT = 1 << 40  # added to the count of a rank that leaves in good order
+_beating: "_Heartbeats | None" = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def process_group(first_timeout_s: int) -> Iterator[World]:
     bound = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_fresh_store(timeout), rank=rank,
                             world_size=size, timeout=timeout, **bound)
-    heartbeats = _Heartbeats(world)
+    global _beating
+    heartbeats = _beating = _Heartbeats(world, first_timeout_s)
     try:
         yield world
     except Preempted:
@@ -110,6 +114,8 @@ def shorten_timeout(seconds: int, *groups: dist.ProcessGroup | None) -> None:
     NCCL ends the process when its time is up, where gloo raises an error that can be told. So the hosts' groups get the
     time that was asked for and an NCCL main group NCCL_MARGIN_S more.
     """
+    if _beating is not None:
+        _beating.patience_s = seconds
     if dist.is_initialized():
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         margin = NCCL_MARGIN_S if dist.get_backend() == "nccl" else 0
@@ -164,16 +170,26 @@ def _is_collective(error: RuntimeError) -> bool:
 
 
 class _Heartbeats:
-    """Every rank counts up its own key in the group's store, so that the others can tell who stopped."""
+    """Every rank counts up its own key in the group's store, so that the others can tell who stopped.
 
-    def __init__(self, world: World) -> None:
-        self.world, self.stopped = world, threading.Event()
+    A host may be waiting inside a device's queue, where it notices nothing (NCCL then ends the process without a word
+    on who is missing). So each rank also watches the next one's count, in a thread, and leaves with a message when it
+    stands still for `patience_s` and SILENCE_MARGIN_S more.
+    """
+
+    def __init__(self, world: World, patience_s: float) -> None:
+        self.world, self.patience_s, self.stopped = world, patience_s, threading.Event()
+        self.seen = 0  # the next rank's count
         store = dist.distributed_c10d._get_default_store()
         self.store = store.clone() if hasattr(store, "clone") else store
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        threading.Thread(target=self._watch, daemon=True, name="watch").start()
 
     def stop(self) -> None:
+        """This rank leaves in good order."""
         self.stopped.set()
+        with contextlib.suppress(RuntimeError, OSError):
+            self.store.add(self._key(self.world.rank), LEFT)
 
     def missing(self) -> str:
         """Which ranks no longer count, in words. Answers within DIAGNOSIS_S."""
@@ -193,16 +209,39 @@ class _Heartbeats:
             after = self._counts()
         except (RuntimeError, OSError):
             return self._no_store()
-        silent = [r for r, (a, b) in enumerate(zip(before, after, strict=True)) if a == b and r != self.world.rank]
+        counts = enumerate(zip(before, after, strict=True))
+        silent = [r for r, (a, b) in counts if a == b < LEFT and r != self.world.rank]
         if not silent:
             return "every rank is alive but one kept the others waiting beyond train.timeout_s"
         names, (noun, verb) = ", ".join(map(str, silent)), ("ranks", "are") if len(silent) > 1 else ("rank", "is")
         return f"{noun} {names} of {self.world.size} {verb} missing (no heartbeat)"
 
     def _counts(self) -> list[int]:
-        return [self.store.add(f"egom2p/heartbeat/{r}", 0) for r in range(self.world.size)]
+        return [self.store.add(self._key(r), 0) for r in range(self.world.size)]
+
+    def _key(self, rank: int) -> str:
+        return f"egom2p/heartbeat/{rank}"
 
     def _beat(self) -> None:
-        with contextlib.suppress(RuntimeError, OSError):
+        following = self._key((self.world.rank + 1) % self.world.size)
+        with contextlib.suppress(RuntimeError, OSError):  # the store's host is gone, or this is the end
             while not self.stopped.wait(BEAT_S):
-                self.store.add(f"egom2p/heartbeat/{self.world.rank}", 1)
+                self.store.add(self._key(self.world.rank), 1)
+                self.seen = self.store.add(following, 0)
+
+    def _watch(self) -> None:
+        """Beside `_beat`, which hangs when the store's host is cut off."""
+        count, since = self.seen, time.monotonic()
+        while not self.stopped.wait(BEAT_S):
+            if self.seen != count or count >= LEFT:
+                count, since = self.seen, time.monotonic()
+            elif time.monotonic() - since > self.patience_s + SILENCE_MARGIN_S:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        missing = self.missing()
+        if self.stopped.is_set():
+            return
+        print(f"egom2p: rank {self.world.rank}: {missing}. The last checkpoint is whole; start the same command again "
+              "to resume", file=sys.stderr, flush=True)
+        os._exit(1)

@@ -2,13 +2,18 @@
 folder."""
 
 import functools
+import glob
 import logging
 import os
+import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+ABANDONED_S = 86400
 
 
 def aside(path: Path) -> Path:
@@ -26,6 +31,15 @@ def write_whole(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed left of `path`: files and folders aside that nobody has written to for a
+    day."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        newest = max((p.lstat().st_mtime for p in [left, *left.rglob("*")]), default=0.0)
+        if newest < time.time() - ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 def walk(root: Path) -> Iterator[Path]:
     """Every file below `root`, linked folders followed (each folder once), in sorted order; hidden ones left out. A
     folder that cannot be read is named in the log."""
@@ -33,6 +47,7 @@ def walk(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root, onerror=lambda e: _say(e.filename, e.strerror), followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
+            _say(folder, "a link to a folder that is read already")
             folders.clear()
             continue
         seen.add(real)

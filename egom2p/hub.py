@@ -117,11 +117,11 @@ def push_data(pattern: str, repo: str, private: bool, licence: str) -> str:
     entries = index_tars(tars)
     if damaged := [e for e in entries if e.damage]:
         raise UserError(f"{damaged[0].path}: {damaged[0].damage}; mend or remove it first, nothing was uploaded")
-    root = os.path.commonpath([p.absolute().parent for p in tars])
+    root = os.path.commonpath([os.path.abspath(p.parent) for p in tars])
     notes = {folder / name for folder in {p.parent for p in tars} for name in NOTES if (folder / name).exists()}
     with tempfile.TemporaryDirectory() as place:
         for path in [*tars, *sorted(notes)]:
-            target = Path(place) / path.absolute().relative_to(root)
+            target = Path(place) / os.path.relpath(os.path.abspath(path), root)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(path.resolve())
         files = sum(len(e.keys) for e in entries)

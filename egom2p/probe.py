@@ -112,7 +112,10 @@ def _members(groups: list[str], folds: int) -> list[np.ndarray]:
         log.warning("the clips are of %d groups, fewer than the %d folds, so neighbours are in different folds",
                     len(names), folds)
         return [np.array([i]) for i in range(len(groups))]
-    return [np.array([i for i, group in enumerate(groups) if group == name]) for name in names]
+    found: dict[str, list[int]] = {name: [] for name in names}
+    for i, group in enumerate(groups):
+        found[group].append(i)
+    return [np.array(clips) for clips in found.values()]
 
 
 def _read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -172,8 +175,10 @@ def _recalls(hits: np.ndarray, target: np.ndarray, classes: list[str]) -> tuple[
 def _summary(name: str, figure: Callable[[np.ndarray], float], members: list[np.ndarray], baseline: float,
              recalls: dict[str, float]) -> ProbeResult:
     rng, everything = np.random.default_rng(0), np.sort(np.concatenate(members))
-    drawn = [figure(np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))]))
-             for _ in range(RESAMPLES)]
+    alone = np.concatenate(members) if len(members) == len(everything) else None
+    draws = (rng.integers(0, len(members), len(members)) for _ in range(RESAMPLES))
+    drawn = [figure(np.concatenate([members[g] for g in groups]) if alone is None else alone[groups])
+             for groups in draws]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return ProbeResult(name, float(figure(everything)), float(low), float(high), baseline, len(everything), recalls,
                        0 if len(members) == len(everything) else len(members))

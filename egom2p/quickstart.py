@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from egom2p import own
-from egom2p.config import load, to_plain
+from egom2p.config import load, read_json, to_plain
 from egom2p.data.clips import Clip, count_clips
 from egom2p.data.loader import DatasetArgs
 from egom2p.data.shardtools import SHARD_CLIPS, check
@@ -31,6 +31,7 @@ from egom2p.errors import UserError
 from egom2p.evaluation.results import changes_since, reliability, table, write_results
 from egom2p.evaluation.run import Task, evaluate, predict_clip
 from egom2p.evaluation.takes import take_of
+from egom2p.files import write_whole
 from egom2p.generation.pipeline import Pipeline
 from egom2p.generation.recordings import GenerateArgs, generate_files
 from egom2p.generation.schedule import TargetArgs
@@ -130,7 +131,7 @@ class Stages:
 
     def __init__(self, path: Path, config: dict) -> None:
         self.path, self.config = path, config
-        known = json.loads(path.read_text()) if path.exists() else {"config": config, "seconds": {}}
+        known = read_json(path) if path.exists() else {"config": config, "seconds": {}}
         if known["config"] != config:
             raise UserError(f"{path.parent} holds a quickstart with another configuration; choose another --out or "
                             f"remove it")
@@ -144,7 +145,7 @@ class Stages:
         yield
         spent = time.perf_counter() - started
         self.seconds[name] = max(spent, self.seconds.get(name, 0.0))
-        self.path.write_text(json.dumps({"config": self.config, "seconds": self.seconds}))
+        write_whole(self.path, json.dumps({"config": self.config, "seconds": self.seconds}))
 
 
 def _make_world(config: QuickstartConfig, clips: Path) -> None:
@@ -291,7 +292,7 @@ def _own(config: QuickstartConfig, pipeline: Pipeline, shares: own.Shares) -> Ow
 def _report(config: QuickstartConfig, out: Path, evaluation, seconds: dict[str, float],
             pictures: list[tuple[str, Path]], mine: OwnPart | None, pipeline: Pipeline) -> None:
     model_dir = out / "model"
-    environment = json.loads((model_dir / "environment.json").read_text())
+    environment = read_json(model_dir / "environment.json")
     metrics = read_metrics(model_dir)
     training = load(PretrainConfig, model_dir / "config.yaml")
     kinds = {n: m.signal for n, m in training.modalities.items()}

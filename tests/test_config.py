@@ -110,7 +110,14 @@ def test_unknown_key_names_the_nearest_and_the_file():
     ("data.workers=true", "whole number"), ("nonsense", "key=value"), ("trian.steps=3", "did you mean 'train'"),
     ("model.dim=50", "divide"), ("train.tokens=100", "one of steps and tokens"),
     ("modalities.rgb.grid=[0,4,4]", "grid"),
-    ("masking.components=[{weight: 1}]", "alpha"), ("init.form=x", "did you mean 'from'")])
+    ("masking.components=[{weight: 1}]", "alpha"), ("init.form=x", "did you mean 'from'"),
+    ("data.datasets=[full]", "data.datasets must be a mapping (NAME: value), not a list"),
+    ("modalities.cam.grid.0=15", "modalities.cam.grid must be a list, not a mapping"),
+    ("data.workers=-1", "workers must not be below 0"), ("data.max_damaged=2", "max_damaged from 0 to 1"),
+    ("model.num_heads=0", "at least 1"), ("masking.components=[]", "at least one"),
+    ("masking.target_tokens=0", "at least 1"), ("optim.betas=[1.5,0.9]", "below 1"),
+    ("optim.weight_decay=-1", "not be below 0"), ("checkpoint.every=-1", "not be below 0"),
+    ("log.every=-1", "not be below 0")])
 def test_bad_value_is_one_line(override, words):
     with pytest.raises(UserError) as error:
         config = load(PretrainConfig, ROOT / "cfgs/train/debug.yaml", [override])
@@ -124,7 +131,9 @@ def test_missing_and_broken_files(tmp_path):
         load(PretrainConfig, ROOT / "cfgs/train/debgu.yaml")
     broken = tmp_path / "broken.yaml"
     for text, words in (("a: [1", "not valid YAML"), ("- 1\n- 2\n", "mapping"),
-                        ("include: broken.yaml", "includes itself")):
+                        ("include: broken.yaml", "includes itself"), ("include: 5", "a file's name or a list"),
+                        ("include: [5]", "a file's name or a list"), ("include: {a: b}", "a file's name or a list"),
+                        ("include: [cfgs/train/debug.yaml]\nmodalities: [rgb]\n", "modalities must be a mapping")):
         broken.write_text(text)
         with pytest.raises(UserError, match=words):
             load(PretrainConfig, broken)
@@ -235,3 +244,18 @@ def test_json_that_cannot_be_read(tmp_path):
 def test_a_path_with_what_yaml_takes_for_a_comment():
     config = load(PretrainConfig, ROOT / "cfgs/train/debug.yaml", ["run.dir=runs/exp #2", "data.root=a b"])
     assert config.run.dir == "runs/exp #2" and config.data.root == "a b"
+
+
+def test_shipped_files_are_included_from_any_folder(tmp_path, monkeypatch):
+    """By their own names, and by the way up and down from where a shipped one would lie."""
+    (tmp_path / "cfgs/train").mkdir(parents=True)
+    for name, include in (("mine.yaml", "cfgs/train/debug.yaml"), ("cfgs/train/own.yaml", "debug.yaml"),
+                          ("cfgs/train/up.yaml", "../train/debug.yaml")):
+        (tmp_path / name).write_text(f"include: [{include}]\ntrain: {{steps: 7}}\n")
+    assert load(PretrainConfig, tmp_path / "mine.yaml").train.steps == 7
+    monkeypatch.chdir(tmp_path)
+    for name in ("cfgs/train/own.yaml", "cfgs/train/up.yaml"):
+        assert load(PretrainConfig, name).train.steps == 7
+    with pytest.raises(UserError, match=r"no configuration file .*nowhere\.yaml"):
+        (tmp_path / "mine.yaml").write_text("include: [nowhere.yaml]\n")
+        load(PretrainConfig, tmp_path / "mine.yaml")

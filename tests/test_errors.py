@@ -27,3 +27,16 @@ def test_a_command_that_meets_one(monkeypatch, error, code):
         return
     done = run_cli("configs", check=False)
     assert done.returncode == code and done.stderr == "egom2p: No space left on device\n"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("trian", "x"), "did you mean 'train'?"), (("world", "--clips", "x"), "invalid int value: 'x'"),
+    (("shards", "chekc", "x"), "did you mean 'check'?"), (("train",), "required"), (("view", "x", "--nope"), "--nope")])
+def test_a_mistaken_command_line_is_one_line(arguments, words, capsys):
+    from egom2p.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("egom2p: ") and said.count("\n") == 1 and words in said and "--help" in said

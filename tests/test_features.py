@@ -133,3 +133,15 @@ def test_features_of_nothing_are_one_line(tmp_path):
     save_file({"features": torch.zeros(0, 8).half()}, tmp_path / "features-000000.safetensors", {"keys": "[]"})
     with pytest.raises(UserError, match="no clip there has features"):
         read_features(tmp_path)
+
+
+def test_as_many_groups_as_clips_are_drawn_as_clips(tmp_path):
+    from egom2p import probe
+
+    groups = [f"g{i}" for i in range(40)]
+    members = probe._members(groups, 5)
+    assert [m.tolist() for m in members] == [[i] for i in range(40)]
+    figures = np.random.default_rng(1).random(40)
+    alone = probe._summary("x", lambda i: figures[i].mean(), members, 0.0, {})
+    pairs = probe._summary("x", lambda i: figures[i].mean(), [np.array([i, i + 1]) for i in range(0, 40, 2)], 0.0, {})
+    assert alone.figure == pytest.approx(pairs.figure) and (alone.groups, pairs.groups) == (0, 20)

@@ -1,10 +1,13 @@
 """`egom2p COMMAND`. Each command parses its arguments and calls one function elsewhere."""
 
 import argparse
+import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import egom2p
 from egom2p.cli import data, models, tokenizer, training
@@ -24,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP's threads sleep where they wait, unless the user says otherwise: beside another busy program two that spin
     # are much slower, alone they are hardly faster (benchmarks/RESULTS.md). It is read when torch is loaded, later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Less GPU memory lost between blocks of odd sizes; read when the first block is asked for.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         code = args.run(args) or 0
         sys.stdout.flush()
@@ -54,10 +59,19 @@ def _set_up_logging() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, as every command does."""
+
+    def error(self, message: str) -> NoReturn:
+        if match := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            close = difflib.get_close_matches(match[1], [name.strip("' ") for name in match[2].split(",")], n=1)
+            message += f"; did you mean '{close[0]}'?" if close else ""
+        self.exit(2, f"egom2p: {message} (see `{self.prog} --help`)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="egom2p",
-                                     description="One masked transformer over egocentric video, depth, camera motion "
-                                                 "and gaze.")
+    parser = _Parser(prog="egom2p",
+                     description="One masked transformer over egocentric video, depth, camera motion and gaze.")
     parser.add_argument("--version", action="version", version=f"egom2p {egom2p.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for group in (data, tokenizer, training, models):

@@ -24,7 +24,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from egom2p.data.remote import is_remote, local_copies
-from egom2p.data.storage import DECODERS, Store, from_file, to_file
+from egom2p.data.storage import DAMAGE, DECODERS, Store, from_file, to_file
 from egom2p.data.tarindex import TarEntry, index_tars, read_at, write_tar
 from egom2p.errors import DamagedClip, UserError
 from egom2p.files import walk
@@ -60,8 +60,7 @@ def expand_paths(pattern: str) -> list[Path]:
     for text in expand_pattern(pattern):
         path = Path(text)
         if not path.exists() and any(c in text for c in "*?"):
-            anchor = Path(path.anchor or ".")
-            found = sorted(anchor.glob(str(path.relative_to(path.anchor)) if path.anchor else text))
+            found = matches(path)
         else:
             found = [path] if path.exists() else []
         for one in found:
@@ -69,6 +68,11 @@ def expand_paths(pattern: str) -> list[Path]:
     if not paths:
         raise UserError(f"no file matches {pattern}; give a folder of tars or a pattern such as 'clips/*.tar'")
     return list(dict.fromkeys(paths))
+
+
+def matches(pattern: Path) -> list[Path]:
+    """What a path with `*` and `?` names, relative or absolute, sorted."""
+    return sorted(Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor))))
 
 
 def _local_paths(pattern: str) -> list[Path]:
@@ -188,6 +192,8 @@ class ClipIndex:
         """Clip `number` of the bytes of its files. Raises DamagedClip."""
         with self._damage(number):
             meta = json.loads(files.get("json", b"{}"))
+            if not isinstance(meta, dict):
+                raise ValueError("its json is no mapping")
             signals = {signal_of(suffix): from_file(suffix.rpartition(".")[2], data)
                        for suffix, data in files.items() if signal_of(suffix)}
             return Clip(self.keys[number], meta.get("dataset", ""), signals, meta)
@@ -204,7 +210,7 @@ class ClipIndex:
     def _damage(self, number: int) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError, EOFError, UserError) as error:
+        except DAMAGE as error:
             key, tar, _ = self.rows[number]
             raise DamagedClip(f"{tar.path}: clip {key} is damaged ({error})") from error
 

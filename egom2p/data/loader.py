@@ -5,6 +5,7 @@ micro-batches, in worker processes when asked. A step's samples are a pure funct
 state but the step is needed to go on.
 """
 
+import contextlib
 import gc
 import hashlib
 import heapq
@@ -15,6 +16,7 @@ import multiprocessing.popen_fork
 import multiprocessing.process
 import multiprocessing.queues
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -37,6 +39,7 @@ from egom2p.modalities import ModalitySet
 
 log = logging.getLogger(__name__)
 
+OPEN_FILES = 65536
 
 @dataclass(frozen=True)
 class DatasetArgs:
@@ -52,11 +55,21 @@ class DatasetArgs:
 @dataclass(frozen=True, kw_only=True)
 class SourceArgs:
     """Of any training's data. workers: loader processes a rank (0 = in the training process). shuffle_shards: shards
-    whose clips are mixed together. max_damaged: share of unreadable clips that ends the run."""
+    whose clips are mixed together. max_damaged: share of unreadable clips beyond which (and beyond ten) the run ends;
+    0: any ends it."""
 
     workers: int = 0
     shuffle_shards: int = 16
     max_damaged: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.shuffle_shards < 1 or not 0 <= self.max_damaged <= 1:
+            raise ValueError("workers must not be below 0, shuffle_shards at least 1, and max_damaged from 0 to 1")
+
+
+def tolerated(share: float, clips: int) -> float:
+    """How many of so many clips may be unreadable, `share` being data.max_damaged."""
+    return max(share * clips, 10) if share else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +90,19 @@ class DataArgs(SourceArgs):
 
 @dataclass
 class StepBatch:
-    """One rank's part of a global batch: micro-batches, and the samples that could not be read."""
+    """One rank's part of a global batch: micro-batches, and the samples that could not be read. parcel: what it came
+    in."""
 
     step: int
     micro_batches: list[PackedBatch]
     damaged: list[str] = field(default_factory=list)
+    parcel: "_Parcel | None" = None
+
+    def to(self, device: torch.device) -> "StepBatch":
+        """On the device: what came in a parcel by one copy, which the host does not wait for."""
+        if self.parcel is not None:
+            return replace(self.parcel, flat=self.parcel.flat.to(device, non_blocking=True)).open()
+        return replace(self, micro_batches=[m.to(device) for m in self.micro_batches])
 
     def pin_memory(self) -> "StepBatch":
         """Called by torch's DataLoader when a GPU will take the batch."""
@@ -242,6 +263,8 @@ def in_order(dataset: Dataset, order: Iterable[Any], workers: int, ahead: int) -
     A UserError in a worker is raised here; a worker that dies ends everything with a UserError that says why.
     """
     options = {"prefetch_factor": ahead, "multiprocessing_context": _WorkerContext()} if workers else {}
+    if workers:
+        _raise_open_files()
     loader = DataLoader(_Answers(dataset) if workers else dataset, batch_size=None, sampler=order, num_workers=workers,
                         pin_memory=torch.cuda.is_available(), worker_init_fn=_start_worker if workers else None,
                         **options)
@@ -256,6 +279,16 @@ def in_order(dataset: Dataset, order: Iterable[Any], workers: int, ahead: int) -
     finally:
         # The workers end now, not when the last traceback that holds their iterator is gone.
         getattr(answers, "_shutdown_workers", lambda: None)()
+
+
+def _raise_open_files() -> None:
+    """More open files for this process, as far as the system lets it: shards, and a descriptor for every step on its
+    way from a worker."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Answers(Dataset):
@@ -316,7 +349,8 @@ class _Parcel:
         def take(place: _Place) -> torch.Tensor:
             return self.flat[place.start : place.start + math.prod(place.shape)].view(place.shape)
 
-        return replace(self.batch, micro_batches=[with_tensors(m, take, _Place) for m in self.batch.micro_batches])
+        micro = [with_tensors(m, take, _Place) for m in self.batch.micro_batches]
+        return replace(self.batch, micro_batches=micro, parcel=self)
 
     def pin_memory(self) -> "_Parcel":
         return replace(self, flat=self.flat.pin_memory())

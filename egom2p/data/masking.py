@@ -45,6 +45,12 @@ class MaskArgs:
     components: tuple[MaskComponent, ...] = (MaskComponent(alpha=0.01), MaskComponent(alpha=0.1),
                                              MaskComponent(alpha=1.0), MaskComponent(alpha=10.0))
 
+    def __post_init__(self) -> None:
+        if self.input_tokens < 0 or self.target_tokens < 1:
+            raise ValueError("target_tokens must be at least 1 and input_tokens not below 0")
+        if not sum(c.weight for c in self.components) > 0:
+            raise ValueError("components must name at least one with a weight above 0")
+
 
 class Masker:
     """Draws masks. Budgets depend on the sample's modalities and (seed, number, attempt) only."""

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from egom2p.data.clips import expand_paths
+from egom2p.data.storage import DAMAGE
 from egom2p.data.tarindex import index_tars, read_at
-from egom2p.data.tokens import DAMAGE, load_array, place_of
+from egom2p.data.tokens import load_array, place_of
 from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import stored_ids
 

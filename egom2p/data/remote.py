@@ -27,14 +27,13 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from egom2p.data.tarindex import INDEX_FILE, TarEntry, index_tars, parse_index, to_entry
 from egom2p.errors import UserError
-from egom2p.files import aside
+from egom2p.files import ABANDONED_S, aside
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CHUNK = 1 << 20
 READERS = 4
-ABANDONED_S = 86400  # a partial copy that nobody has written to for so long is of a process that was killed
 # What file systems call that which changes with a file's content, the surest first.
 VERSIONS = ("blob_id", "md5Hash", "generation", "ETag", "etag", "LastModified", "last_modified", "mtime", "created")
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)

@@ -1,10 +1,13 @@
 """`egom2p shards`: check, stats, index, convert and random shards."""
 
+import itertools
 import logging
 import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from egom2p.data.clips import expand_paths, expand_pattern
-from egom2p.data.loader import DataArgs
+from egom2p.data.loader import DataArgs, DatasetArgs
+from egom2p.data.remote import is_remote
+from egom2p.data.storage import DAMAGE
 from egom2p.data.tarindex import index_tars, npy_bytes, read_at, write_tar
-from egom2p.data.tokens import DAMAGE, ShardPlace, encode_tokens, load_array, place_of
+from egom2p.data.tokens import ShardPlace, encode_tokens, load_array, path_of, place_of, token_entries
 from egom2p.errors import UserError
 from egom2p.files import walk
 from egom2p.modalities import Modality, ModalitySet
@@ -23,6 +28,7 @@ from egom2p.processes import forks
 log = logging.getLogger(__name__)
 
 SHARD_CLIPS = 1000
+SHARD = "shard-000000.tar"
 RATE_FILES = 300
 
 
@@ -46,7 +52,7 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
     keys: dict[tuple[str, str, str], dict[str, set[str]]] = {}
     shapes: dict[Path, tuple] = {}
     files = 0
-    for entry in tqdm(index_tars(_tars(pattern)), desc="check", unit="shard"):
+    for shard, entry in tqdm(token_entries(_token_files(pattern)), desc="check", unit="shard"):
         if entry.damage:
             problems.append({"file": str(entry.path), "key": "", "problem": entry.damage})
         modality = _modality_of(entry.path, modalities)
@@ -58,14 +64,14 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
             if problem:
                 problems.append({"file": str(entry.path), "key": key, "problem": problem})
         place = place_of(entry.path)
-        keys.setdefault((str(place.root), place.dataset, entry.path.name), {})[place.modality] = seen
+        keys.setdefault((str(place.root), place.dataset, shard), {}).setdefault(place.modality, set()).update(seen)
     missing, notes = _pairing_problems(keys)
     return Checked(problems + missing, files, notes)
 
 
 def modality_folders(pattern: str) -> list[tuple[str, Path]]:
     """(modality, folder) of the shards that `pattern` names."""
-    return sorted({(place_of(path).modality, path.parent) for path in _tars(pattern)})
+    return sorted({(place_of(path).modality, path.parent) for path in _token_files(pattern)})
 
 
 def stats(pattern: str) -> list[dict]:
@@ -73,10 +79,10 @@ def stats(pattern: str) -> list[dict]:
     unobserved share, and the number of unreadable files (`check` names each)."""
     rows: dict[Path, dict] = {}
     counts: dict[Path, np.ndarray] = {}
-    for entry in tqdm(index_tars(_tars(pattern)), desc="stats", unit="shard"):
+    for shard, entry in tqdm(token_entries(_token_files(pattern)), desc="stats", unit="shard"):
         row = rows.setdefault(entry.path.parent, {"folder": str(entry.path.parent), "shards": 0, "clips": 0, "bytes": 0,
                                                   "unobserved": 0, "unreadable": 0})
-        for column, more in (("shards", 1), ("clips", len(entry.keys)), ("bytes", entry.size)):
+        for column, more in (("shards", bool(shard)), ("clips", len(entry.keys)), ("bytes", entry.size)):
             row[column] += more
         for offset, size in zip(entry.offsets.tolist(), entry.sizes.tolist(), strict=True):
             try:
@@ -181,12 +187,35 @@ def _loose_jobs(pattern: str, out: Path, names: set[str]) -> Iterator[_Job]:
     folders: dict[ShardPlace, list[Path]] = {}
     for path in _loose(pattern):
         folders.setdefault(placed(path, names), []).append(path)
+    keys: dict[tuple[Path, str], set[str]] = {}  # of all modalities of a data set, so that a shard is of the same clips
     for place, paths in folders.items():
-        paths.sort(key=lambda p: p.stem)
-        for start in range(0, len(paths), SHARD_CLIPS):
-            part = paths[start : start + SHARD_CLIPS]
-            yield _Job(out / place.modality / place.dataset / f"shard-{start // SHARD_CLIPS:06d}.tar",
-                       [p.stem for p in part], [(p, 0, -1) for p in part])
+        keys.setdefault((place.root, place.dataset), set()).update(p.stem for p in paths)
+    for place, paths in folders.items():
+        shards = {key: i // SHARD_CLIPS for i, key in enumerate(sorted(keys[place.root, place.dataset]))}
+        folder = out / place.modality / place.dataset
+        parts = itertools.groupby(sorted(paths, key=lambda p: p.stem), key=lambda p: shards[p.stem])
+        jobs = [_Job(folder / f"shard-{shard:06d}.tar", [p.stem for p in part], [(p, 0, -1) for p in part])
+                for shard, part in ((shard, list(part)) for shard, part in parts)]
+        _refuse_others(folder, [job.target for job in jobs])
+        for job in jobs:
+            _refuse_loss(job)
+        yield from jobs
+
+
+def _refuse_others(folder: Path, targets: Iterable[Path]) -> None:
+    """Raises UserError when shards lie in `folder` that are not written now: they would be read with the new ones."""
+    others = sorted(set(folder.glob("shard-*.tar")) - set(targets))
+    if others:
+        raise UserError(f"{others[0]} is of an earlier, longer set and would be mixed in; choose another --out or "
+                        "remove it")
+
+
+def _refuse_loss(job: _Job) -> None:
+    """Raises UserError when a shard that is there holds clips that the one to be written would not."""
+    lost = sorted(set(index_tars([job.target])[0].keys) - set(job.keys)) if job.target.exists() else []
+    if lost:
+        raise UserError(f"{job.target} holds {len(lost)} clips that are not among these files, such as {lost[0]}, and "
+                        "would lose them; convert all files of a data set at once, or choose another --out")
 
 
 def _loose(pattern: str) -> list[Path]:
@@ -250,19 +279,39 @@ def _reading_rates(job: _Job) -> tuple[float, float]:
 
 def write_random(data: DataArgs, eval_datasets: tuple[str, ...], modalities: ModalitySet, root: Path, count: int,
                  seed: int = 0) -> None:
-    """Random tokens in the layout a config expects: `count` clips of each data set, for dry runs and benchmarks."""
-    sets = {**{name: entry.modalities for name, entry in data.datasets.items()}, **dict.fromkeys(eval_datasets, ())}
-    for number, (name, only) in enumerate(tqdm(sets.items(), desc="random shards", unit="set")):
+    """Random tokens in the layout a config expects, below `root` in place of its data.root: `count` clips of each data
+    set, for dry runs and benchmarks. Raises UserError where a data set's own path leaves no room for such shards."""
+    held_out = {name: replace(data.datasets.get(name, DatasetArgs()), modalities=()) for name in eval_datasets}
+    jobs: list[tuple[list[int], Modality, list[Path]]] = []
+    for number, (name, entry) in enumerate({**data.datasets, **held_out}.items()):
         for modality in modalities:
-            if only and modality.name not in only:
-                continue
-            rng = np.random.default_rng([seed, number, modalities.index_of(modality.name)])
-            for shard, start in enumerate(range(0, count, SHARD_CLIPS)):
-                clips = range(start, min(start + SHARD_CLIPS, count))
-                path = root / modality.name / name / f"shard-{shard:06d}.tar"
-                drawn = (rng.integers(0, modality.vocab_size, modality.grid) for _ in clips)
-                _write_arrays(path, ((f"{i:08d}", ids.astype(modality.token_dtype))
-                                     for i, ids in zip(clips, drawn, strict=True)))
+            folder = _random_folder(root, name, entry, modality, modalities)
+            if folder is not None:
+                shards = [folder / f"shard-{i:06d}.tar" for i in range(-(-count // SHARD_CLIPS))]
+                _refuse_others(folder, shards)
+                jobs.append(([seed, number, modalities.index_of(modality.name)], modality, shards))
+    for key, modality, shards in tqdm(jobs, desc="random shards", unit="folder"):
+        rng = np.random.default_rng(key)
+        for path, start in zip(shards, range(0, count, SHARD_CLIPS), strict=True):
+            clips = range(start, min(start + SHARD_CLIPS, count))
+            drawn = (rng.integers(0, modality.vocab_size, modality.grid) for _ in clips)
+            _write_arrays(path, ((f"{i:08d}", ids.astype(modality.token_dtype))
+                                 for i, ids in zip(clips, drawn, strict=True)))
+
+
+def _random_folder(root: Path, name: str, entry: DatasetArgs, modality: Modality, modalities: ModalitySet
+                   ) -> Path | None:
+    """Where a data set's shards of a modality lie; None when it has none."""
+    if entry.modalities and modality.name not in entry.modalities:
+        return None
+    pattern = path_of(modality, modalities, name, entry.path)
+    if pattern is None:
+        return None
+    folder, shard = (Path(pattern).parent, Path(pattern).name) if pattern.endswith(".tar") else (Path(pattern), "*")
+    if is_remote(pattern) or any(c in str(folder) for c in "*?{") or not fnmatch(SHARD, shard):
+        raise UserError(f"data.datasets.{name}.path: nothing can be written for '{pattern}'; name one folder a "
+                        "modality, as in '[rgb,cam]/NAME'")
+    return root / folder
 
 
 def _write_arrays(path: Path, rows) -> int:
@@ -326,8 +375,13 @@ def _pairing_problems(keys: dict) -> tuple[list[dict], list[dict]]:
     return problems, notes
 
 
-def _tars(pattern: str) -> list[Path]:
-    return [p for p in expand_paths(pattern) if p.suffix == ".tar"]
+def _token_files(pattern: str) -> list[Path]:
+    """Tars and loose token files that `pattern` names."""
+    files = [*(p for p in _expand_or_none(pattern) if p.suffix == ".tar"), *_loose(pattern)]
+    if not files:
+        raise UserError(f"{pattern}: no tar and no loose .npz or .npy file there; give a folder of them or a pattern "
+                        "such as 'tokens/*/*/*.tar'")
+    return files
 
 
 def _modality_of(path: Path, modalities: ModalitySet | None) -> Modality | None:

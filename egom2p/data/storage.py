@@ -6,6 +6,8 @@ float16 numbers. The rest stays .npy.
 """
 
 import io
+import zipfile
+import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
@@ -15,8 +17,13 @@ import numpy as np
 
 from egom2p.data.tarindex import npy_bytes
 from egom2p.data.video import decode_video
+from egom2p.errors import UserError
 
 Store = Literal["npy", "mp4"]
+
+# What reading and parsing the bytes of a damaged file may raise.
+DAMAGE = (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError,
+          zipfile.BadZipFile, zlib.error, UserError)
 
 # fastdecode leaves out what costs most to undo (arithmetic coding, deblocking): read twice as fast, 10 % larger.
 H264 = {"crf": "17", "tune": "fastdecode"}
@@ -32,7 +39,7 @@ def to_file(array: np.ndarray, store: Store, rate: float) -> tuple[str, bytes]:
 
 
 def from_file(extension: str, data: bytes) -> np.ndarray:
-    """The array of a file's bytes. Raises ValueError, OSError, EOFError or UserError when they are damaged."""
+    """The array of a file's bytes. Raises one of DAMAGE when they are damaged."""
     return DECODERS[extension](data)
 
 

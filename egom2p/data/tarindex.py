@@ -65,7 +65,8 @@ def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     part, count = aside(path), 0
     try:
-        with webdataset.TarWriter(str(part), mtime=0, encoder=False) as tar:
+        # A file, not its name: webdataset takes a name with a colon for a URL.
+        with part.open("wb") as file, webdataset.TarWriter(file, mtime=0, encoder=False) as tar:
             for sample in samples:
                 tar.write(sample)
                 count += 1

@@ -10,16 +10,16 @@ import hashlib
 import io
 import logging
 import re
-import zipfile
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from egom2p.data.clips import expand_pattern
+from egom2p.data.clips import expand_pattern, matches
 from egom2p.data.remote import RemoteShard, ShardCache, index_remote, is_remote, list_shards
+from egom2p.data.storage import DAMAGE
 from egom2p.data.tarindex import TarEntry, index_tars, read_at
 from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import Modality, ModalitySet
@@ -27,9 +27,6 @@ from egom2p.modalities import Modality, ModalitySet
 log = logging.getLogger(__name__)
 
 MAX_HEADER = 4096
-# What reading and parsing the bytes of a damaged token file may raise.
-DAMAGE = (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError,
-          zipfile.BadZipFile, zlib.error)
 
 
 class ShardPlace(NamedTuple):
@@ -57,23 +54,28 @@ class TokenSample:
 class TokenDataset:
     """One data set of token shards: element e is clip `keys[e]`, its shard the range that holds e.
 
-    shard_sizes (S,): clips a shard. Reading is by position in the file; nothing is unpacked ahead.
+    shard_sizes (S,): clips a shard. lost: how many clips lack a modality because its shard is damaged, as far as that
+    can be told. Reading is by position in the file; nothing is unpacked ahead.
     """
 
     def __init__(self, name: str, files: dict[int, list[Path | RemoteShard]], modalities: ModalitySet) -> None:
         self.name, self.modalities = name, modalities
         self.paths: list[Path | RemoteShard] = []
         self.stamps: list[tuple[int, int]] = []
-        self.damages: list[tuple[Path, str]] = []
+        self.lost = 0
         self.compressed = False  # whether some token files are .npz, which take longer to read
         shards: dict[str, dict[int, dict[str, tuple[int, int, int]]]] = {}
+        damaged: dict[str, set[int]] = {}
         for index, paths in files.items():
             for shard, entry in self._entries(paths):
+                if entry.damage:
+                    damaged.setdefault(shard, set()).add(index)
                 members = self._members(entry)
                 known = shards.setdefault(shard, {}).setdefault(index, {})
                 known.update(members)
+        _place_loose(shards)
         self.is_remote = any(isinstance(p, RemoteShard) for p in self.paths)
-        self._build(shards)
+        self._build(shards, damaged)
 
     @classmethod
     def open(cls, root: Path | str, name: str, pattern: str, modalities: ModalitySet, only: tuple[str, ...] = (),
@@ -141,18 +143,10 @@ class TokenDataset:
 
     def _entries(self, paths: list[Path | RemoteShard]) -> list[tuple[str, TarEntry]]:
         remote = [p for p in paths if isinstance(p, RemoteShard)]
-        tars = [p for p in paths if isinstance(p, Path) and p.suffix == ".tar"]
-        loose = [p for p in paths if isinstance(p, Path) and p.suffix != ".tar"]
-        entries = [(e.path.name, e) for e in [*index_tars(tars), *index_remote(remote)]]
-        for path in loose:
-            size = path.stat().st_size
-            entries.append(("", TarEntry(path, size, 0, [path.stem], [path.suffix[1:]],
-                                         np.zeros(1, np.int64), np.array([size]), "")))
-        return entries
+        return [*((e.path.name, e) for e in index_remote(remote)),
+                *token_entries([p for p in paths if isinstance(p, Path)])]
 
     def _members(self, entry: TarEntry) -> dict[str, tuple[int, int, int]]:
-        if entry.damage:
-            self.damages.append((entry.path, entry.damage))
         self.paths.append(entry.path)
         self.stamps.append((entry.size, 0 if isinstance(entry.path, RemoteShard) else entry.mtime_ns))
         file = len(self.paths) - 1
@@ -161,7 +155,7 @@ class TokenDataset:
         self.compressed |= any(extension == "npz" for extension, *_ in found.values())
         return {key: place for key, (_, *place) in found.items()}
 
-    def _build(self, shards: dict) -> None:
+    def _build(self, shards: dict, damaged: dict[str, set[int]]) -> None:
         self.keys: list[str] = []
         sizes, columns = [], []
         for shard in sorted(shards):
@@ -171,12 +165,35 @@ class TokenDataset:
             columns += [[by_modality.get(m, {}).get(key, absent) for m in range(len(self.modalities))] for key in keys]
             self.keys += keys
             sizes.append(len(keys))
+            if broken := damaged.get(shard):  # of a shard that is broken in every modality nobody knows how many
+                self.lost += max(1, sum(any(key not in by_modality.get(m, {}) for m in broken) for key in keys))
         table = np.array(columns, np.int64).reshape(-1, len(self.modalities), 3).transpose(2, 1, 0)
         self._file, self._offset, self._size = table[0].astype(np.int32), table[1], table[2]
         self.shard_sizes = np.array([s for s in sizes if s], np.int64)
         if not self.keys:
             raise UserError(f"data set '{self.name}': its shards hold no clip "
                             f"({', '.join(str(p) for p in self.paths[:3])})")
+
+
+def token_entries(paths: Sequence[Path]) -> list[tuple[str, TarEntry]]:
+    """(shard's name, its index) of tars and of loose token files, each of which is an entry of the shard ""."""
+    entries = [(e.path.name, e) for e in index_tars([p for p in paths if p.suffix == ".tar"])]
+    for path in (p for p in paths if p.suffix != ".tar"):
+        stat = path.stat()
+        entries.append(("", TarEntry(path, stat.st_size, stat.st_mtime_ns, [path.stem], [path.suffix[1:]],
+                                     np.zeros(1, np.int64), np.array([stat.st_size]), "")))
+    return entries
+
+
+def _place_loose(shards: dict[str, dict[int, dict[str, tuple[int, int, int]]]]) -> None:
+    """Where some modalities lie in tars and others in loose files, the loose ones join the tars that hold their
+    keys."""
+    loose = shards.get("", {})
+    for by_modality in [held for shard, held in shards.items() if shard]:
+        keys = set().union(*by_modality.values())
+        for index, members in loose.items():
+            for key in keys & members.keys():
+                by_modality.setdefault(index, {}).setdefault(key, members.pop(key))
 
 
 def decode_tokens(data: bytes, modality: Modality) -> np.ndarray:
@@ -187,7 +204,7 @@ def decode_tokens(data: bytes, modality: Modality) -> np.ndarray:
     if array.size != modality.num_tokens or (array.ndim > 1 and array.shape[-len(modality.grid):] != modality.grid):
         raise ValueError(f"shape {array.shape} does not fit the grid {list(modality.grid)} of '{modality.name}'")
     ids = array.reshape(-1).astype(np.int32)
-    if array.dtype == np.uint16 and modality.vocab_size <= 65535:
+    if array.dtype == np.uint16:  # also where the vocabulary is larger
         ids[ids == 65535] = -1
     if ids.size and (ids.min() < -1 or ids.max() >= modality.vocab_size):
         raise ValueError(f"token id {ids.max() if ids.max() >= modality.vocab_size else ids.min()} lies outside "
@@ -206,7 +223,7 @@ def encode_tokens(ids: np.ndarray, observed: np.ndarray, modality: Modality) -> 
     return np.where(observed, ids, missing).astype(modality.token_dtype)
 
 
-_HEADERS: dict[bytes, tuple[np.dtype, tuple[int, ...], int]] = {}
+_HEADERS: dict[bytes, tuple[np.dtype, tuple[int, ...], str, int]] = {}
 
 
 def _parse_npy(data: bytes) -> np.ndarray:
@@ -220,14 +237,14 @@ def _parse_npy(data: bytes) -> np.ndarray:
     if header not in _HEADERS:
         fields = ast.literal_eval(header[10 if data[6] == 1 else 12 :].decode("latin1"))
         dtype = np.dtype(fields["descr"])
-        if dtype.hasobject or fields["fortran_order"]:
-            raise ValueError("npy file is pickled or in Fortran order")
+        if dtype.hasobject:
+            raise ValueError("npy file is pickled")
         if len(_HEADERS) < 64:
-            _HEADERS[header] = (dtype, tuple(fields["shape"]), length)
+            _HEADERS[header] = (dtype, tuple(fields["shape"]), "F" if fields["fortran_order"] else "C", length)
         else:
             return np.load(io.BytesIO(data), allow_pickle=False)
-    dtype, shape, start = _HEADERS[header]
-    return np.frombuffer(data, dtype, count=int(np.prod(shape)), offset=start).reshape(shape)
+    dtype, shape, order, start = _HEADERS[header]
+    return np.frombuffer(data, dtype, count=int(np.prod(shape)), offset=start).reshape(shape, order=order)
 
 
 def _parse_npz(data: bytes) -> np.ndarray:
@@ -241,12 +258,19 @@ def _parse_npz(data: bytes) -> np.ndarray:
     return found
 
 
+def path_of(modality: Modality, modalities: ModalitySet, name: str, pattern: str = "") -> str | None:
+    """The pattern of a modality's shards of the data set `name`, whose own `pattern` lists modalities in brackets; None
+    when it does not list this one."""
+    pattern = pattern or f"[{','.join(modalities.names)}]/{name}"
+    chosen = re.sub(r"\[([^\[\]]*)\]", lambda m: modality.name if modality.name in m[1].split(",") else "\0", pattern)
+    return None if "\0" in chosen else chosen
+
+
 def _modality_files(root: str, name: str, pattern: str, modality: Modality, modalities: ModalitySet,
                     cache: ShardCache | None) -> list[Path | RemoteShard]:
     """Shards (or loose files) of one modality, sorted."""
-    pattern = pattern or f"[{','.join(modalities.names)}]/{name}"
-    chosen = re.sub(r"\[([^\[\]]*)\]", lambda m: modality.name if modality.name in m[1].split(",") else "\0", pattern)
-    if "\0" in chosen:
+    chosen = path_of(modality, modalities, name, pattern)
+    if chosen is None:
         return []
     paths: list[Path | RemoteShard] = []
     for text in expand_pattern(chosen):
@@ -266,5 +290,5 @@ def _local_files(root: Path, text: str) -> list[Path]:
     if path.is_dir():
         return sorted(path.glob("*.tar")) or sorted([*path.glob("*.npz"), *path.glob("*.npy")])
     if any(c in text for c in "*?"):
-        return sorted(root.glob(text))
+        return matches(path)
     return [path] if path.is_file() else []

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from egom2p.data.clips import Clip, ClipIndex, count_clips, expand_paths, to_files
+from egom2p.data.clips import Clip, ClipIndex, count_clips, expand_paths, signal_of, to_files
 from egom2p.data.tarindex import index_tars, write_tar
 from egom2p.errors import DamagedClip, UserError
 from egom2p.resources import load_object
@@ -113,8 +113,8 @@ def make_estimator(model: str) -> DepthEstimator:
 
 
 def label_depth(pattern: str, model: str) -> tuple[int, int]:
-    """Add depth to every clip without it, tar by tar, each rewritten aside and renamed; a tar that needs nothing is
-    left alone, so a stopped run goes on where it was. Returns (clips labelled, clips that had depth)."""
+    """Add depth to every clip that has video and none, tar by tar, each rewritten aside and renamed; a tar that needs
+    nothing is left alone, so a stopped run goes on where it was. Returns (clips labelled, clips that had depth)."""
     estimator, labelled, had = None, 0, 0
     paths = [p for p in expand_paths(pattern) if p.suffix == ".tar"]
     with tqdm(total=count_clips(pattern), desc="depth", unit="clip") as bar:
@@ -122,14 +122,15 @@ def label_depth(pattern: str, model: str) -> tuple[int, int]:
             entry = index_tars([path])[0]
             if entry.damage:
                 raise UserError(f"{path}: {entry.damage}; mend it first, nothing of it was rewritten")
-            clips, with_depth = len(set(entry.keys)), sum(s.startswith("depth.") for s in entry.suffixes)
-            had += with_depth
-            if with_depth < clips:
+            named = list(zip(entry.keys, map(signal_of, entry.suffixes), strict=True))
+            with_depth, with_rgb = ({key for key, signal in named if signal == wanted} for wanted in ("depth", "rgb"))
+            had += len(with_depth)
+            if with_rgb - with_depth:
                 estimator = estimator or make_estimator(model)
-                labelled += clips - with_depth
+                labelled += len(with_rgb - with_depth)
                 write_tar(path, _labelled(path, estimator, bar))
             else:
-                bar.update(clips)
+                bar.update(len(set(entry.keys)))
     return labelled, had
 
 

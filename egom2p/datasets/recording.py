@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from egom2p.data.tokens import DAMAGE, load_array
+from egom2p.data.storage import DAMAGE
+from egom2p.data.tokens import load_array
 from egom2p.data.video import Losses, NoVideo, Shown, frame_times, shown
 from egom2p.errors import UserError
 from egom2p.files import walk
@@ -80,7 +81,9 @@ class Recording:
         """`read(*args)`, or None and a note that says what is lost and why."""
         try:
             return read(*args)
-        except (BadSequence, UserError, ArithmeticError, AttributeError, LookupError, csv.Error, *DAMAGE) as error:
+        except MemoryError:  # of this machine, not of the file
+            raise
+        except (BadSequence, ArithmeticError, AttributeError, LookupError, csv.Error, *DAMAGE) as error:
             reason = str(error) if isinstance(error, (BadSequence, UserError)) else f"{type(error).__name__}: {error}"
             self.notes.append(f"{what} left out: {' '.join(reason.split())}")
             return None

@@ -53,8 +53,8 @@ def read_text(path: Path) -> str:
 def read_table(path: Path) -> Table:
     """See the module. The header is the last comment line or the first line, when it holds words, as many as a row.
 
-    Tabs at a line's ends are empty cells, or mean nothing: whatever makes more whole rows, and columns that hold
-    something.
+    Tabs at a line's ends are empty cells, or mean nothing, and a line may hold several signs that could part it:
+    whatever makes more numbers in whole rows, then a header, then a first column that holds something.
     """
     comments, lines = [], []
     for line in read_text(path).splitlines():
@@ -65,10 +65,10 @@ def read_table(path: Path) -> Table:
     if not lines:
         raise BadSequence(f"{path} holds no row")
     bare = [line.strip() for line in lines]
-    delimiter, decimal = _delimiter(bare)
-    readings = [_columns_of([_split(line, delimiter) for line in some], comments, decimal)
-                for some in ([lines] if lines == bare else [lines, bare])]
-    header, rows, whole = max(readings, key=lambda r: (len(r[2]), any(row[0] for row in r[1]) if r[1] else False))
+    signs = dict.fromkeys([_delimiter(bare), _delimiter(lines), _delimiter(bare[:1])])
+    readings = [(_columns_of([_split(line, delimiter) for line in some], comments, decimal), decimal)
+                for some in ([lines] if lines == bare else [lines, bare]) for delimiter, decimal in signs]
+    (header, rows, whole), decimal = max(readings, key=_sense) if len(readings) > 1 else readings[0]
     if not rows:
         raise BadSequence(f"{path} holds no row")
     width = len(header) if header else max(map(_filled, rows))
@@ -79,6 +79,13 @@ def read_table(path: Path) -> Table:
     return Table(path, dict(zip(names, table, strict=False)), header is not None, len(rows) - len(whole))
 
 
+def _sense(reading: tuple[tuple[list[str] | None, list[list[str]], list[list[str]]], str]) -> tuple[int, bool, bool]:
+    """How well a reading of a table fits: numbers in whole rows, whether there is a header and a first column."""
+    (header, rows, whole), decimal = reading
+    return (sum(_is_number(word, decimal) for row in whole for word in row), header is not None,
+            any(row[0] for row in rows))
+
+
 def _columns_of(rows: list[list[str]], comments: list[str],
                 decimal: str) -> tuple[list[str] | None, list[list[str]], list[list[str]]]:
     """(header if there is one, the other rows, those of them that are whole)."""
@@ -87,7 +94,8 @@ def _columns_of(rows: list[list[str]], comments: list[str],
         header, rows = rows[0], rows[1:]
     elif comments:
         words = _split(comments[-1], _delimiter([comments[-1]])[0])
-        header = words if len(words) == len(rows[0]) and not any(_is_number(w, ".") for w in words) else None
+        fits = len(words) in (len(rows[0]), _filled(rows[0]))
+        header = words if fits and not any(_is_number(w, ".") for w in words) else None
     width = len(header) if header else max(map(_filled, rows), default=0)
     cut = [row[:width] if _filled(row) <= width else row for row in rows]
     return header, rows, [row for row in cut if len(row) == width]

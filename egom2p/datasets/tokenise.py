@@ -31,6 +31,7 @@ from egom2p.errors import UserError
 from egom2p.files import write_whole
 from egom2p.tokenizers.base import Tokenizer
 from egom2p.tokenizers.encode import EncodeArgs, Shard, encode_shards
+from egom2p.tokenizers.origin import Origin
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,9 @@ class _Note:
         begun = {k: known.get(k) for k in settings}
         if begun != settings:
             raise UserError(f"{path.parent} was begun with {begun}, now {settings}; choose another --out")
+        if known.get("done") and "groups" not in known:
+            raise UserError(f"{path.parent} was begun by an older version, which did not note what is in which shard; "
+                            f"choose another --out")
         return cls(path, settings, known.get("groups", []), set(known.get("done", ())), set(known.get("stale", ())),
                    known.get("failed", {}))
 
@@ -134,7 +138,18 @@ def _encode_group(tokenizers: list[Tokenizer], dataset: str, clips: Path, files:
     for split, paths in splits.items():
         index = ClipIndex.of(paths)
         shard = Shard(dataset if split == "train" else f"{dataset}_{split}", number, list(range(len(index))))
-        encode_shards(tokenizers, index, [shard], out, f"egom2p tokens {dataset}, {split}", encoding)
+        encode_shards(tokenizers, index, [shard], out, f"{_origin_of(dataset)}{split}", encoding)
+    for folder in sorted(p for p in out.glob("*/*") if p.is_dir()):
+        origin, shard = Origin(folder), folder / f"shard-{number:06d}.tar"
+        made_from = origin.read().get("clips", "")
+        split = made_from.removeprefix(_origin_of(dataset))
+        if shard.exists() and split != made_from and split not in splits:  # of a group that was in it before
+            shard.unlink()
+            origin.forget([shard.name])
+
+
+def _origin_of(dataset: str) -> str:
+    return f"egom2p tokens {dataset}, "
 
 
 def _keep_some(clips: Path, files: Sequence[str]) -> None:

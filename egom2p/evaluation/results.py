@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ class TaskRows:
         for metric, value in metrics.items():
             self.rows.setdefault(source, {}).setdefault(metric, []).append(value)
 
+    def add_all(self, clips: Sequence[dict[str, dict[str, float]]]) -> None:
+        """{source: {metric: figure}} of every clip. What some clips have no figure of (gaze in degrees, without
+        intrinsics) is nan there."""
+        names: dict[str, dict[str, float]] = {}
+        for clip in clips:
+            for source, metrics in clip.items():
+                names.setdefault(source, {}).update(dict.fromkeys(metrics, float("nan")))
+        for clip in clips:
+            for source, nothing in names.items():
+                self.add(source, nothing | clip.get(source, {}))
+
 
 @dataclass
 class Evaluation:
@@ -59,11 +71,12 @@ def summarise(rows: TaskRows) -> dict[str, dict]:
         known = {n: v for n, v in baselines.items() if np.isfinite(v)} or baselines
         best = min(known, key=lambda n: -baselines[n] if higher else baselines[n])
         mine, shuffled = np.array(values), np.array(rows.rows["shuffled"][metric])
+        clips = int(np.isfinite(mine).sum())
         trivial = np.array(rows.rows[f"baseline: {best}"][metric])
         summary[metric] = {"value": mean_of_finite(mine), "baseline": baselines[best],
                            "shuffled": mean_of_finite(shuffled),
                            "ceiling": mean_of_finite(rows.rows["ceiling"][metric]), "baseline_name": best,
-                           "clips": len(mine), "coverage": len(mine) / max(rows.asked, len(mine)),
+                           "clips": clips, "coverage": clips / max(rows.asked, len(mine)),
                            "doubtful": dict(Counter(filter(None, rows.doubts))),
                            "better": "higher" if higher else "lower", "baselines": baselines,
                            "ci95": bootstrap(mine), "shuffled_minus_value_ci95": bootstrap(shuffled - mine),

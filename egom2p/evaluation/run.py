@@ -232,19 +232,18 @@ class _Runner:
 
     def _gather(self, task: Task) -> TaskRows:
         rows = TaskRows(main=self.measures[task.target].main, asked=len(self.chosen))
-        for number in self.chosen:
-            row = self.done.get((task.name, self.clips.keys[number]), {})
-            if "rows" in row:
-                rows.keys.append(row["key"])
-                rows.doubts.append(row["doubt"])
-                rows.confidences.append(row["confidence"])
-                for source, metrics in row["rows"].items():
-                    rows.add(source, metrics)
-                for source, curve in row["curves"].items():
-                    rows.curves.setdefault(source, []).append(curve)
-        if len(rows.keys) < 2:
-            raise UserError(f"task {task.name}: {len(rows.keys)} of {len(self.chosen)} clips have "
-                            f"{', '.join((*task.inputs, task.target))}; it needs at least 2")
+        found = [self.done.get((task.name, self.clips.keys[number]), {}) for number in self.chosen]
+        found = [row for row in found if "rows" in row]
+        if not found:
+            raise UserError(f"task {task.name}: none of {len(self.chosen)} clips has "
+                            f"{', '.join((*task.inputs, task.target))}")
+        for row in found:
+            rows.keys.append(row["key"])
+            rows.doubts.append(row["doubt"])
+            rows.confidences.append(row["confidence"])
+            for source, curve in row["curves"].items():
+                rows.curves.setdefault(source, []).append(curve)
+        rows.add_all([row["rows"] for row in found])
         return rows
 
 

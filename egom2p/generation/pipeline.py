@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from egom2p import tokenizers
+from egom2p.data.storage import DAMAGE
 from egom2p.data.tokens import decode_tokens
 from egom2p.data.video import FrameStream, probe_video
 from egom2p.errors import UserError
@@ -209,7 +210,7 @@ class Pipeline:
         entry = self.model.modalities.by_name(modality)
         try:
             return decode_tokens(path.read_bytes(), entry).reshape(entry.grid)
-        except (ValueError, OSError, KeyError) as error:
+        except DAMAGE as error:
             raise UserError(f"{path}: not a token file of '{modality}' ({error})") from error
 
     def _first_picture(self) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from egom2p.config import read_json, to_plain
 from egom2p.errors import UserError
-from egom2p.files import aside
+from egom2p.files import aside, remove_abandoned
 from egom2p.generation.pipeline import SPREAD, Joined, Pipeline, Window
 from egom2p.generation.schedule import TargetArgs
 from egom2p.signals.writers import NpyWriter, npy_file
@@ -83,6 +83,7 @@ def _generate_file(pipeline: Pipeline, path: Path, folder: Path, args: GenerateA
     part, old = aside(folder), aside(folder.with_name(f"{folder.name}.old"))
     for left in (part, old):  # by a process of this number that was killed, as in a container that is started again
         shutil.rmtree(left, ignore_errors=True)
+    remove_abandoned(folder)
     part.mkdir(parents=True)
     try:
         note = _write(pipeline, path, part, args)
@@ -91,6 +92,8 @@ def _generate_file(pipeline: Pipeline, path: Path, folder: Path, args: GenerateA
             folder.rename(old)
         part.rename(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return folder

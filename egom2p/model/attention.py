@@ -16,6 +16,7 @@ from torch import Tensor
 from egom2p.data.batch import on_device
 
 LENGTH_STEP = 256  # kernels are told the longest segment in these steps
+FUSED_WIDTH = (8, 256)  # torch's flash kernels take heads of so many channels a multiple, and so many at most
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Segments:
     def any_pair(self) -> bool:
         """Whether some query meets some key."""
         return bool(np.any((self.query_lengths > 0) & (self.key_lengths > 0)))
+
+    @cached_property
+    def keyless(self) -> Tensor | None:
+        """(Tq,) bool on the device: queries whose segment has no keys; None when there is none."""
+        without = (self.key_lengths == 0) & (self.query_lengths > 0)
+        return on_device(np.repeat(without, self.query_lengths), self.device) if without.any() else None
 
     @cached_property
     def groups(self) -> list[tuple[int, int, int]]:
@@ -81,14 +88,16 @@ class Segments:
 def segment_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> Tensor:
     """Softmax attention inside each segment, scaled by D ** -0.5. (Tq, H, D) -> (Tq, H, D).
 
-    A query whose segment has no keys gets zeros. Fused variable-length attention on CUDA in half
-    precision; elsewhere one scaled_dot_product_attention for each distinct pair of lengths. When no query meets a key
-    in the whole pack, the (empty or zero) result still depends on q, k and v, so that every parameter has a gradient on
-    every rank.
+    A query whose segment has no keys gets zeros. Fused variable-length attention on CUDA in half precision, for heads
+    that its kernels take; elsewhere one scaled_dot_product_attention for each distinct pair of lengths. When no query
+    meets a key in the whole pack, the (empty or zero) result still depends on q, k and v, so that every parameter has a
+    gradient on every rank.
     """
     if not segments.any_pair:
         return q_THD * 0 + (k_THD.sum() + v_THD.sum()) * 0
-    if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
+    multiple, widest = FUSED_WIDTH
+    if (q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16) and not q_THD.shape[-1] % multiple
+            and q_THD.shape[-1] <= widest):
         return _fused(q_THD, k_THD, v_THD, segments)
     return _grouped(q_THD, k_THD, v_THD, segments)
 
@@ -100,9 +109,8 @@ def _fused(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> T
     # Slices of one projection: the kernel takes any strides as long as channels lie side by side.
     out = varlen_attn(q_THD, k_THD, v_THD, segments.cu_queries, segments.cu_keys, max_q, max_k,
                       **_flash_only(max(max_q, max_k)))
-    if np.any((segments.key_lengths == 0) & (segments.query_lengths > 0)):
-        keyless = np.repeat(segments.key_lengths == 0, segments.query_lengths)
-        out = torch.where(on_device(keyless, out.device)[:, None, None], torch.zeros_like(out), out)
+    if segments.keyless is not None:
+        out = torch.where(segments.keyless[:, None, None], torch.zeros_like(out), out)
     return out
 
 

@@ -28,6 +28,14 @@ def layer_norm(dim: int, style: BlockStyle) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=NORM_EPS, bias=style.biases)
 
 
+def as_multiplied(x: Tensor) -> Tensor:
+    """In the type that the next layer multiplies in. Under autocast a norm returns float32, which that layer would cast
+    all the same; but when both are compiled and the compiler puts them into two graphs, it would be written and read
+    whole in between."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class FeedForward(nn.Module):
     """GELU MLP, or SwiGLU (Shazeer 2020) of hidden width int(2/3 * ratio * dim)."""
 
@@ -97,7 +105,7 @@ class EncoderBlock(nn.Module):
         self.norm2, self.mlp = layer_norm(dim, style), FeedForward(dim, mlp_ratio, style)
 
     def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
-        x_TD = x_TD + self.attn(self.norm1(x_TD), segments)
+        x_TD = x_TD + self.attn(as_multiplied(self.norm1(x_TD)), segments)
         return x_TD + self.mlp(self.norm2(x_TD))
 
 
@@ -112,8 +120,9 @@ class DecoderBlock(nn.Module):
         self.norm2, self.mlp = layer_norm(dim, style), FeedForward(dim, mlp_ratio, style)
 
     def forward(self, x_TD: Tensor, context_TD: Tensor, self_segments: Segments, cross_segments: Segments) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.norm1(x_TD), self_segments)
-        x_TD = x_TD + self.cross_attn(self.query_norm(x_TD), self.context_norm(context_TD), cross_segments)
+        x_TD = x_TD + self.self_attn(as_multiplied(self.norm1(x_TD)), self_segments)
+        query_TD, context_TD = as_multiplied(self.query_norm(x_TD)), as_multiplied(self.context_norm(context_TD))
+        x_TD = x_TD + self.cross_attn(query_TD, context_TD, cross_segments)
         return x_TD + self.mlp(self.norm2(x_TD))
 
 

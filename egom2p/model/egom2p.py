@@ -58,6 +58,8 @@ class ModelArgs:
     fill_to: int = 0
 
     def __post_init__(self) -> None:
+        if min(self.dim, self.num_heads) < 1 or min(self.encoder_depth, self.decoder_depth) < 0:
+            raise ValueError("dim and num_heads must be at least 1, and no depth below 0")
         if self.dim % self.num_heads or self.dim % 2:
             raise ValueError(f"dim {self.dim} must be even and divide by num_heads {self.num_heads}")
         if self.fill_to < 0:
@@ -184,7 +186,12 @@ class EgoM2P(Exportable):
         Segment attention itself stays outside (its Python groups segments by length); what is compiled is the norms,
         projections, gates and residuals around it.
         """
+        import torch._dynamo  # takes a second, and only trainings that compile need it
+
         options = {"dynamic": True, **options}
+        # Inside DistributedDataParallel dynamo would cut each block's graphs again, where gradients are bucketed; as
+        # blocks are compiled one by one, sums over ranks and computation overlap anyway.
+        torch._dynamo.config.optimize_ddp = False
         for module in self.modules():
             if isinstance(module, (SelfAttention, CrossAttention)):
                 module.attend = torch.compiler.disable(segment_attention)

@@ -7,7 +7,9 @@ Every tokenizer has
   encode_normalized(x) -> ids       a batch in the network's units
   decode_normalized(ids) -> x
   codes() -> (vocab, L)             the code vector the decoder receives for each id
-  decode_from_codes(codes) -> signal   (n, L) vectors, for instance means over predicted probabilities
+  decode_codes(codes) -> x          batches of code vectors (B, n, L), for instance means over predicted probabilities
+  decode_from_codes(codes) -> signal   of one clip, (n, L)
+  args.num_frames                   frames of a clip; of pictures also frame_size, the side that its grid is for
   observed(signal) -> bool grid     positions that carry a measurement
   training_loss(x) -> loss, figures
   statistics                        {name: array} gathered over the training clips (mean signal and the like)
@@ -70,6 +72,12 @@ class Tokenizer(Exportable):
         """A batch in the network's units, on any device -> int64 ids (B, *grid)."""
         with self._as_trained():
             return self.encode_normalized(x.to(self.device, non_blocking=True)).cpu().numpy()
+
+    def encode_frames(self, frames: np.ndarray) -> np.ndarray:
+        """(T, H, W, 3) uint8 frames of a video file, H x W those of the grid -> ids, of a picture modality; a depth
+        video's grey levels are its relative inverse depth."""
+        video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        return self.encode_units(video)[0]
 
     @contextmanager
     def _as_trained(self) -> Iterator[None]:

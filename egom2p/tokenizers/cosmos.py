@@ -95,12 +95,6 @@ class CosmosTokenizer(Tokenizer):
     def check_size(self, signal: np.ndarray) -> None:
         check_picture(signal, self.modality, self.args.num_frames, self.args.patch)
 
-    def encode_frames(self, frames: np.ndarray) -> np.ndarray:
-        """(T, H, W, 3) uint8 frames of a video file -> (t, h, w) ids."""
-        video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        with torch.no_grad():
-            return self.encode_normalized(video)[0].cpu().numpy()
-
     def encode_normalized(self, video: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) int64 ids, the windows' latent frames one after the other."""
         encoder = self._network("encoder.jit")
@@ -119,8 +113,9 @@ class CosmosTokenizer(Tokenizer):
         return torch.cat(parts, 2)
 
     def codes(self) -> Tensor:
-        raise UserError(f"'{self.modality.name}' uses Cosmos' decoder, which takes ids only: it has no code vectors, "
-                        f"so set expected: false")
+        raise UserError(f"'{self.modality.name}' uses Cosmos' decoder, which takes ids only: it has no code vectors: "
+                        f"set expected: false in its recipe, name the other modalities in loss.near_modalities, and "
+                        f"leave init.codes out")
 
     def _window_frames(self) -> list[int]:
         """Raw frames in each window of a clip."""

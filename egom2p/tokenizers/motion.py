@@ -55,8 +55,13 @@ class MotionArgs:
     loss: Literal["mse", "pose"] = "mse"
 
     def __post_init__(self) -> None:
-        if self.num_frames % self.stride or self.dim % self.num_heads or (self.kernel - self.stride) % 2:
-            raise ValueError("num_frames must divide by stride, dim by num_heads, and kernel - stride by 2")
+        if min(self.num_frames, self.dim, self.depth, self.num_heads, self.stride, self.latent_dim) < 1:
+            raise ValueError("num_frames, dim, depth, num_heads, stride and latent_dim must be at least 1")
+        if self.num_frames % self.stride or self.dim % self.num_heads:
+            raise ValueError(f"num_frames {self.num_frames} must divide by stride {self.stride}, and dim {self.dim} by "
+                             f"num_heads {self.num_heads}")
+        if self.kernel < self.stride or (self.kernel - self.stride) % 2:
+            raise ValueError(f"kernel {self.kernel} must be stride {self.stride}, or more by an even number")
         if "auto" in (self.mean, self.std):
             if self.mean != self.std:
                 raise ValueError("mean and std must both be auto, or neither")
@@ -84,6 +89,10 @@ class MotionTokenizer(Tokenizer):
             self.num_tokens, size = modality.num_tokens, (args.bands + 1) * self.channels
             self.encoder = nn.Sequential(nn.Linear(size, args.dim), *_residual_mlp(args))
         else:
+            if modality.num_tokens != args.num_frames // args.stride:
+                raise ValueError(f"num_frames {args.num_frames} by stride {args.stride} make "
+                                 f"{args.num_frames // args.stride} tokens, but the grid of '{modality.name}' is "
+                                 f"{list(modality.grid)}")
             self.num_tokens, size = 1, args.stride * self.channels
             padding = (args.kernel - args.stride) // 2
             self.conv = nn.Conv1d(self.channels, args.dim, args.kernel, args.stride, padding)

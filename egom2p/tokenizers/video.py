@@ -84,14 +84,6 @@ class VideoTokenizer(Tokenizer):
     def check_size(self, signal: np.ndarray) -> None:
         check_picture(signal, self.modality, self.args.num_frames, self.args.patch)
 
-    def encode_frames(self, frames: np.ndarray) -> np.ndarray:
-        """(T, H, W, 3) uint8 frames of a video file -> ids; a depth video's grey levels are its relative inverse
-        depth."""
-        video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1,
-                                                                       2)[None].float().to(self.device) / 127.5 - 1
-        with torch.no_grad():
-            return self.encode_normalized(video)[0].cpu().numpy()
-
     def encode_normalized(self, video: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1], T and sides of any size -> (B, t, h, w) ids."""
         return self.quantizer(self.latents(self._pad(video)))[1].unflatten(1, self._grid(video))

@@ -50,8 +50,8 @@ class CheckpointArgs:
     def __post_init__(self) -> None:
         if self.keep_last < 1:
             raise ValueError("keep_last must be at least 1")
-        if self.retry_s < 0:
-            raise ValueError("retry_s must not be below 0")
+        if min(self.every, self.milestone_every, self.retry_s) < 0:
+            raise ValueError("every, milestone_every and retry_s must not be below 0")
 
 
 class Snapshot:

@@ -36,6 +36,10 @@ class LogArgs:
     wandb: bool = False
     project: str = "egom2p"
 
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError("every must not be below 0")
+
 
 class MetricsLog:
     """Appends one JSON object a logged step. On resume, lines after `step` are cut off."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from egom2p.config import dump, read_yaml, to_plain
+from egom2p.data.loader import tolerated
 from egom2p.distributed import (
     World,
     barrier,
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 WAITS_TOO_LONG = 0.25  # share of a step's time that waiting for data may take before it is said
 
+FLASH_FOR = {"FA3": 9, "FA4": 10}  # FlashAttention's newer kernels, by the GPUs' major compute capability
 GARBAGE_STEPS = 50  # steps between two collections
 WAIT_S = 5.0  # between two looks at a checkpoint that is being written
 
@@ -194,7 +196,11 @@ class Loop:
                 waited, logged_at, logged_step = 0.0, time.perf_counter(), self.step
             if every.eval.every and (self._due(every.eval.every) or self.step == self.total):
                 before = time.perf_counter()
-                self._evaluate()
+                try:
+                    self._evaluate()
+                except UserError:  # held-out data that went away must not cost the steps since the last checkpoint
+                    self._save()
+                    raise
                 logged_at += time.perf_counter() - before  # training speed leaves evaluation out
             if self._due(every.checkpoint.every) or self.step == self.total or stopping:
                 self._save()
@@ -372,7 +378,7 @@ class Loop:
         """Clips left out so far on all ranks. Raises UserError on all of them when they are too many."""
         damaged = int(sum_over_ranks(torch.tensor(float(self.damaged), device=self.world.device)).item())
         share, seen = self.config.data.max_damaged, self.step * self.config.train.batch_size
-        if damaged > max(share * seen, 10):
+        if damaged > tolerated(share, seen):
             raise UserError(f"{damaged} of {seen} clips were unreadable, more than data.max_damaged={share}; "
                             "`egom2p shards check` lists the damaged files")
         return damaged
@@ -442,13 +448,17 @@ def set_up_torch(args: TrainArgs) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     torch.set_float32_matmul_precision("high")
     if torch.cuda.is_available():
-        newest_flash_attention()
+        newest_flash_attention(torch.cuda.get_device_capability()[0])
 
 
-def newest_flash_attention() -> str:
-    """Let torch use FlashAttention 4 or 3 where its package is installed (torch 2.11 and later can be told). Returns
-    which, "" when it stays with its own; says so in the log."""
-    for name in reversed(getattr(torch.nn.attention, "list_flash_attention_impls", list)()):
+def newest_flash_attention(capability: int) -> str:
+    """Let torch use FlashAttention 4 or 3 where its package is installed (torch 2.11 and later can be told) and the
+    GPU, of this major compute capability, is the one it is for. Returns which, "" when it stays with its own; says so
+    in the log. (torch's own registration looks at the package alone, and its kernels then refuse other GPUs in the
+    first step: `torch/nn/attention/_fa3.py`, `_fa4.py`.)"""
+    for name in getattr(torch.nn.attention, "list_flash_attention_impls", list)():
+        if FLASH_FOR.get(name) != capability:
+            continue
         try:
             torch.nn.attention.activate_flash_attention_impl(name)
         except (ImportError, RuntimeError, AttributeError) as error:

@@ -35,8 +35,10 @@ class OptimArgs:
     final_lr_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2 or self.lr <= 0:
-            raise ValueError("betas must be two numbers and lr above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)) or self.lr <= 0:
+            raise ValueError("betas must be two numbers from 0 to below 1, momentum one, and lr above 0")
+        if min(self.weight_decay, self.clip_norm, self.warmup_steps, self.warmup_tokens, self.lr_batch) < 0:
+            raise ValueError("weight_decay, clip_norm, warmup_steps, warmup_tokens and lr_batch must not be below 0")
         if self.warmup_steps and self.warmup_tokens:
             raise ValueError("give warmup_steps or warmup_tokens, not both")
         if not 0 <= self.decay_share <= 1:

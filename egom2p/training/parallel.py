@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from egom2p.distributed import World
 from egom2p.model.blocks import DecoderBlock, EncoderBlock
 
+BUCKET_MB = 100  # of gradients that GPUs sum together; torch's 25 are of slower networks and smaller models
+
 
 def spread(model: nn.Module, mode: str, world: World, precision: str = "float32",
            reduce: str = "float32") -> nn.Module:
@@ -36,8 +38,8 @@ def spread(model: nn.Module, mode: str, world: World, precision: str = "float32"
                 fully_shard(module, mesh=mesh, mp_policy=half if precision == "bfloat16" else root)
         return fully_shard(model, mesh=mesh, mp_policy=root)
     # Buffers are tables that never change, or are moved by every rank alike (a tokenizer's running codebook).
-    replicas = DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-                                       broadcast_buffers=False, gradient_as_bucket_view=True)
+    on_gpu = {"device_ids": [world.local_rank], "bucket_cap_mb": BUCKET_MB} if world.device.type == "cuda" else {}
+    replicas = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **on_gpu)
     if reduce == "bfloat16":
         replicas.register_comm_hook(None, bf16_compress_hook)
     return replicas

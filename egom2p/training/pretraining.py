@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from egom2p.config import to_plain
 from egom2p.data.batch import PackedBatch, on_device
-from egom2p.data.loader import BatchPlan, DataArgs, FixedSet, StepBatch, StepDataset, TokenStream, step_loader
+from egom2p.data.loader import (
+    BatchPlan,
+    DataArgs,
+    FixedSet,
+    StepBatch,
+    StepDataset,
+    TokenStream,
+    step_loader,
+    tolerated,
+)
 from egom2p.data.masking import MaskArgs
 from egom2p.data.tokens import TokenDataset
 from egom2p.distributed import World, sum_over_ranks
@@ -123,6 +132,7 @@ class PretrainTask:
         self.stream = TokenStream(config.data, self.modalities, config.masking, config.train.seed)
         self.held_out = self._open_held_out()
         self._name_absent()
+        self._check_lost()
         folders = folders_of([*self.stream.datasets, *(self.held_out.datasets if self.held_out else ())])
         self.model = EgoM2P(self.modalities, config.model)
         self.model.generation = {name: to_plain(recipe) for name, recipe in recipes.items()}
@@ -142,7 +152,9 @@ class PretrainTask:
         return self._fingerprint
 
     def steps(self, steps: range) -> Iterator[StepBatch]:
-        return step_loader(StepDataset(self.stream, len(self.modalities), self.plan), steps, self.config.data.workers)
+        dataset = StepDataset(self.stream, len(self.modalities), self.plan)
+        for batch in step_loader(dataset, steps, self.config.data.workers):
+            yield batch.to(self.world.device)
 
     def begin_step(self, batch: StepBatch) -> None:
         """Targets of the global batch by group and modality -> the weight of one such target, (G, M)."""
@@ -277,6 +289,17 @@ class PretrainTask:
         if absent:
             log.warning("no data set has tokens of %s; it will not be learnt. Its shards belong in %s/%s/DATASET",
                         ", ".join(absent), self.config.data.root, absent[0])
+
+    def _check_lost(self) -> None:
+        """Raises UserError when more clips than data.max_damaged lack a modality because its shard is damaged."""
+        lost, clips = sum(d.lost for d in self.stream.datasets), sum(map(len, self.stream.datasets))
+        share = self.config.data.max_damaged
+        if lost > tolerated(share, clips):
+            raise UserError(f"{lost} of {clips} clips lack a modality whose shard is damaged, more than "
+                            f"data.max_damaged={share}; `egom2p shards check` lists the damaged files: mend them, or "
+                            f"accept it with a larger data.max_damaged")
+        if lost:
+            log.warning("%d of %d clips lack a modality whose shard is damaged", lost, clips)
 
     def _open_held_out(self) -> FixedSet | None:
         sets = [TokenDataset.open(root, name, path, self.modalities, (), self.stream.cache)

@@ -73,6 +73,6 @@ class StepProfiler:
         if self.world.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             with contextlib.suppress(RuntimeError):
-                torch.cuda.memory._record_memory_history(max_entries=200_000)
+                torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python")
         self.profiler = profile(activities=activities, record_shapes=True)
         self.profiler.__enter__()

@@ -134,7 +134,7 @@ class SignalSteps(torch.utils.data.Dataset):
             self.tokenizer.check(raw, self.clips.keys[element])
             if not self.tokenizer.modality.kind.is_picture and len(self.kept) < KEPT:
                 self.kept[element] = raw
-        return raw if np.any(self.tokenizer.signal.is_observed(raw)) else None
+        return raw if np.any(self.tokenizer.observed(raw)) else None
 
     def _stand_in(self) -> np.ndarray:
         """Some readable clip, for a micro-batch that lost all of its own: it counts nothing, but every rank must take
@@ -166,11 +166,12 @@ class TokenizerTask:
         self.plan = BatchPlan(config.train.batch_size, micro, config.train.batch_size, world.rank, world.size)
         self.samples = torch.ones(())
         self.model.statistics = self.model.modality.kind.statistics(self._checked_clips())
-
-    def fingerprint(self) -> str:
         content = json.dumps([self.clips.keys, [(name[25:] if self.clips.is_remote else name, size)
                                                for name, size, _ in self.clips.stamps()]])
-        return f"{len(self.clips)} clips {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        self._fingerprint = f"{len(self.clips)} clips {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     def steps(self, steps: range) -> Iterator[StepBatch]:
         seed = self.config.train.seed if self.config.data.widen else None

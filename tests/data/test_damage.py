@@ -4,6 +4,7 @@ seen."""
 import io
 import logging
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from egom2p.config import load
 from egom2p.data.loader import TokenStream
-from egom2p.data.tarindex import INDEX_FILE, VERSION, index_tars, npy_bytes, parse_index
+from egom2p.data.tarindex import INDEX_FILE, VERSION, index_tars, npy_bytes, parse_index, write_tar
 from egom2p.data.tokens import TokenDataset, decode_tokens
 from egom2p.errors import DamagedClip, UserError
 from egom2p.modalities import Modality, ModalitySet
@@ -382,3 +383,40 @@ def test_the_decoder_refuses_what_the_fuzzer_found():
         with pytest.raises((ValueError, OSError, KeyError, EOFError, SyntaxError, TypeError, MemoryError,
                             zipfile.BadZipFile)):
             decode_tokens(data, MODALITY)
+
+
+@pytest.mark.parametrize(("share", "code"), [("0.01", 2), ("0", 2), ("0.95", 0)])
+def test_a_damaged_shard_ends_the_run_beyond_the_stated_share(debug_tokens, tmp_path, caplog, share, code):
+    root = tmp_path / "tokens"
+    shutil.copytree(debug_tokens, root)
+    os.truncate(root / SHARD, 5000)
+    done = run_cli("train", "cfgs/train/debug.yaml", f"data.root={root}", f"run.dir={tmp_path / 'run'}",
+                   "train.steps=2", "eval.every=0", "optim.warmup_steps=0", f"data.max_damaged={share}", check=False)
+    assert done.returncode == code, done.stderr
+    said = done.stderr if code else caplog.text
+    assert re.search(r"\d\d of \d+ clips lack a modality whose shard is damaged", said), said
+
+
+def test_no_damage_at_all_is_a_share_too(debug_tokens, tmp_path):
+    """Ten unreadable clips are let pass, but not where none is wanted."""
+    root = tmp_path / "tokens"
+    shutil.copytree(debug_tokens, root)
+    replace_one(root / SHARD, npy_bytes(GRID[:4]))
+    command = ("train", "cfgs/train/debug.yaml", f"data.root={root}", "train.steps=12", "eval.every=0")
+    run_cli(*command, f"run.dir={tmp_path / 'one'}")
+    done = run_cli(*command, f"run.dir={tmp_path / 'two'}", "data.max_damaged=0", check=False)
+    assert done.returncode == 2 and "more than data.max_damaged=0" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "data"), [
+    ("json", b"[]"), ("json", b"{"), ("cam.npy", npy_file("'<f4'", "(6000000000000, 4)")),
+    ("cam.npy", b"PK\x03\x04" + b"x" * 40), ("cam.npy", b""), ("rgb.mp4", b"no film")])
+def test_any_damage_of_a_clip_is_a_damaged_clip(tmp_path, caplog, name, data):
+    from egom2p.data.clips import ClipIndex, read_clips
+
+    good = npy_bytes(np.zeros((60, 4, 4), np.float32))
+    write_tar(tmp_path / "a.tar", [{"__key__": "good", "cam.npy": good}, {"__key__": "bad", **{name: data}}])
+    with pytest.raises(DamagedClip, match="clip bad is damaged"):
+        ClipIndex(str(tmp_path / "a.tar")).read(1)
+    assert [clip.key for clip in read_clips(str(tmp_path / "a.tar"))] == ["good"]
+    assert "clip bad" in caplog.text

@@ -253,6 +253,17 @@ def test_damage_costs_its_frames_and_no_wrong_one_comes_out(tmp_path, kind):
     assert not {125, 126, 127} & set(numbers)
 
 
+@pytest.mark.parametrize(("codec", "options"), [("ffv1", {"g": "1"}), ("libx264", {"crf": "8", "g": "6", "bf": "0"})])
+def test_a_lost_packet_of_an_avi_costs_its_own_frame_alone(tmp_path, codec, options):
+    """However many frames the decoder works on at once: an error belongs to the packet that it came of."""
+    whole = write(tmp_path / "w.avi", [coded(i) for i in range(120)], codec=codec, options=options)
+    losses = Losses()
+    rows = seen(damage(whole, tmp_path / "one.avi", {12}), losses)
+    assert losses.packets == 1 and {n for _, n in rows} >= set(range(18, 120))
+    # Of the lost frame's group some are patched up.
+    assert all(abs(n - round(t * 30)) <= (12 <= n < 18) for t, n in rows)
+
+
 def test_a_recording_that_was_cut_off_is_read_to_the_cut(tmp_path):
     whole = write(tmp_path / "w.mkv", [coded(i) for i in range(200)], options={"crf": "8", "g": "15"}).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(whole[: int(len(whole) * 0.6)])

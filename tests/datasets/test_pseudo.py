@@ -84,3 +84,12 @@ def test_stored_depth_keeps_the_relative_inverse(rng):
     assert depth.min() >= 0.49
     assert depth.max() <= 20.1
     assert np.abs(relative_inverse_depth(depth) - (inverse - inverse.min()) / np.ptp(inverse)).max() < 2e-3
+
+
+def test_clips_without_video_are_neither_labelled_nor_rewritten(clips):
+    path = next(clips.glob("*.tar"))
+    read = list(read_clips(str(path)))
+    write_clips(path, [Clip(c.key, c.dataset, {"cam": c.signals["cam"]}, c.meta) for c in read])
+    before = path.stat().st_mtime_ns
+    done = run_cli("depth", "--clips", f"{clips}/*.tar", "--model", "tests.datasets.test_pseudo:Brightness")
+    assert "0 clips labelled, 0 had depth" in done.stdout and path.stat().st_mtime_ns == before

@@ -387,3 +387,33 @@ def test_table_counts_rows_that_are_cut_off(tmp_path):
     assert list(table.columns) == ["a", "b", "c"]
     assert table.lost == 1
     assert np.array_equal(table.matrix(), [[1, 2, 3], [7, np.nan, 9]], equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [8, 9, 10, 11])
+def test_rows_of_a_tab_separated_table_may_be_empty_wherever_they_are(tmp_path, rows):
+    lines = ["Recording timestamp\tGaze point X [MCS px]\tGaze point Y [MCS px]",
+             *(f"{i}\t{i * 10}\t5" if i % 2 else f"{i}\t\t" for i in range(rows))]
+    table = read_table(written(tmp_path / "t.tsv", lines))
+    assert list(table.columns) == ["recording timestamp", "gaze point x [mcs px]", "gaze point y [mcs px]"]
+    assert len(table) == rows and table.lost == 0
+    assert np.isnan(table.column("gaze point x [mcs px]")[::2]).all()
+
+
+def test_a_comment_is_the_header_also_of_rows_that_end_in_a_tab(tmp_path):
+    path = written(tmp_path / "t.txt", ["# time\ttx\tqw", *(f"{i}\t1\t0\t" for i in range(4))])
+    table = read_table(path)
+    assert table.has_header and list(table.columns) == ["time", "tx", "qw"]
+
+
+@pytest.mark.parametrize("end", ["", "\t", " \t"])
+def test_numbers_parted_by_blanks_may_end_in_a_tab(tmp_path, end):
+    path = written(tmp_path / "t.txt", [f"{i} 1.5 2{end}" for i in range(4)])
+    assert np.array_equal(read_table(path).matrix(), [[i, 1.5, 2] for i in range(4)])
+
+
+def test_running_out_of_memory_is_not_a_fault_of_the_file():
+    def hungry():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        Recording("r", "train").attempt("depth", hungry)

@@ -134,3 +134,28 @@ def test_other_groups_are_refused(raw, tmp_path):
     run_cli(*command, 2)
     done = run_cli(*command, 3, check=False)
     assert done.returncode == 2 and "was begun with" in done.stderr
+
+
+def test_a_split_that_empties_leaves_no_shard_behind(raw, tmp_path, rng):
+    """One recording of a group is cut to nothing and the other leaves the split: their old tokens go, too."""
+    folder, tokenizer = raw
+    (folder / "val").mkdir()
+    (folder / "walk1.mp4").rename(folder / "val/walk1.mp4")
+    command = ("tokens", "video", "--root", folder, "--out", tmp_path / "one", "--size", 32, "--workers", 1,
+               "--tokenizers", tokenizer, "--group", 5)
+    run_cli(*command)
+    assert len(open_tokens(tmp_path / "one", "video_val")) == 2
+    write_video(folder / "val/walk1.mp4", rng.integers(0, 255, (4, 32, 32, 3)).astype(np.uint8), 8)
+    run_cli(*command, check=False)
+    assert not list((tmp_path / "one/rgb/video_val").glob("*.tar"))
+    assert json.loads((tmp_path / "one/rgb/video_val/encode.json").read_text())["shards"] == {}
+    assert len(open_tokens(tmp_path / "one", "video")) == 13
+
+
+def test_a_folder_that_does_not_say_what_is_in_which_shard_is_refused(raw, tmp_path):
+    command = one(*raw, tmp_path)
+    run_cli(*command)
+    note = tmp_path / "one-prepared" / one_pass.NOTE
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "groups"}))
+    done = run_cli(*command, check=False)
+    assert done.returncode == 2 and "older version" in done.stderr

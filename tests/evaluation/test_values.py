@@ -329,3 +329,15 @@ def test_defaults_of_the_camera_errors_are_the_published_ones():
     assert ate(guess, truth) == ate(guess, truth, "se3") != ate(guess, truth, "none")
     assert rte(guess, truth) == rte(guess, truth, 1) != rte(guess, truth, 2)
     assert rre(guess, truth) == rre(guess, truth, 1) != rre(guess, truth, 2)
+
+
+def test_what_only_some_clips_have_a_figure_of_is_a_mean_over_those():
+    rows = TaskRows(main="gaze_mse", asked=4)
+    clips = [{"gaze_mse": 1.0, "gaze_deg": 3.0}, {"gaze_mse": 2.0}, {"gaze_mse": 3.0, "gaze_deg": 5.0}]
+    rows.keys, rows.doubts = ["a", "b", "c"], ["", "", ""]
+    rows.add_all([dict.fromkeys(("model", "shuffled", "ceiling", "baseline: centre"), figures)
+                  for figures in clips])
+    assert np.array_equal(rows.rows["model"]["gaze_deg"], [3.0, np.nan, 5.0], equal_nan=True)
+    told = summarise(rows)
+    assert (told["gaze_deg"]["value"], told["gaze_deg"]["clips"], told["gaze_deg"]["coverage"]) == (4.0, 2, 0.5)
+    assert (told["gaze_mse"]["value"], told["gaze_mse"]["clips"], told["gaze_mse"]["coverage"]) == (2.0, 3, 0.75)

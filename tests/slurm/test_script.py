@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 
+import pytest
+
 from tests.conftest import ROOT
 
 STAND_INS = {
@@ -19,17 +21,20 @@ for id in 0 1; do SLURM_NODEID=$id "$@" || exit $?; done''',
     "python": '''if [[ " $* " = *" --help "* ]]; then echo "--numa-binding"; exit 0; fi
 printf "%s|" "$@" >> "$CALLS/python"; echo >> "$CALLS/python"
 echo "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME $PYTORCH_ALLOC_CONF" >> "$CALLS/network"; exit "${CODE:-0}"''',
+    "numactl": "exit 1",  # torch asks whether it is there
     "getent": 'echo "10.1.2.3 STREAM node1"',
     "ip": '''if [ "$2" = route ]; then [ "$SLURM_NODEID" = 0 ] && echo "local 10.1.2.3 dev lo src 10.1.2.3" ||
     echo "10.1.2.3 dev ib0 src 10.1.2.4"; else echo "2: hsn0 inet 10.1.2.3/24 brd 10.1.2.255"; fi''',
 }
 
 
-def run_script(tmp_path, *arguments, **env):
+def run_script(tmp_path, *arguments, without: str = "", **env):
     folder, calls = tmp_path / "bin", tmp_path / "calls"
     for place in (folder, calls):
         place.mkdir()
     for name, text in STAND_INS.items():
+        if name == without:
+            continue
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (folder / name).chmod(0o755)
     script = tmp_path / "slurm_script"
@@ -55,6 +60,13 @@ def test_every_node_runs_although_only_the_first_has_the_script(tmp_path):
         assert words[-6:-1] == ["-m", "egom2p", "train", "my config.yaml", "train.steps=3"]
     assert len(calls["python"]) == 2
     assert "--cpus-per-task=64" in calls["srun"]
+
+
+@pytest.mark.skipif(shutil.which("numactl") is not None, reason="numactl is installed here")
+def test_memory_is_bound_only_where_numactl_is_there(tmp_path):
+    """torchrun ends at once when it is asked to and finds no numactl."""
+    done, calls = run_script(tmp_path, "c.yaml", without="numactl")
+    assert done.returncode == 0 and not any("--numa-binding" in line for line in calls["python"])
 
 
 def test_each_node_talks_through_the_card_that_leads_to_the_first(tmp_path):

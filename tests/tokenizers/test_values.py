@@ -309,3 +309,14 @@ def test_a_critic_learns_to_tell_and_its_tokenizer_loads_again(tmp_path):
     made.save_pretrained(tmp_path)
     again = VideoTokenizer.from_pretrained(tmp_path)
     torch.testing.assert_close(again.critic.layers[0].weight, made.critic.layers[0].weight)
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    ({"num_frames": 400}, "400 by stride 2 make 200 tokens"), ({"stride": 4, "kernel": 4}, "make 15 tokens"),
+    ({"stride": 0}, "at least 1"), ({"num_heads": 0}, "at least 1"), ({"stride": 10, "kernel": 2}, "kernel 2 must be"),
+    ({"kernel": 3}, "more by an even number"), ({"num_frames": 61}, "must divide")])
+def test_a_motion_network_whose_tokens_are_not_the_grids_is_refused(wrong, words):
+    args = {"num_frames": 60, "mean": (0.0,), "std": (1.0,), "dim": 16, "depth": 1, "num_heads": 2, "quantizer": "fsq"}
+    with pytest.raises(ValueError, match=words):
+        MotionTokenizer(Modality("imu", 240, (30,)), MotionArgs(**{**args, **wrong}))
+    MotionTokenizer(Modality("imu", 240, (40,)), MotionArgs(**{**args, "num_frames": 400, "stride": 10, "kernel": 10}))

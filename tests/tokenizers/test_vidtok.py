@@ -65,3 +65,12 @@ def test_what_is_no_whole_checkpoint_is_refused(given, tmp_path):
     torch.save(state, path)  # the tensors alone, as other tools save them
     with pytest.raises(UserError, match=r"decoder.mid.attn_1.q.conv.weight' is missing"):
         import_released(path, tmp_path / "out")
+
+
+def test_a_film_is_encoded_as_a_clip_is(given, tmp_path, rng):
+    """As `egom2p generate` does with a video file, by any tokenizer of pictures."""
+    _, path = given
+    run_cli("import-released", path, "--out", tmp_path / "tok")
+    tokenizer = tokenizers.load(tmp_path / "tok")
+    clip = rng.integers(0, 255, (16, 256, 256, 3)).astype(np.uint8)
+    assert np.array_equal(tokenizer.encode_frames(clip), tokenizer.encode(clip))

@@ -1,7 +1,9 @@
 """What one rank alone meets must not cost the others: empty micro-batches, a slow disk, a loader with many tensors."""
 
 import io
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -88,17 +90,49 @@ def test_waiting_for_compressed_shards_is_said_once_with_the_cure(debug_tokens, 
     assert len(said) == 1 and "egom2p shards convert" in said[0] and "data.workers" in said[0]
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_the_newest_flash_attention_that_is_installed_is_used(monkeypatch, installed, caplog):
+SILENT = """
+import os, signal, time
+import egom2p.distributed as distributed
+distributed.SILENCE_MARGIN_S = 1
+with distributed.process_group(600) as world:
+    distributed.barrier()
+    distributed.shorten_timeout(2)
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(100)  # as a host that waits for its device, where no collective of the hosts tells it anything
+"""
+
+
+def test_a_rank_that_falls_silent_is_named_by_its_neighbour_also_outside_of_collectives():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [subprocess.Popen([sys.executable, "-c", SILENT], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                              env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
+                                   "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    try:
+        said = ranks[0].communicate(timeout=90)[1]
+        assert ranks[0].returncode == 1
+        assert "egom2p: rank 0: rank 1 of 2 is missing (no heartbeat)" in said
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+
+
+@pytest.mark.parametrize(("installed", "capability", "used"), [
+    (["FA3", "FA4"], 9, "FA3"), (["FA3", "FA4"], 10, "FA4"), (["FA3", "FA4"], 8, ""), (["FA4"], 9, ""), ([], 9, "")])
+def test_the_flash_attention_that_is_installed_and_for_this_gpu_is_used(monkeypatch, installed, capability, used,
+                                                                        caplog):
     def activate(name):
-        if not installed or name != "FA3":
+        if name not in installed:
             raise ImportError(f"no {name}")
 
     monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"])
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
     with caplog.at_level("INFO"):
-        assert loop.newest_flash_attention() == ("FA3" if installed else "")
-    assert ("attention by FA3" in caplog.text) == installed and "FA4 is not used: no FA4" in caplog.text
+        assert loop.newest_flash_attention(capability) == used
+    assert (f"attention by {used}" in caplog.text) == bool(used)
+    assert ("FA3 is not used: no FA3" in caplog.text) == (capability == 9 and not used)
 
 
 @pytest.mark.slow

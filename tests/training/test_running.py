@@ -148,7 +148,7 @@ def test_token_keys_with_dots_are_all_used(tmp_path):
             tar.addfile(info, io.BytesIO(buffer.getvalue()))
     found = TokenDataset.open(tmp_path, "set", "", ModalitySet([Modality("cam", 9, (4,), "pose")]))
     assert found.keys == sorted(names)
-    assert not found.damages
+    assert not found.lost
 
 
 def test_values_with_blanks_and_commas_reach_the_job(tmp_path):
