@@ -171,8 +171,11 @@ def test_generate_names_unreadable_inputs(finished, tmp_path):
     out = finished[0]
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     (tmp_path / "bad.npz").write_bytes(b"not an archive")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04" + b"x" * 40)
     np.savez(tmp_path / "far.npz", np.full((5, 3, 3), 5000))
     for name, words in (("bad.mp4", "cannot be decoded"), ("bad.npz", "not a token file"), ("far.npz", "outside"),
+                        ("empty.npz", "not a token file"), ("cut.npz", "not a token file"),
                         ("none.mp4", "no input file")):
         done = run_cli("generate", out / "model", "--inputs", tmp_path / name, "--targets", "cam", "--out",
                        tmp_path / "o", check=False)

@@ -57,6 +57,8 @@ def _add_recordings(parser, out: str) -> None:
                              ".. 1)")
     parser.add_argument("--depth-with-wearer", action="store_true",
                         help="depth that shows the wearer's own body, where a set has both (adt)")
+    parser.add_argument("--series", nargs="+", default=[], metavar="NAME=HZ",
+                        help="signals of your own, for instance imu=200: for `video` from NAME.imu.csv beside each one")
     parser.add_argument("--store", default="", choices=("npy", "mp4"),
                         help="frames and depth as arrays (npy), or as H.264 (visually lossless) and FFV1 "
                              "(lossless), a tenth of the size (default: npy, for prepare above 128 pixels mp4)")
@@ -67,7 +69,19 @@ def _prepare_args(args, store: str):
 
     if args.size < 8 or min(args.limit, args.workers) < 0:
         raise UserError("--size must be at least 8, --limit and --workers not below 0")
-    return PrepareArgs(args.size, args.limit, args.workers, args.split, args.gaze_units, args.depth_with_wearer, store)
+    return PrepareArgs(args.size, args.limit, args.workers, args.split, args.gaze_units, args.depth_with_wearer, store,
+                       _series(args.series))
+
+
+def _series(given: list[str]) -> dict[str, float]:
+    found = {}
+    for text in given:
+        name, _, rate = text.partition("=")
+        try:
+            found[name] = float(rate)
+        except ValueError as error:
+            raise UserError(f"--series {text}: write NAME=HZ, for instance imu=200") from error
+    return found
 
 
 def _prepare(args) -> int:

@@ -1,7 +1,8 @@
 """A Recording -> clips of 2 s: resampling to the clip rates, gates for gaps and tracker jumps, crop and resize."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -17,6 +18,7 @@ LARGEST_DEPTH = 65504.0  # metres, what float16 holds
 NO_ROTATION = 0.05  # largest entry of R R^T - 1 of a pose that counts
 # Seconds a sample may be from the moment it stands for.
 LARGEST_GAP = {"rgb": 0.2, "depth": 0.3, "cam": 0.1, "gaze": 0.16}
+SERIES_GAP = 0.1  # of any other signal, or one and a half of its own steps where that is more
 
 
 def safe(sequence: str) -> str:
@@ -25,22 +27,26 @@ def safe(sequence: str) -> str:
 
 
 def cut(recording: Recording, dataset: str, size: int, limit: int, counts: Counter, stats: Statistics,
-        key: str = "") -> Iterator[Clip]:
+        key: str = "", rates: Mapping[str, float] = MappingProxyType({})) -> Iterator[Clip]:
     """The recording's clips of 2 s one after another; counts says why others, or parts of these, were left out. key:
-    what the clips' keys begin with."""
+    what the clips' keys begin with. rates: Hz of each of `recording.series`."""
     if recording.rgb is None or not len(recording.rgb.times):
         raise BadSequence("no video")
     key = key or safe(recording.name)
     recording.cam = without_bad_poses(recording)
+    for name in sorted(set(recording.series) - set(rates)):
+        recording.notes.append(f"{name} left out: nobody says at which rate; give --series {name}=HZ")
     start, end = float(recording.rgb.times[0]), float(recording.rgb.times[-1])
     number = 0
     while start + SECONDS <= end + LARGEST_GAP["rgb"] and not (limit and counts["clips kept"] >= limit):
         signals, intrinsics = _signals(recording, start, size, counts)
         if signals:
+            signals |= _series_at(recording, start, rates, counts)
+        if signals:
             counts["clips kept"] += 1
             stats.add(signals)
             meta = {**recording.meta, "source": recording.name, "start": round(start, 6),
-                    "rates": {n: RATES[n] for n in signals}, "side": size}
+                    "rates": {n: {**RATES, **rates}[n] for n in signals}, "side": size}
             if intrinsics is not None:
                 meta["intrinsics"] = np.round(intrinsics, 6).tolist()
                 if {"depth", "cam"} <= signals.keys():
@@ -106,6 +112,20 @@ def _signals(recording: Recording, start: float, size: int,
         shift = np.array([[1.0, 0, -left], [0, 1, -top], [0, 0, 1]])
         matrix = np.diag([size / crop, size / crop, 1.0]) @ shift @ recording.intrinsics
     return signals, matrix
+
+
+def _series_at(recording: Recording, start: float, rates: Mapping[str, float],
+               counts: Counter) -> dict[str, np.ndarray]:
+    """One's own signals in a clip that begins at `start`, (T, C) float32 each."""
+    found = {}
+    for name, rate in rates.items():
+        if name in recording.series:
+            values = resample_series(recording.series[name], start + np.arange(round(SECONDS * rate)) / rate)
+            if values is None:
+                counts[f"{name} left out: gap or NaN"] += 1
+            else:
+                found[name] = values.astype(np.float32)
+    return found
 
 
 def _depth_at(recording: Recording, times: np.ndarray) -> tuple[np.ndarray | None, str]:
@@ -175,6 +195,22 @@ def resample_points(track: Track, times: np.ndarray) -> np.ndarray:
     alone = np.abs(track.times[exact] - times) > LARGEST_GAP["gaze"]
     out[alone | ((span > 2 * LARGEST_GAP["gaze"]) & ~near)] = np.nan
     return out
+
+
+def resample_series(track: Track, times: np.ndarray) -> np.ndarray | None:
+    """(T, C) at `times`, linear between neighbours; None where a neighbour is too far away. Rows that are not finite do
+    not count."""
+    finite = np.isfinite(track.values).all(1)
+    known, values = track.times[finite], track.values[finite].astype(np.float64)
+    if len(known) < 2:
+        return None
+    gap = max(SERIES_GAP, 1.5 * float(np.median(np.diff(known))))
+    right = np.clip(np.searchsorted(known, times), 1, len(known) - 1)
+    nearest_s = np.minimum(np.abs(known[right - 1] - times), np.abs(known[right] - times))
+    if (nearest_s > gap).any() or ((known[right] - known[right - 1] > 2 * gap) & (nearest_s >= 1e-4)).any():
+        return None
+    weight = np.clip((times - known[right - 1]) / np.maximum(known[right] - known[right - 1], 1e-9), 0, 1)[:, None]
+    return (1 - weight) * values[right - 1] + weight * values[right]
 
 
 def _resize_nearest(frames: np.ndarray, size: int) -> np.ndarray:

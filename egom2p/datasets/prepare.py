@@ -10,11 +10,12 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from egom2p.resources import load_object
 
 log = logging.getLogger(__name__)
 
+RESERVED = ("rgb", "depth", "cam", "gaze", "intrinsics", "colmap", "json")  # names with a meaning of their own
 LARGEST_EXACT = 128  # pixels a side
 LONGEST_NAME = 140  # bytes; file systems take 255 with host, process and endings
 VERSION = 2  # of records and clips: older ones are prepared anew
@@ -46,7 +48,8 @@ class PrepareArgs:
     """size: side of the stored frames in pixels; limit: clips a sequence (0 = all); workers: processes (0 = all cores);
     split: what every sequence is for, instead of what the data set's lists say; gaze_units: of gaze files that do not
     say themselves, pixels or normalized; with_wearer: depth that shows the wearer's own body, where a set has both;
-    store: npy or mp4 (`data.storage`), "" = as the folder was begun, else mp4 for frames above LARGEST_EXACT."""
+    store: npy or mp4 (`data.storage`), "" = as the folder was begun, else mp4 for frames above LARGEST_EXACT; series:
+    {name: Hz} of signals of one's own."""
 
     size: int = 256
     limit: int = 0
@@ -55,6 +58,15 @@ class PrepareArgs:
     gaze_units: str = ""
     with_wearer: bool = False
     store: str = ""
+    series: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, rate in self.series.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in RESERVED:
+                raise UserError(f"--series {name}: a signal's name is of letters, digits and _, and none of "
+                                f"{', '.join(RESERVED)}")
+            if not rate > 0 or round(SECONDS * rate) < 1:
+                raise UserError(f"--series {name}={rate:g}: give Hz, at least one value in {SECONDS:g} s")
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,10 @@ def prepare(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str
     """Prepare every sequence (or those in `only`) of data set `name`. Returns the card."""
     plan = plan_jobs(name, root, out, args, only)
     run_jobs(name, root, out, plan, plan.jobs)
-    return write_card(out, set_name(name), plan.skipped)
+    card = write_card(out, set_name(name), plan.skipped)
+    for signal in sorted(set(args.series) - card["coverage"].keys()):
+        log.warning("no clip has '%s', which --series asks for", signal)
+    return card
 
 
 @dataclass(frozen=True)
@@ -172,11 +187,13 @@ def _settled(out: Path, name: str, args: PrepareArgs) -> PrepareArgs:
     note = out / "prepare.json"
     known = read_json(note) if note.exists() else {}
     if known:
-        known = {**dict.fromkeys(("split", "gaze_units"), ""), "with_wearer": False, "store": "npy", **known}
+        known = {**dict.fromkeys(("split", "gaze_units"), ""), "with_wearer": False, "store": "npy", "series": {},
+                 **known}
     usual = "mp4" if args.size > LARGEST_EXACT else "npy"
     args = replace(args, store=args.store or known.get("store") or usual)
     settings = {"dataset": name, "size": args.size, "limit": args.limit, "split": args.split,
-                "gaze_units": args.gaze_units, "with_wearer": args.with_wearer, "store": args.store}
+                "gaze_units": args.gaze_units, "with_wearer": args.with_wearer, "store": args.store,
+                "series": args.series}
     if known and known != settings:
         raise UserError(f"{out} was prepared with {known}, now {settings}; choose another --out or remove it")
     if not known:
@@ -260,9 +277,11 @@ def prepare_sequence(name: str, root: Path, out: Path, args: PrepareArgs, job: J
     recording = Recording(job.sequence, "")
     _remove(out, job.file)
     try:
-        recording = make_adapter(name, args).open(root, job.sequence)
+        adapter = make_adapter(name, args)
+        recording = adapter.open(root, job.sequence)
         recording.split = job.split or recording.split
-        clips = cut(recording, set_name(name), args.size, args.limit, counts, stats, job.file)
+        clips = cut(recording, set_name(name), args.size, args.limit, counts, stats, job.file,
+                    {**adapter.rates, **args.series})
         first = next(clips, None)
         if first is not None:
             write_clips(out / recording.split / f"{job.file}.tar", chain([first], clips), args.store)

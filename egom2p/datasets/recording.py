@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -62,9 +62,10 @@ class Track:
 
 @dataclass
 class Recording:
-    """One sequence. split: "" when the set's lists say it (`Adapter.splits`). crop: side of the centred square that is
-    used, the shorter side of the frames when 0. intrinsics (3, 3) pixels of the rgb frames; meta goes into every clip's
-    json; notes: what was left out and why, and what was chosen where there was a choice."""
+    """One sequence. split: "" when the set's lists say it (`Adapter.splits`). series: any other signals by name, of
+    values (N, C); at which rate clips hold them is said by `Adapter.rates` or the user. crop: side of the centred
+    square that is used, the shorter side of the frames when 0. intrinsics (3, 3) pixels of the rgb frames; meta goes
+    into every clip's json; notes: what was left out and why, and what was chosen where there was a choice."""
 
     name: str
     split: str
@@ -72,6 +73,7 @@ class Recording:
     depth: Pictures | None = None
     cam: Track | None = None
     gaze: Track | None = None
+    series: dict[str, Track] = field(default_factory=dict)
     intrinsics: np.ndarray | None = None
     crop: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class Adapter(ABC):
 
     name: str
     layout: str  # what `root` must hold, for the message when it does not
+    rates: ClassVar[dict[str, float]] = {}  # Hz at which clips hold each of `Recording.series`
 
     @abstractmethod
     def sequences(self, root: Path) -> list[str]: ...

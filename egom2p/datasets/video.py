@@ -9,18 +9,22 @@
   NAME.depth.npy               (T, H, W) metres, 0 = no reading, one a video frame; or NAME.depth/NUMBER.png, 16-bit
                                millimetres, counted from 0 or from 1
   NAME.intrinsics.txt          3 x 3 pixels of the video's frames
+  NAME.imu.csv                 any other signal that is asked for (`--series imu=200`): a column of times and one a channel, in
+                               any form that `tables` reads (.csv, .tsv, .txt); NAME.imu.json: {"unit": ..., "start": ...}
 Camera axes are OpenCV's (x right, y down, z forward). A COLMAP model has no scale of its own: its units are taken as
 metres. The split is `train`, or what the top folder is called when that is train, val or test.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from egom2p.config import read_json
-from egom2p.datasets.clocks import VideoClock
+from egom2p.datasets.clocks import VideoClock, seconds_of
 from egom2p.datasets.gaze_files import read_gaze
 from egom2p.datasets.recording import (
     Adapter,
@@ -35,23 +39,26 @@ from egom2p.datasets.recording import (
     fit_intrinsics,
     need,
 )
-from egom2p.datasets.tables import read_matrix
+from egom2p.datasets.tables import read_matrix, read_table
 from egom2p.datasets.trajectories import read_colmap, read_tum
 from egom2p.files import walk
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mts", ".ts")
 SIDES = (".cam.tum", ".cam.json", ".colmap", ".gaze.csv", ".gaze.tsv", ".gazedata.gz", ".gaze.json", ".depth.npy",
          ".depth", ".intrinsics.txt")
+TABLES = (".csv", ".tsv", ".txt")
+TIME = re.compile(r"(time|timestamp|t|stamp|recording timestamp)\b")
 SHOWN = 20
 
 
 class VideoFolder(Adapter):
     name = "video"
     layout = ("videos (.mp4, .mov, .mkv, .avi, .webm), each with optional NAME.cam.tum, NAME.colmap/, NAME.gaze.csv, "
-              "NAME.depth.npy, NAME.intrinsics.txt")
+              "NAME.depth.npy, NAME.intrinsics.txt; and NAME.imu.csv with --series imu=HZ")
 
-    def __init__(self, gaze_units: str = "") -> None:
-        self.gaze_units = gaze_units
+    def __init__(self, gaze_units: str = "", series: Mapping[str, float] = MappingProxyType({})) -> None:
+        self.gaze_units, self.series = gaze_units, series
+        self.sides = (*SIDES, *(f".{name}{ending}" for name in series for ending in (*TABLES, ".json")))
 
     def sequences(self, root: Path) -> list[str]:
         return need(root, sorted(p.relative_to(root).as_posix() for p in walk(root) if p.suffix.lower() in SUFFIXES),
@@ -59,7 +66,7 @@ class VideoFolder(Adapter):
 
     def files(self, root: Path, sequence: str) -> list[Path]:
         path = root / sequence
-        sides = [Path(f"{path.with_suffix('')}{suffix}") for suffix in SIDES]
+        sides = [Path(f"{path.with_suffix('')}{suffix}") for suffix in self.sides]
         return [path, *(f for s in sides for f in ([s] if s.is_file() else walk(s) if s.is_dir() else []))]
 
     def skipped(self, root: Path) -> list[str]:
@@ -70,7 +77,7 @@ class VideoFolder(Adapter):
         for path in files:
             if path.suffix.lower() in SUFFIXES:
                 continue
-            base, suffix = _side_of(path, root)
+            base, suffix = _side_of(path, root, self.sides)
             name = path.relative_to(root).as_posix()
             if not suffix:
                 rows[name] = f"{name}: neither a video nor a side file"
@@ -95,6 +102,8 @@ class VideoFolder(Adapter):
         recording.gaze = recording.attempt("gaze", beside.gaze)
         recording.cam = recording.attempt("cam", beside.camera)
         recording.intrinsics = recording.attempt("intrinsics", beside.intrinsics)
+        tracks = {name: recording.attempt(name, beside.series, name) for name in self.series}
+        recording.series = {name: track for name, track in tracks.items() if track is not None}
         return recording
 
 
@@ -132,6 +141,24 @@ class _Beside:
         if path is None:
             return None
         return read_gaze(path, self.clock, self.size, self.gaze_units, self.said(".gaze.json"), self.notes)
+
+    def series(self, name: str) -> Track | None:
+        """Its first column that is called like a time, else its first one, and all others."""
+        path = next((p for ending in TABLES if (p := self.path(f".{name}{ending}")).exists()), None)
+        if path is None:
+            return None
+        table = read_table(path)
+        clock = next((column for column in table.columns if TIME.match(column)), next(iter(table.columns)))
+        values = [column for name, column in table.columns.items() if name != clock]
+        if not values:
+            raise BadSequence(f"{path} has one column; a column of times and one a channel are wanted")
+        if table.lost:
+            self.notes.append(f"{path.name}: {table.lost} of {len(table) + table.lost} rows are cut off and were left "
+                              "out")
+        times = seconds_of(table.columns[clock], self.clock, str(path), self.notes, self.said(f".{name}.json"))
+        order = np.argsort(times, kind="stable")
+        order = order[np.isfinite(times[order])]
+        return Track(times[order], np.stack(values, 1)[order])
 
     def depth(self) -> Pictures | None:
         if self.path(".depth.npy").exists():
@@ -176,12 +203,12 @@ def numbered_depth(folder: Path, times: np.ndarray, notes: list[str]) -> ImagePi
     return ImagePictures([numbers[n] for n in order], times[np.array(order) - first], depth=True, scale=0.001)
 
 
-def _side_of(path: Path, root: Path) -> tuple[str, str]:
+def _side_of(path: Path, root: Path, sides: Sequence[str]) -> tuple[str, str]:
     """(path of the video it belongs to without ending, its own ending), ("", "") when it is no side file."""
     for place in (path, *path.parents):
         if place == root:
             break
-        for suffix in SIDES:
+        for suffix in sides:
             if place.name.endswith(suffix):
                 return str(place)[: -len(suffix)], suffix
     return "", ""

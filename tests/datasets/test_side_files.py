@@ -4,20 +4,25 @@ what its tool's source or documentation says, and must come back as the values t
 import gzip
 import json
 import struct
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from egom2p import geometry
+from egom2p.data.clips import read_clips
+from egom2p.datasets.checks import Statistics
 from egom2p.datasets.clocks import VideoClock
-from egom2p.datasets.cutting import _depth_at
+from egom2p.datasets.cutting import _depth_at, cut
 from egom2p.datasets.gaze_files import read_gaze
-from egom2p.datasets.recording import ArrayPictures, BadSequence, Recording, fit_intrinsics
+from egom2p.datasets.recording import ArrayPictures, BadSequence, ImagePictures, Recording, Track, fit_intrinsics
 from egom2p.datasets.tables import read_matrix, read_table
 from egom2p.datasets.trajectories import read_colmap, read_tum
 from egom2p.datasets.video import numbered_depth
 from egom2p.geometry import quaternions
+from egom2p.signals.writers import write_video
+from tests.conftest import run_cli
 from tests.datasets.miniature import save_png
 from tests.test_geometry import random_poses
 
@@ -417,3 +422,65 @@ def test_running_out_of_memory_is_not_a_fault_of_the_file():
 
     with pytest.raises(MemoryError):
         Recording("r", "train").attempt("depth", hungry)
+
+
+def own_signals(folder, seconds: float = 5.0) -> np.ndarray:
+    """A film of five seconds and, beside it, an IMU at 197 Hz whose channels are known functions of time (nanoseconds
+    since an epoch), and heart rate once a second."""
+    write_video(folder / "walk.mp4", np.zeros((int(seconds * 30), 32, 32, 3), np.uint8), 30)
+    times = np.arange(0, seconds, 1 / 197)
+    rows = [f"{1_700_000_000_000_000_000 + int(t * 1e9)},{t:.6f},{2 * t:.6f},9.81" for t in times]
+    written(folder / "walk.imu.csv", ["timestamp [ns],ax,ay,az", *rows])
+    written(folder / "walk.imu.json", [json.dumps({"unit": "ns", "start": 1_700_000_000_000_000_000})])
+    written(folder / "walk.pulse.tsv", ["time\tbpm", *(f"{i}\t{60 + i}" for i in range(6))])
+    return times
+
+
+def test_signals_of_ones_own_come_with_the_recording(tmp_path):
+    (tmp_path / "raw").mkdir()
+    own_signals(tmp_path / "raw")
+    command = ("prepare", "video", "--root", tmp_path / "raw", "--out", tmp_path / "clips", "--size", 32, "--workers", 1)
+    done = run_cli(*command, "--series", "imu=200", "pulse=1")
+    assert "imu 100%" in done.stdout and "pulse 100%" in done.stdout
+    clips = list(read_clips(str(tmp_path / "clips/train")))
+    assert len(clips) == 2
+    for clip in clips:
+        assert clip.meta["rates"]["imu"] == 200 and clip.signals["imu"].shape == (400, 3)
+        wanted = clip.meta["start"] + np.arange(400) / 200
+        assert np.abs(clip.signals["imu"] - np.stack([wanted, 2 * wanted, np.full(400, 9.81)], 1)).max() < 1e-4
+        assert np.allclose(clip.signals["pulse"][:, 0], 60 + clip.meta["start"] + np.arange(2))
+    refused = run_cli(*command, "--series", "imu=100", check=False)
+    assert refused.returncode == 2 and "was prepared with" in refused.stderr
+
+
+def test_gaps_of_a_signal_of_ones_own_cost_that_signal_only(tmp_path, caplog):
+    (tmp_path / "raw").mkdir()
+    own_signals(tmp_path / "raw")
+    lines = (tmp_path / "raw/walk.imu.csv").read_text().splitlines()
+    lines[100:180] = []  # 0.4 s
+    lines[500] = lines[500].split(",")[0] + ",nan,nan,nan"
+    written(tmp_path / "raw/walk.imu.csv", lines)
+    done = run_cli("prepare", "video", "--root", tmp_path / "raw", "--out", tmp_path / "clips", "--size", 32, "--workers",
+                   1, "--series", "imu=200", "hands=30")
+    assert "1 imu left out: gap or NaN" in done.stdout
+    assert [sorted(c.signals) for c in read_clips(str(tmp_path / "clips/train"))] == [["rgb"], ["imu", "rgb"]]
+    assert "no clip has 'hands'" in caplog.text
+
+
+@pytest.mark.parametrize(("series", "words"), [("imu", "NAME=HZ"), ("imu=fast", "NAME=HZ"), ("gaze=30", "none of"),
+                                               ("a.b=3", "letters, digits"), ("imu=0", "give Hz"), ("imu=.1", "at least")])
+def test_series_that_cannot_be(tmp_path, series, words):
+    done = run_cli("prepare", "video", "--root", tmp_path, "--out", tmp_path / "o", "--series", series, check=False)
+    assert done.returncode == 2 and words in done.stderr
+
+
+def test_an_adapter_of_ones_own_brings_signals_of_its_own(tmp_path):
+    """With rates of its own, or those that the user gives; without either a note says what is missing."""
+    track = Track(np.arange(0, 5, 0.01), np.random.default_rng(0).random((500, 2)))
+    save_png(tmp_path / "p.png", np.zeros((8, 8, 3), np.uint8))
+    pictures = ImagePictures([tmp_path / "p.png"] * 40, np.arange(40) / 8)
+    recording = Recording("r", "train", rgb=pictures, series={"hands": track, "pulse": track})
+    clips = list(cut(recording, "mine", 8, 0, Counter(), Statistics(), rates={"hands": 50.0}))
+    assert [sorted(c.signals) for c in clips] == [["hands", "rgb"]] * 2 and clips[0].signals["hands"].shape == (100, 2)
+    assert np.allclose(clips[0].signals["hands"], track.values[:200:2])
+    assert recording.notes == ["pulse left out: nobody says at which rate; give --series pulse=HZ"]

@@ -145,3 +145,12 @@ def test_gradients_summed_in_bfloat16_train_as_well(debug_tokens, reference, tmp
     assert not same_weights(tmp_path / "run", reference)
     done = train(debug_tokens, tmp_path / "x", "train.reduce=bfloat16", "train.precision=float64", check=False)
     assert done.returncode == 2 and "precision float64" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_blocks_train_on_several_processes(debug_tokens, reference, tmp_path, parallel):
+    """What the base recipe does under torchrun: two processes with train.compile against one without."""
+    run_ranks(2, *arguments(debug_tokens, tmp_path / "run", "train.compile=true", f"train.parallel={parallel}"))
+    for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4), ours["step"]
