@@ -48,9 +48,20 @@ def _of_clips(pattern: str, limit: int, model: str, targets: Sequence[str], trus
     chosen = np.unique(np.linspace(0, len(index) - 1, max(1, min(limit, len(index)))).astype(int))
     clips = [index.read(int(number)) for number in chosen]
     if not model:
-        return [take_of(clip, {n: CLIP_KINDS.get(n, "motion") for n in clip.signals}, {}) for clip in clips]
+        return [take_of(clip, {n: _kind_of(n, s) for n, s in clip.signals.items()}, {}) for clip in clips]
     pipeline = Pipeline(EgoM2P.from_pretrained(model), trust)
     return [_predicted(pipeline, clip, targets) for clip in clips]
+
+
+def _kind_of(name: str, signal: np.ndarray) -> str:
+    """The kind of a clip's signal: of one's own, the kind whose arrays look like it."""
+    if name in CLIP_KINDS:
+        return CLIP_KINDS[name]
+    if signal.ndim == 4:
+        return "rgb"
+    if signal.ndim == 3:
+        return "pose" if signal.shape[1:] == (4, 4) else "depth"
+    return "motion"
 
 
 def _predicted(pipeline: Pipeline, clip: Clip, targets: Sequence[str]) -> Take:

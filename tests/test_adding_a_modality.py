@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from egom2p import EgoM2P
-from egom2p.data.clips import Clip, write_clips
+from egom2p.data.clips import Clip, read_clips, write_clips
 from egom2p.datasets.world import make_clip
 from egom2p.training.log import read_metrics
 from tests.conftest import ROOT, run_cli
@@ -14,6 +14,7 @@ from tests.conftest import ROOT, run_cli
 def test_the_page_works(tmp_path):
     page = (ROOT / "docs/adding-a-modality.md").read_text()
     tokenizer_yaml, entry = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    snippet = re.search(r"```python\n(.*?)```", page, re.S)[1]
     config = tmp_path / "wrist.yaml"
     config.write_text(re.sub(r"(?m)^   ", "", tokenizer_yaml))
     rng = np.random.default_rng(0)
@@ -23,6 +24,11 @@ def test_the_page_works(tmp_path):
         wrist = np.cumsum(rng.normal(size=(60, 6)), 0).astype(np.float32)
         clips.append(Clip(clip.key, "rooms", {**clip.signals, **({"wrist": wrist} if number % 5 else {})}, clip.meta))
     write_clips(tmp_path / "clips/a.tar", clips)
+    # The page's code puts the same signal into clips without it.
+    write_clips(tmp_path / "bare/a.tar", [Clip(c.key, c.dataset, {"cam": c.signals["cam"]}, c.meta) for c in clips])
+    code = re.sub(r"(?m)^     ", "", snippet).replace("clips/*.tar", f"{tmp_path}/bare/*.tar")
+    exec(code.replace("new/a.tar", f"{tmp_path}/new/a.tar"), {"cut_out": lambda source, start: np.ones((60, 6))})
+    assert all(c.signals["wrist"].shape == (60, 6) and "cam" in c.signals for c in read_clips(f"{tmp_path}/new/*.tar"))
     clips_pattern = f"{tmp_path}/clips/*.tar"
     for name, path, extra in (("wrist", config, []), ("cam", "tokenizers/world_cam/config.yaml", []),
                               ("rgb", "tokenizers/world_rgb/config.yaml", ["tokenizer.modality.grid=[5,3,3]"])):

@@ -44,7 +44,8 @@ def _add_prepare(commands) -> None:
 def _add_recordings(parser, out: str) -> None:
     from egom2p.datasets import ADAPTERS
 
-    parser.add_argument("dataset", help=f"one of {', '.join(ADAPTERS)} (docs/data.md says how to get them)")
+    parser.add_argument("dataset", help=f"one of {', '.join(ADAPTERS)} (docs/data.md says how to get them), "
+                                             "or your own as package.module:Class")
     parser.add_argument("--root", type=Path, required=True, help="folder of the raw data as its authors publish it")
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--size", type=int, default=256, help="side of the stored frames")
@@ -145,7 +146,8 @@ def _add_shards(commands) -> None:
         parser = verbs.add_parser(verb, help=text)
         parser.add_argument("pattern", help="for instance 'tokens/[rgb,cam]/rooms/shard-{000000..000004}.tar' or a "
                                             "folder")
-        parser.add_argument("--config", type=Path, help="train config whose modalities the tokens must fit")
+        if verb == "check":
+            parser.add_argument("--config", type=Path, help="train config whose modalities the tokens must fit")
         parser.set_defaults(run={"check": _shards_check, "stats": _shards_stats, "index": _shards_index}[verb])
     convert = verbs.add_parser("convert", help="rewrite released or loose token files in the compact form")
     convert.add_argument("pattern")
@@ -193,7 +195,10 @@ def _shards_index(args) -> None:
     from egom2p.data.clips import expand_paths
     from egom2p.data.tarindex import index_tars
 
-    entries = index_tars([p for p in expand_paths(args.pattern) if p.suffix == ".tar"])
+    tars = [p for p in expand_paths(args.pattern) if p.suffix == ".tar"]
+    if not tars:
+        raise UserError(f"{args.pattern}: no tar there; loose files need no index")
+    entries = index_tars(tars)
     print(f"{len(entries)} shards, {sum(len(e.keys) for e in entries)} files indexed, "
           f"{sum(bool(e.damage) for e in entries)} damaged")
 

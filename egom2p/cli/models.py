@@ -234,7 +234,8 @@ def _push(args) -> None:
 
 def _add_import(commands) -> None:
     parser = commands.add_parser("import-released", help="official checkpoints -> our export folders")
-    parser.add_argument("file", type=Path, help="the main checkpoint, or the camera or gaze tokenizer's .pth")
+    parser.add_argument("file", type=Path,
+                        help="the main checkpoint, the camera or gaze tokenizer's .pth, or VidTok's .ckpt")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ema", action="store_true", help="take the averaged weights, where the file has them")
     parser.add_argument("--num-heads", type=int, help="attention heads, when the file's model name does not tell")

@@ -23,7 +23,7 @@ def _add_tokenizer(commands) -> None:
     encode.add_argument("--batch", type=int, default=0,
                         help="clips that a network takes at once (default: 16 videos, 1024 motions)")
     encode.add_argument("--workers", type=int, default=-1,
-                        help="reading processes beside each encoding one (default: the cores there are)")
+                        help="reading processes beside each encoding one (default: its other cores, at most 16)")
     add_device(encode)
     encode.set_defaults(run=_tokenizer_encode)
     reconstruct = verbs.add_parser("reconstruct", help="error table of encoding and decoding clips")

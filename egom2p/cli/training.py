@@ -56,7 +56,7 @@ def _add_job(parser) -> None:
     parser.add_argument("--mounts", help="folders the container sees")
     parser.add_argument("--chain", type=int, default=1,
                         help="so many jobs one after another, where requeueing is forbidden")
-    parser.add_argument("--sbatch", nargs="*", default=[], metavar="OPTION=VALUE",
+    parser.add_argument("--sbatch", nargs="*", action="extend", default=[], metavar="OPTION=VALUE",
                         help="further sbatch options, without dashes")
     parser.add_argument("--template", type=Path, help="another script than scripts/slurm/train.sbatch")
     parser.add_argument("--unchecked", action="store_true", help="send it although this machine does not see the data")
@@ -83,6 +83,10 @@ def _job_of(args):
 def _submit(args) -> None:
     from egom2p.submit import TEMPLATE, submit, submit_command
 
+    # What has a dot is no option of sbatch's but an override, given behind them.
+    overrides = [item for item in args.sbatch if "." in item.partition("=")[0]]
+    args.sbatch = [item for item in args.sbatch if item not in overrides]
+    args.overrides = [*args.overrides, *overrides]
     job = _job_of(args)
     words = [str(args.config), *args.overrides]
     verbs = next((list(v) for v in SHARED_COMMANDS if words[: len(v)] == list(v)), None)

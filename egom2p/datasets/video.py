@@ -9,8 +9,8 @@
   NAME.depth.npy               (T, H, W) metres, 0 = no reading, one a video frame; or NAME.depth/NUMBER.png, 16-bit
                                millimetres, counted from 0 or from 1
   NAME.intrinsics.txt          3 x 3 pixels of the video's frames
-  NAME.imu.csv                 any other signal that is asked for (`--series imu=200`): a column of times and one a channel, in
-                               any form that `tables` reads (.csv, .tsv, .txt); NAME.imu.json: {"unit": ..., "start": ...}
+  NAME.imu.csv                 any other signal that is asked for (`--series imu=200`): a column of times and one a
+                               channel, in any form that `tables` reads (.csv, .tsv, .txt); NAME.imu.json: as for gaze
 Camera axes are OpenCV's (x right, y down, z forward). A COLMAP model has no scale of its own: its units are taken as
 metres. The split is `train`, or what the top folder is called when that is train, val or test.
 """

@@ -66,7 +66,7 @@ def _pose_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any]
                   args: MeasureArgs) -> dict[str, float]:
     """The published three, ATE after every alignment (without a fit: both from their own first pose), relative errors
     at every horizon. Fits with scale are nan where the true motion is degenerate."""
-    rate = meta.get("rates", {}).get("cam", RATES["cam"])
+    rate = meta.get("rate") or meta.get("rates", {}).get("cam", RATES["cam"])
     found = {"ate_m": ate(predicted, truth, args.pose_alignment), "rte_m": rte(predicted, truth, args.pose_delta),
              "rre_deg": rre(predicted, truth, args.pose_delta)}
     scaleless = degenerate(truth)

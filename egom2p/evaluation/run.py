@@ -204,7 +204,8 @@ class _Runner:
             guesses = {"model": mine, "shuffled": shuffled, "ceiling": ceiling,
                        **{f"baseline: {n}": g for n, g in measure.baselines(tokenizer.statistics, truth).items()}}
             guesses = {s: _without_padding(g, truth) for s, g in guesses.items() if g is not None}
-            figures = {s: measure.metrics(g, truth, clip.meta) for s, g in guesses.items()}
+            meta = {**clip.meta, "rate": clip.meta.get("rates", {}).get(source)}
+            figures = {s: measure.metrics(g, truth, meta) for s, g in guesses.items()}
             figures.setdefault("shuffled", dict.fromkeys(figures["model"], float("nan")))
             curve = {"model": [round(float(x), 6) for x in measure.over_time(guesses["model"], truth)]}
             rows.append({"task": task.name, "key": clip.key, "rows": figures, "curves": curve,

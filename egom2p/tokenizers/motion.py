@@ -31,6 +31,10 @@ class MotionArgs:
 
     mean, std: `auto` in a training's configuration: measured on its clips, and then numbers in what it exports.
     channel_weights: empty for plain MSE in network units.
+    dim, depth, num_heads, mlp_ratio: width, blocks, heads and widening of encoder and decoder, each.
+    stride: frames a token, so that num_frames / stride tokens fill the grid; kernel: frames that a token looks at.
+    quantizer: `ema`, a codebook of vocab_size vectors of latent_dim that follow the latents (commitment_weight draws
+    latents to their codes), or `fsq`, finite scalars: so many `levels` an entry, whose product is vocab_size.
     bands: 0 for the network of patches in time. K for one MLP (of `depth` residual blocks; num_heads, stride and kernel
     unused) over the signal's start and K smooth bands of its motion, a ramp and K - 1 sines: what it decodes is smooth,
     and every token says something of the whole clip.

@@ -36,7 +36,8 @@ class DebugArgs:
 @dataclass(frozen=True)
 class TrainArgs:
     """batch_size is the global batch; micro_batch_size what one process computes at a time (0 = all of its part).
-    One of steps and tokens (samples x budget) says how long. precision: compute type, weights stay float32
+    One of steps and tokens (samples x budget) says how long. seed: of data order, masks and weights. threads: of torch
+    in each process (0 = its own choice). precision: compute type, weights stay float32
     (float64 computes and stores in float64). deterministic: refuse operations that vary from run to run (CUDA), and
     have MKL's products repeat bit by bit.
     compile: torch.compile the transformer's blocks and the loss's softmax, with dynamic lengths (not for tokenizers).

@@ -30,7 +30,8 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class LogArgs:
-    """every: steps between logged steps. wandb: also log to Weights & Biases (WANDB_MODE=offline works)."""
+    """every: steps between logged steps. wandb: also log to Weights & Biases (WANDB_MODE=offline works),
+    under the name `project`."""
 
     every: int = 10
     wandb: bool = False

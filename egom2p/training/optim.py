@@ -19,7 +19,7 @@ class OptimArgs:
     is multiplied by batch_size / lr_batch (MAE's rule). Linear warm-up for warmup_steps (or warmup_tokens), then the
     schedule, down to final_lr_share of the peak: cosine; wsd: constant, and a straight line down over the last
     decay_share of the steps; inverse_sqrt: with the root of the step after warm-up, and the same line at the end.
-    clip_norm: of the gradient, 0 = none."""
+    betas: AdamW's. momentum: Muon's. weight_decay: of matrices and tables. clip_norm: of the gradient, 0 = none."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4

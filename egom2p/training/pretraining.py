@@ -287,8 +287,11 @@ class PretrainTask:
         present = np.any([rows.any(1) for rows in self.stream.present], axis=0)
         absent = [m.name for m, there in zip(self.modalities, present, strict=True) if not there]
         if absent:
-            log.warning("no data set has tokens of %s; it will not be learnt. Its shards belong in %s/%s/DATASET",
-                        ", ".join(absent), self.config.data.root, absent[0])
+            listed = all(d.modalities and absent[0] not in d.modalities for d in self.config.data.datasets.values())
+            where = f"{self.config.data.root}/{absent[0]}/DATASET"
+            log.warning("no data set has tokens of %s; it will not be learnt. %s", ", ".join(absent),
+                        f"Every data set lists its modalities: name {absent[0]} in data.datasets.NAME.modalities, too"
+                        if listed else f"Its shards belong in {where}")
 
     def _check_lost(self) -> None:
         """Raises UserError when more clips than data.max_damaged lack a modality because its shard is damaged."""

@@ -79,10 +79,12 @@ def _data(take: Take) -> dict[str, Any]:
     curves = [{"name": f"{name}: error, {take.units.get(name, '')}", "seconds": take.seconds,
                "lines": [{"side": "predicted", "values": _or_null(error)}]} for name, error in take.errors.items()]
     for name, kind in take.kinds.items():
-        if not KINDS[kind].is_picture and kind not in ("pose", "gaze"):
-            curves.append({"name": name, "seconds": take.seconds,
-                           "lines": [{"side": side, "values": _plain(column)} for side, signal
-                                     in take.sides(name).items() for column in signal.T]})
+        if KINDS[kind].is_picture or kind == "gaze" or name == take.of_kind("pose"):
+            continue
+        lines = {side: signal[:, :3, 3] if kind == "pose" else signal for side, signal in take.sides(name).items()}
+        curves.append({"name": f"{name}: position, m" if kind == "pose" else name, "seconds": take.seconds,
+                       "lines": [{"side": side, "values": _plain(column)} for side, signal in lines.items()
+                                 for column in signal.T]})
     return {"seconds": take.seconds, "pictures": pictures, "curves": curves,
             "poseRate": take.rates.get(take.of_kind("pose"), 30.0),
             "depthRate": take.rates.get(take.of_kind("depth"), 8.0),

@@ -439,7 +439,8 @@ def own_signals(folder, seconds: float = 5.0) -> np.ndarray:
 def test_signals_of_ones_own_come_with_the_recording(tmp_path):
     (tmp_path / "raw").mkdir()
     own_signals(tmp_path / "raw")
-    command = ("prepare", "video", "--root", tmp_path / "raw", "--out", tmp_path / "clips", "--size", 32, "--workers", 1)
+    command = ("prepare", "video", "--root", tmp_path / "raw", "--out", tmp_path / "clips", "--size", 32, "--workers",
+               1)
     done = run_cli(*command, "--series", "imu=200", "pulse=1")
     assert "imu 100%" in done.stdout and "pulse 100%" in done.stdout
     clips = list(read_clips(str(tmp_path / "clips/train")))
@@ -460,15 +461,16 @@ def test_gaps_of_a_signal_of_ones_own_cost_that_signal_only(tmp_path, caplog):
     lines[100:180] = []  # 0.4 s
     lines[500] = lines[500].split(",")[0] + ",nan,nan,nan"
     written(tmp_path / "raw/walk.imu.csv", lines)
-    done = run_cli("prepare", "video", "--root", tmp_path / "raw", "--out", tmp_path / "clips", "--size", 32, "--workers",
-                   1, "--series", "imu=200", "hands=30")
+    done = run_cli("prepare", "video", "--root", tmp_path / "raw", "--out", tmp_path / "clips", "--size", 32,
+                   "--workers", 1, "--series", "imu=200", "hands=30")
     assert "1 imu left out: gap or NaN" in done.stdout
     assert [sorted(c.signals) for c in read_clips(str(tmp_path / "clips/train"))] == [["rgb"], ["imu", "rgb"]]
     assert "no clip has 'hands'" in caplog.text
 
 
 @pytest.mark.parametrize(("series", "words"), [("imu", "NAME=HZ"), ("imu=fast", "NAME=HZ"), ("gaze=30", "none of"),
-                                               ("a.b=3", "letters, digits"), ("imu=0", "give Hz"), ("imu=.1", "at least")])
+                                               ("a.b=3", "letters, digits"), ("imu=0", "give Hz"),
+                                               ("imu=.1", "at least")])
 def test_series_that_cannot_be(tmp_path, series, words):
     done = run_cli("prepare", "video", "--root", tmp_path, "--out", tmp_path / "o", "--series", series, check=False)
     assert done.returncode == 2 and words in done.stderr

@@ -189,8 +189,8 @@ def test_submit_freezes_what_it_sends(debug_tokens, tmp_path):
     """--dry-run writes everything; code and configuration are those of now, and another configuration is refused."""
     run = tmp_path / "run"
     arguments = ["submit", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={run}",
-                 "train.batch_size=16", "--nodes", 4, "--gpus-per-node", 4, "--time", "1-00:00:00", "--account", "lab",
-                 "--sbatch", "constraint=gh200", "--chain", 3, "--venv", "/envs/%m", "--dry-run"]
+                 "--nodes", 4, "--gpus-per-node", 4, "--time", "1-00:00:00", "--account", "lab",
+                 "--sbatch", "constraint=gh200", "train.batch_size=16", "--chain", 3, "--venv", "/envs/%m", "--dry-run"]
     done = run_cli(*arguments)
     assert "not sent" in done.stdout
     script = (run / "frozen/train.sbatch").read_text()

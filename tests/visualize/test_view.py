@@ -152,3 +152,19 @@ def test_the_viewer_is_served_where_it_says(finished, tmp_path):
         assert second.returncode == 2 and "is in use" in second.stderr
     finally:
         process.kill()
+
+
+def test_signals_of_ones_own_appear_as_what_they_are(tmp_path, rng):
+    """A second pose, pictures and numbers, of clips alone and by a modality's kind: curves that fit, the camera as
+    itself."""
+    hand = np.tile(np.eye(4, dtype=np.float32), (60, 1, 1))
+    hand[:, :3, 3] = np.arange(180).reshape(60, 3)
+    signals = {"rgb": rng.integers(0, 255, (16, 24, 24, 3)).astype(np.uint8), "cam": hand[:, ::1] * 1, "hand": hand,
+               "infrared": rng.integers(0, 255, (16, 24, 24, 3)).astype(np.uint8), "imu": np.ones((400, 6), np.float32)}
+    write_clips(tmp_path / "a.tar", [Clip("k", "", signals, {"rates": {"imu": 200.0, "hand": 30.0, "infrared": 8.0}})])
+    take = takes_of(str(tmp_path / "a.tar"))[0]
+    assert take.kinds == {"rgb": "rgb", "cam": "pose", "hand": "pose", "infrared": "rgb", "imu": "motion"}
+    data = json.loads(re.search(r"<script[^>]*>(.*?)</script>", viewer_html(take))[1])
+    assert {c["name"]: [len(line["values"]) for line in c["lines"]] for c in data["curves"]} == {
+        "hand: position, m": [60] * 3, "imu": [400] * 6}
+    assert data["curves"][0]["lines"][1]["values"][:2] == [1.0, 4.0] and len(data["pictures"]) == 2
