@@ -44,8 +44,9 @@ class World:
 
 
 def environment_world(device: str = "") -> World:
-    """What torchrun's variables say, one process alone without them; on this rank's GPU, a CPU, or `device`. Raises
-    UserError for a device that is not there."""
+    """What torchrun's variables say, one process alone without them; on this rank's GPU, a CPU, or `device`. A GPU
+    multiplies float32 in TF32 from then on, as the authors' evaluation does (`allow_tf32` in their eval_model_*.py);
+    tokenizers do not (`Tokenizer.encode`). Raises UserError for a device that is not there."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     try:
@@ -53,6 +54,7 @@ def environment_world(device: str = "") -> World:
         if place.type == "cuda":
             place = torch.device("cuda", local_rank if place.index is None else place.index)
             torch.cuda.set_device(place)
+            torch.set_float32_matmul_precision("high")
         else:
             torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:

@@ -195,7 +195,8 @@ def _settled(out: Path, name: str, args: PrepareArgs) -> PrepareArgs:
                 "gaze_units": args.gaze_units, "with_wearer": args.with_wearer, "store": args.store,
                 "series": args.series}
     if known and known != settings:
-        raise UserError(f"{out} was prepared with {known}, now {settings}; choose another --out or remove it")
+        was, now = ({k: side.get(k) for k in settings if known.get(k) != settings[k]} for side in (known, settings))
+        raise UserError(f"{out} was prepared with {was}, now {now}; choose another --out or remove it")
     if not known:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(note, json.dumps(settings))

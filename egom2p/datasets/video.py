@@ -80,7 +80,10 @@ class VideoFolder(Adapter):
             base, suffix = _side_of(path, root, self.sides)
             name = path.relative_to(root).as_posix()
             if not suffix:
-                rows[name] = f"{name}: neither a video nor a side file"
+                own = re.fullmatch(r"(.+)\.([A-Za-z_]\w*)", path.with_suffix("").name)
+                asked = path.suffix in TABLES and own and str(path.with_name(own[1])) in videos
+                rows[name] = f"{name}: neither a video nor a side file" + (
+                    f"; --series {own[2]}=HZ takes it for a signal of your own" if asked else "")
             elif base not in videos:
                 top = Path(base).relative_to(root).as_posix() + suffix
                 rows[top] = f"{top}: no video is called {Path(base).name}"

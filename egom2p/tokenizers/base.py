@@ -81,9 +81,15 @@ class Tokenizer(Exportable):
 
     @contextmanager
     def _as_trained(self) -> Iterator[None]:
-        """In the type of its weights also inside a training in bfloat16, where ids would differ from those on disk."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            yield
+        """In the type of its weights, and in its whole precision, also inside a training in bfloat16 or TF32, where ids
+        would differ from those on disk."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Ids of shape `modality.grid` (or flat) -> one raw signal."""

@@ -19,7 +19,7 @@ from egom2p.datasets.gaze_files import read_gaze
 from egom2p.datasets.recording import ArrayPictures, BadSequence, ImagePictures, Recording, Track, fit_intrinsics
 from egom2p.datasets.tables import read_matrix, read_table
 from egom2p.datasets.trajectories import read_colmap, read_tum
-from egom2p.datasets.video import numbered_depth
+from egom2p.datasets.video import VideoFolder, numbered_depth
 from egom2p.geometry import quaternions
 from egom2p.signals.writers import write_video
 from tests.conftest import run_cli
@@ -450,8 +450,17 @@ def test_signals_of_ones_own_come_with_the_recording(tmp_path):
         wanted = clip.meta["start"] + np.arange(400) / 200
         assert np.abs(clip.signals["imu"] - np.stack([wanted, 2 * wanted, np.full(400, 9.81)], 1)).max() < 1e-4
         assert np.allclose(clip.signals["pulse"][:, 0], 60 + clip.meta["start"] + np.arange(2))
-    refused = run_cli(*command, "--series", "imu=100", check=False)
-    assert refused.returncode == 2 and "was prepared with" in refused.stderr
+    refused = run_cli(*command, "--series", "imu=100", "pulse=1", check=False)
+    assert refused.returncode == 2 and "prepared with {'series': {'imu': 200.0, 'pulse': 1.0}}, now" in refused.stderr
+
+
+def test_a_table_that_nobody_asks_for_is_skipped_with_what_to_ask(tmp_path):
+    own_signals(tmp_path)
+    written(tmp_path / "notes.txt", ["a rainy day"])
+    assert VideoFolder(series={"pulse": 1.0}).skipped(tmp_path) == [
+        "notes.txt: neither a video nor a side file",
+        "walk.imu.csv: neither a video nor a side file; --series imu=HZ takes it for a signal of your own",
+        "walk.imu.json: neither a video nor a side file"]
 
 
 def test_gaps_of_a_signal_of_ones_own_cost_that_signal_only(tmp_path, caplog):
