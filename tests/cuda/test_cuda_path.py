@@ -7,12 +7,15 @@ GPU (autograd asks for a device context): where there is one, the same batches r
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from egom2p.data.batch import pack
+from egom2p.model.attention import Segments, segment_attention
+from egom2p.model.blocks import CrossAttention, SelfAttention
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from tests.model.test_attention import MODALITIES, SAMPLES, sample
 from tests.training.test_no_sync import NoHostReads
@@ -137,3 +140,26 @@ def test_the_same_batches_on_a_real_gpu(variant, samples):
         assert all(p.grad is not None for p in model.parameters())
         results.append(torch.cat([p.grad.float().cpu().flatten() for p in model.parameters()]))
     torch.testing.assert_close(results[1], results[0], rtol=0.1, atol=0.02 * float(results[0].abs().max() + 1e-6))
+
+
+def test_heads_that_the_fused_kernels_refuse_take_the_other_way(monkeypatch):
+    """Widths that are no multiple of eight, as of a toy on its first GPU."""
+    with fake_cuda(monkeypatch), Attention() as asked:
+        for width in (12, 16, 264):
+            q, k, v = torch.empty(3, 5, 2, width, device="cuda", dtype=torch.bfloat16).unbind()
+            lengths = np.array([2, 3])
+            assert segment_attention(q, k, v, Segments(lengths, lengths, q.device)).shape == q.shape
+    assert len(asked.fused) == 1 and asked.fused[0]["query"].shape[-1] == 16
+
+
+def test_attention_is_given_what_the_next_layer_multiplies(monkeypatch):
+    """Under autocast a norm makes float32; nothing of it goes on to a projection, in another graph when compiled."""
+    found: list[torch.dtype] = []
+    note = lambda module, inputs: found.extend(x.dtype for x in inputs if isinstance(x, torch.Tensor))  # noqa: E731
+    with fake_cuda(monkeypatch):
+        model = fake_model("swiglu")
+        for module in model.modules():
+            if isinstance(module, SelfAttention | CrossAttention):
+                module.register_forward_pre_hook(note)
+        forward(model, SAMPLES)
+    assert len(found) == 3 + 2 * 3 and set(found) == {torch.bfloat16}  # the other attention has two inputs
