@@ -35,7 +35,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `egom2p` does
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `egom2p` does
 
 import numpy as np
 import torch
@@ -433,6 +434,7 @@ def section_profile(args) -> str:
 
 def section_generate(args) -> dict[str, float]:
     give_back()
+    torch.set_float32_matmul_precision("high")  # after what is checked in whole float32
     torch.manual_seed(0)
     with DEVICE:
         model = EgoM2P(MODALITIES, args.sizes).eval()

@@ -190,6 +190,11 @@ class _Heartbeats:
     def stop(self) -> None:
         """This rank leaves in good order."""
         self.stopped.set()
+        leave = threading.Thread(target=self._leave, daemon=True)  # which hangs when the store's host is cut off
+        leave.start()
+        leave.join(DIAGNOSIS_S)
+
+    def _leave(self) -> None:
         with contextlib.suppress(RuntimeError, OSError):
             self.store.add(self._key(self.world.rank), LEFT)
 
@@ -238,11 +243,13 @@ class _Heartbeats:
             if self.seen != count or count >= LEFT:
                 count, since = self.seen, time.monotonic()
             elif time.monotonic() - since > self.patience_s + SILENCE_MARGIN_S:
-                self._give_up()
+                self._give_up(count)
+                count, since = self.seen, time.monotonic()
 
-    def _give_up(self) -> None:
+    def _give_up(self, count: int) -> None:
+        """Leave, unless the next rank goes on counting: all of them may have been stopped and continued."""
         missing = self.missing()
-        if self.stopped.is_set():
+        if self.stopped.is_set() or self.seen != count:
             return
         print(f"egom2p: rank {self.world.rank}: {missing}. The last checkpoint is whole; start the same command again "
               "to resume", file=sys.stderr, flush=True)

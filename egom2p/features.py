@@ -6,6 +6,7 @@ finished ones are kept, so a stopped command goes on. A clip that lacks an input
 """
 
 import csv
+import io
 import json
 import logging
 import time
@@ -54,7 +55,9 @@ def write_features(model: EgoM2P, pattern: str, out: Path, args: FeatureArgs, wo
     layers that the model does not have, and when `out` holds features of something else."""
     index = ClipIndex(pattern)
     loaded = _loaded(model, args, trust_torchscript)
-    what = {"model": model.fingerprint(), "clips": pattern, "stamps": index.stamps(), **to_plain(args)}
+    made_by = {name: tokenizer.fingerprint() for name, tokenizer in loaded.items()}
+    what = {"model": model.fingerprint(), "clips": pattern, "stamps": index.stamps(), "tokenizers": made_by,
+            **to_plain(args)}
     _claim(out, json.loads(json.dumps(what)))
     groups = [range(i, min(i + FILE_CLIPS, len(index))) for i in range(0, len(index), FILE_CLIPS)]
     first = world.rank * len(groups) // world.size
@@ -169,10 +172,10 @@ def _keys(path: Path) -> list[str]:
 
 
 def _write_labels(path: Path, index: ClipIndex, label: str) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["key", "label", "group"])
-        for number, key in enumerate(index.keys):
-            meta = index.read(number, set()).meta
-            if meta.get(label) is not None:
-                writer.writerow([key, meta[label], meta.get("source", "")])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["key", "label", "group"])
+    for clip in index.readable(range(len(index)), set()):
+        if clip.meta.get(label) is not None:
+            writer.writerow([clip.key, clip.meta[label], clip.meta.get("source", "")])
+    write_whole(path, text.getvalue())

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from egom2p import EgoM2P
 from egom2p.data.clips import ClipIndex
+from egom2p.data.tarindex import write_tar
 from egom2p.errors import UserError
 from egom2p.features import read_features
 from egom2p.probe import probe
@@ -145,3 +146,13 @@ def test_as_many_groups_as_clips_are_drawn_as_clips(tmp_path):
     alone = probe._summary("x", lambda i: figures[i].mean(), members, 0.0, {})
     pairs = probe._summary("x", lambda i: figures[i].mean(), [np.array([i, i + 1]) for i in range(0, 40, 2)], 0.0, {})
     assert alone.figure == pytest.approx(pairs.figure) and (alone.groups, pairs.groups) == (0, 20)
+
+
+def test_labels_of_clips_whose_json_is_damaged_are_left_out(finished, tmp_path):
+    from egom2p.features import _write_labels
+
+    write_tar(tmp_path / "a.tar", [{"__key__": "one", "json": b'{"activity": "walk", "source": "r"}'},
+                                   {"__key__": "two", "json": b"["},
+                                   {"__key__": "three", "json": b'{"activity": "sit"}'}])
+    _write_labels(tmp_path / "labels.csv", ClipIndex(str(tmp_path / "a.tar")), "activity")
+    assert (tmp_path / "labels.csv").read_text().split() == ["key,label,group", "one,walk,r", "three,sit,"]

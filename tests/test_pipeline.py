@@ -207,7 +207,8 @@ def test_library_use(finished):
     assert prediction.rates == {"cam": 30.0, "depth": 8.0}
     assert "metres" in prediction.units["cam"]
     assert prediction.spread["cam"].shape == (90, 1)
-    assert (prediction.spread["depth"] >= 0).all()
+    # Recipes of mean codes say the same in every draw; how far draws are apart is what the tokens say.
+    assert prediction.spread["cam"].max() > 1e-4 and prediction.spread["depth"].max() > 1e-3
     assert [w.start for w in prediction.windows] == [0.0, 1.0]
     with pytest.raises(UserError, match="no export or checkpoint"):
         EgoM2P.from_pretrained(out / "nothing")

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # are much slower, alone they are hardly faster (benchmarks/RESULTS.md). It is read when torch is loaded, later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Less GPU memory lost between blocks of odd sizes; read when the first block is asked for.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch reads after this one
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         code = args.run(args) or 0
         sys.stdout.flush()

@@ -35,6 +35,8 @@ MODALITIES = {"tok_rgb": ("rgb", "rgb"), "tok_depth": ("depth", "depth"), "tok_c
               "tok_gaze": ("gaze", "gaze"), "tok_rgb_512": ("rgb_512", "rgb"), "tok_depth_512": ("depth_512", "depth"),
               "tok_lhand": ("lhand", "motion"), "tok_rhand": ("rhand", "motion"), "tok_body": ("body", "motion")}
 
+METRIC = {"depth_512"}
+
 # The released inference recipe (facts of EgoM2P's README and configs).
 RECIPES = {name: {"steps": steps, "temperature": 0.01, "top_p": 0.8, "guidance": 2.0}
            for name, steps in (("cam", 3), ("gaze", 5), ("depth", 3), ("rgb", 6))}
@@ -82,6 +84,9 @@ def import_released(path: Path, out: Path, num_heads: int | None = None, tokeniz
         raise UserError(f"{path}: neither an EgoM2P checkpoint (no 'mask_token') nor a motion tokenizer (no "
                         f"'quantize._codebook.embed') nor VidTok")
     module.save_pretrained(out)
+    if METRIC & set(tokenizers or {}):
+        log.warning("%s is metric depth, 0 to 15 m linearly, where the tokenizers here decode relative inverse depth: "
+                    "what comes out of it is not what its unit says", ", ".join(sorted(METRIC & set(tokenizers))))
     return line + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 

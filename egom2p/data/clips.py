@@ -210,7 +210,9 @@ class ClipIndex:
     def _damage(self, number: int) -> Iterator[None]:
         try:
             yield
-        except DAMAGE as error:
+        except MemoryError:  # of this machine: what a file claims is checked before
+            raise
+        except (*DAMAGE, UserError) as error:
             key, tar, _ = self.rows[number]
             raise DamagedClip(f"{tar.path}: clip {key} is damaged ({error})") from error
 

@@ -65,7 +65,7 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
                 problems.append({"file": str(entry.path), "key": key, "problem": problem})
         place = place_of(entry.path)
         keys.setdefault((str(place.root), place.dataset, shard), {}).setdefault(place.modality, set()).update(seen)
-    missing, notes = _pairing_problems(keys)
+    missing, notes = _pairing_problems(_with_loose_in_tars(keys))
     return Checked(problems + missing, files, notes)
 
 
@@ -197,8 +197,7 @@ def _loose_jobs(pattern: str, out: Path, names: set[str]) -> Iterator[_Job]:
         jobs = [_Job(folder / f"shard-{shard:06d}.tar", [p.stem for p in part], [(p, 0, -1) for p in part])
                 for shard, part in ((shard, list(part)) for shard, part in parts)]
         _refuse_others(folder, [job.target for job in jobs])
-        for job in jobs:
-            _refuse_loss(job)
+        _refuse_loss(jobs)
         yield from jobs
 
 
@@ -210,12 +209,14 @@ def _refuse_others(folder: Path, targets: Iterable[Path]) -> None:
                         "remove it")
 
 
-def _refuse_loss(job: _Job) -> None:
-    """Raises UserError when a shard that is there holds clips that the one to be written would not."""
-    lost = sorted(set(index_tars([job.target])[0].keys) - set(job.keys)) if job.target.exists() else []
+def _refuse_loss(jobs: list[_Job]) -> None:
+    """Raises UserError when shards that are there hold clips that those to be written would not."""
+    there = {key for job in jobs if job.target.exists() for key in index_tars([job.target])[0].keys}
+    lost = sorted(there - {key for job in jobs for key in job.keys})
     if lost:
-        raise UserError(f"{job.target} holds {len(lost)} clips that are not among these files, such as {lost[0]}, and "
-                        "would lose them; convert all files of a data set at once, or choose another --out")
+        raise UserError(f"{jobs[0].target.parent} holds {len(lost)} clips that are not among these files, such as "
+                        f"{lost[0]}, and would lose them; convert all files of a data set at once, or choose another "
+                        "--out")
 
 
 def _loose(pattern: str) -> list[Path]:
@@ -308,9 +309,10 @@ def _random_folder(root: Path, name: str, entry: DatasetArgs, modality: Modality
     if pattern is None:
         return None
     folder, shard = (Path(pattern).parent, Path(pattern).name) if pattern.endswith(".tar") else (Path(pattern), "*")
-    if is_remote(pattern) or any(c in str(folder) for c in "*?{") or not fnmatch(SHARD, shard):
+    outside = folder.is_absolute() or ".." in folder.parts
+    if is_remote(pattern) or outside or any(c in str(folder) for c in "*?{") or not fnmatch(SHARD, shard):
         raise UserError(f"data.datasets.{name}.path: nothing can be written for '{pattern}'; name one folder a "
-                        "modality, as in '[rgb,cam]/NAME'")
+                        "modality below data.root, as in '[rgb,cam]/NAME'")
     return root / folder
 
 
@@ -353,6 +355,22 @@ def _file_problem(path: Path, offset: int, size: int, modality: Modality | None,
         wrong = ids.max() if ids.max() >= modality.vocab_size else ids.min()
         return f"token id {wrong} outside 0 .. {modality.vocab_size - 1}"
     return ""
+
+
+def _with_loose_in_tars(keys: dict) -> dict:
+    """{(root, data set, shard): {modality: keys}} with the keys of loose files (shard "") in the tars of other
+    modalities that hold them, as they are read."""
+    for folder, dataset, _ in [place for place in keys if not place[2]]:
+        loose = keys.pop((folder, dataset, ""))
+        for place in [p for p in keys if p[:2] == (folder, dataset)]:
+            there = set().union(*keys[place].values())
+            for modality, held in loose.items():
+                if joined := held & there:
+                    keys[place].setdefault(modality, set()).update(joined)
+                    loose[modality] = held - joined
+        if any(loose.values()):
+            keys[folder, dataset, ""] = {modality: held for modality, held in loose.items() if held}
+    return keys
 
 
 def _pairing_problems(keys: dict) -> tuple[list[dict], list[dict]]:

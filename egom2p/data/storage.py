@@ -6,6 +6,7 @@ float16 numbers. The rest stays .npy.
 """
 
 import io
+import math
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -17,13 +18,12 @@ import numpy as np
 
 from egom2p.data.tarindex import npy_bytes
 from egom2p.data.video import decode_video
-from egom2p.errors import UserError
 
 Store = Literal["npy", "mp4"]
 
 # What reading and parsing the bytes of a damaged file may raise.
 DAMAGE = (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError,
-          zipfile.BadZipFile, zlib.error, UserError)
+          zipfile.BadZipFile, zlib.error)
 
 # fastdecode leaves out what costs most to undo (arithmetic coding, deblocking): read twice as fast, 10 % larger.
 H264 = {"crf": "17", "tune": "fastdecode"}
@@ -39,8 +39,21 @@ def to_file(array: np.ndarray, store: Store, rate: float) -> tuple[str, bytes]:
 
 
 def from_file(extension: str, data: bytes) -> np.ndarray:
-    """The array of a file's bytes. Raises one of DAMAGE when they are damaged."""
+    """The array of a file's bytes. Raises one of DAMAGE, or UserError, when they are damaged; MemoryError
+    only where memory is short."""
     return DECODERS[extension](data)
+
+
+def _array(data: bytes) -> np.ndarray:
+    """Of the bytes of a .npy file, whose header may claim anything."""
+    buffer = io.BytesIO(data)
+    version = np.lib.format.read_magic(buffer)
+    if version in ((1, 0), (2, 0)):
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(buffer)
+        if math.prod(shape) * dtype.itemsize > len(data):
+            raise ValueError(f"its header claims {shape} {dtype}, the file is of {len(data)} bytes")
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def _float16_pictures(data: bytes) -> np.ndarray:
@@ -52,7 +65,7 @@ def _float16_pictures(data: bytes) -> np.ndarray:
 
 
 DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
-    "npy": lambda data: np.load(io.BytesIO(data), allow_pickle=False),
+    "npy": _array,
     "mp4": lambda data: decode_video(data)[0],
     "mkv": _float16_pictures,
 }

@@ -54,8 +54,8 @@ class TokenSample:
 class TokenDataset:
     """One data set of token shards: element e is clip `keys[e]`, its shard the range that holds e.
 
-    shard_sizes (S,): clips a shard. lost: how many clips lack a modality because its shard is damaged, as far as that
-    can be told. Reading is by position in the file; nothing is unpacked ahead.
+    shard_sizes (S,): clips a shard. lost: how many clips lack a modality because its shard is damaged, as far as
+    that can be told. Reading is by position in the file; nothing is unpacked ahead.
     """
 
     def __init__(self, name: str, files: dict[int, list[Path | RemoteShard]], modalities: ModalitySet) -> None:
@@ -146,6 +146,19 @@ class TokenDataset:
         return [*((e.path.name, e) for e in index_remote(remote)),
                 *token_entries([p for p in paths if isinstance(p, Path)])]
 
+    @staticmethod
+    def _lost_of(shards: dict, shard: str, broken: set[int], damaged: dict[str, set[int]]) -> int:
+        """How many clips of a shard probably lack a modality because its file is damaged: fewer have it than in whole
+        shards; at least one of a shard of which nothing is left."""
+        keys = set().union(*shards[shard].values())
+        lost = 0
+        whole = [held for name, held in shards.items() if name not in damaged]
+        clips = sum(len(set().union(*held.values())) for held in whole)
+        for modality in broken:
+            share = sum(len(held.get(modality, ())) for held in whole) / clips if clips else 1.0
+            lost = max(lost, round(share * len(keys)) - len(shards[shard].get(modality, ())))
+        return lost if keys else 1
+
     def _members(self, entry: TarEntry) -> dict[str, tuple[int, int, int]]:
         self.paths.append(entry.path)
         self.stamps.append((entry.size, 0 if isinstance(entry.path, RemoteShard) else entry.mtime_ns))
@@ -165,8 +178,7 @@ class TokenDataset:
             columns += [[by_modality.get(m, {}).get(key, absent) for m in range(len(self.modalities))] for key in keys]
             self.keys += keys
             sizes.append(len(keys))
-            if broken := damaged.get(shard):  # of a shard that is broken in every modality nobody knows how many
-                self.lost += max(1, sum(any(key not in by_modality.get(m, {}) for m in broken) for key in keys))
+        self.lost = sum(self._lost_of(shards, shard, broken, damaged) for shard, broken in damaged.items())
         table = np.array(columns, np.int64).reshape(-1, len(self.modalities), 3).transpose(2, 1, 0)
         self._file, self._offset, self._size = table[0].astype(np.int32), table[1], table[2]
         self.shard_sizes = np.array([s for s in sizes if s], np.int64)
@@ -290,5 +302,5 @@ def _local_files(root: Path, text: str) -> list[Path]:
     if path.is_dir():
         return sorted(path.glob("*.tar")) or sorted([*path.glob("*.npz"), *path.glob("*.npy")])
     if any(c in text for c in "*?"):
-        return matches(path)
+        return matches(path) if Path(text).is_absolute() else sorted(root.glob(text))
     return [path] if path.is_file() else []

@@ -34,6 +34,10 @@ def cut(recording: Recording, dataset: str, size: int, limit: int, counts: Count
         raise BadSequence("no video")
     key = key or safe(recording.name)
     recording.cam = without_bad_poses(recording)
+    for name, track in list(recording.series.items()):
+        if track.times.ndim != 1 or len(track.times) != len(track.values):
+            recording.notes.append(f"{name} left out: {track.times.shape} times for {track.values.shape} values")
+            del recording.series[name]
     for name in sorted(set(recording.series) - set(rates)):
         recording.notes.append(f"{name} left out: nobody says at which rate; give --series {name}=HZ")
     start, end = float(recording.rgb.times[0]), float(recording.rgb.times[-1])
@@ -116,13 +120,15 @@ def _signals(recording: Recording, start: float, size: int,
 
 def _series_at(recording: Recording, start: float, rates: Mapping[str, float],
                counts: Counter) -> dict[str, np.ndarray]:
-    """One's own signals in a clip that begins at `start`, (T, C) float32 each."""
+    """One's own signals in a clip that begins at `start`: (T, C) float32, poses (T, 4, 4)."""
     found = {}
     for name, rate in rates.items():
         if name in recording.series:
-            values = resample_series(recording.series[name], start + np.arange(round(SECONDS * rate)) / rate)
+            track, times = recording.series[name], start + np.arange(round(SECONDS * rate)) / rate
+            is_pose = track.values.shape[1:] == (4, 4)
+            values, reason = resample_poses(track, times) if is_pose else (resample_series(track, times), "gap or NaN")
             if values is None:
-                counts[f"{name} left out: gap or NaN"] += 1
+                counts[f"{name} left out: {reason}"] += 1
             else:
                 found[name] = values.astype(np.float32)
     return found
@@ -200,8 +206,9 @@ def resample_points(track: Track, times: np.ndarray) -> np.ndarray:
 def resample_series(track: Track, times: np.ndarray) -> np.ndarray | None:
     """(T, C) at `times`, linear between neighbours; None where a neighbour is too far away. Rows that are not finite do
     not count."""
-    finite = np.isfinite(track.values).all(1)
-    known, values = track.times[finite], track.values[finite].astype(np.float64)
+    rows = np.asarray(track.values, np.float64).reshape(len(track.times), -1)
+    finite = np.isfinite(rows).all(1)
+    known, values = track.times[finite], rows[finite]
     if len(known) < 2:
         return None
     gap = max(SERIES_GAP, 1.5 * float(np.median(np.diff(known))))

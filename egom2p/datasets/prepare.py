@@ -29,7 +29,7 @@ from egom2p.datasets import ADAPTERS
 from egom2p.datasets.card import write_card
 from egom2p.datasets.checks import Statistics
 from egom2p.datasets.cutting import SECONDS, cut, safe
-from egom2p.datasets.recording import Adapter, BadSequence, NotARecording, Recording, stamp_of
+from egom2p.datasets.recording import RESERVED, Adapter, BadSequence, NotARecording, Recording, stamp_of
 from egom2p.errors import UserError
 from egom2p.files import write_whole
 from egom2p.processes import cores, forks
@@ -37,7 +37,6 @@ from egom2p.resources import load_object
 
 log = logging.getLogger(__name__)
 
-RESERVED = ("rgb", "depth", "cam", "gaze", "intrinsics", "colmap", "json")  # names with a meaning of their own
 LARGEST_EXACT = 128  # pixels a side
 LONGEST_NAME = 140  # bytes; file systems take 255 with host, process and endings
 VERSION = 2  # of records and clips: older ones are prepared anew
@@ -65,8 +64,8 @@ class PrepareArgs:
             if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in RESERVED:
                 raise UserError(f"--series {name}: a signal's name is of letters, digits and _, and none of "
                                 f"{', '.join(RESERVED)}")
-            if not rate > 0 or round(SECONDS * rate) < 1:
-                raise UserError(f"--series {name}={rate:g}: give Hz, at least one value in {SECONDS:g} s")
+            if not 0 < rate < 1e5 or round(SECONDS * rate) < 1:
+                raise UserError(f"--series {name}={rate:g}: give Hz below 100 000, at least one value in {SECONDS:g} s")
 
 
 @dataclass(frozen=True)

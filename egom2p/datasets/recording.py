@@ -25,6 +25,7 @@ from egom2p.errors import UserError
 from egom2p.files import walk
 
 T = TypeVar("T")
+RESERVED = ("rgb", "depth", "cam", "gaze", "intrinsics", "colmap", "json")  # names with a meaning of their own
 CENTRE_TOLERANCE = 0.15  # of the side: a principal point further than this from the frame's centre is another frame's
 ASPECT_TOLERANCE = 0.01
 DEPTH_TOLERANCE = 0.03  # networks round the sides to multiples of 14 or 32

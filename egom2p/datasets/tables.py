@@ -9,6 +9,7 @@ import numpy as np
 
 from egom2p.datasets.recording import BadSequence, find
 
+SAMPLE = 5000
 TRUE, FALSE = {"true", "yes", "valid"}, {"false", "no", "invalid"}
 
 
@@ -51,10 +52,12 @@ def read_text(path: Path) -> str:
 
 
 def read_table(path: Path) -> Table:
-    """See the module. The header is the last comment line or the first line, when it holds words, as many as a row.
+    """See the module. The header is the last comment line or the first line, when it holds words, as many as a row;
+    columns of one name are numbered.
 
     Tabs at a line's ends are empty cells, or mean nothing, and a line may hold several signs that could part it:
-    whatever makes more numbers in whole rows, then a header, then a first column that holds something.
+    whatever makes more numbers in whole rows, then a header, then a first column that holds something. The first
+    SAMPLE lines decide.
     """
     comments, lines = [], []
     for line in read_text(path).splitlines():
@@ -64,41 +67,78 @@ def read_table(path: Path) -> Table:
             lines.append(line.strip(" \r\n"))
     if not lines:
         raise BadSequence(f"{path} holds no row")
-    bare = [line.strip() for line in lines]
-    signs = dict.fromkeys([_delimiter(bare), _delimiter(lines), _delimiter(bare[:1])])
-    readings = [(_columns_of([_split(line, delimiter) for line in some], comments, decimal), decimal)
-                for some in ([lines] if lines == bare else [lines, bare]) for delimiter, decimal in signs]
-    (header, rows, whole), decimal = max(readings, key=_sense) if len(readings) > 1 else readings[0]
+    form = _form_of(lines[:SAMPLE], comments)
+    rows = lines[1:] if form.header and not form.commented else lines
     if not rows:
         raise BadSequence(f"{path} holds no row")
-    width = len(header) if header else max(map(_filled, rows))
-    if not whole:
-        raise BadSequence(f"{path} holds no row of {width} columns")
-    names = [name.strip().strip('"').lower() for name in header] if header else [str(i) for i in range(width)]
-    table = np.array([[_number(word, decimal) for word in row] for row in whole], np.float64).T
-    return Table(path, dict(zip(names, table, strict=False)), header is not None, len(rows) - len(whole))
+    parts = [form.numbers(rows[start : start + SAMPLE]) for start in range(0, len(rows), SAMPLE)]
+    table = np.concatenate(parts).T
+    if not table.shape[1]:
+        raise BadSequence(f"{path} holds no row of {form.width} columns")
+    return Table(path, dict(zip(form.names, table, strict=True)), form.header is not None, len(rows) - table.shape[1])
 
 
-def _sense(reading: tuple[tuple[list[str] | None, list[list[str]], list[list[str]]], str]) -> tuple[int, bool, bool]:
-    """How well a reading of a table fits: numbers in whole rows, whether there is a header and a first column."""
-    (header, rows, whole), decimal = reading
-    return (sum(_is_number(word, decimal) for row in whole for word in row), header is not None,
-            any(row[0] for row in rows))
+@dataclass(frozen=True)
+class _Form:
+    """How the lines of a table are parted: at `delimiter` ("" for blanks), their ends stripped when `bare`; width:
+    columns; header: their names, from a comment when `commented`."""
+
+    bare: bool
+    delimiter: str
+    decimal: str
+    width: int
+    header: list[str] | None
+    commented: bool
+
+    @property
+    def names(self) -> list[str]:
+        if not self.header:
+            return [str(i) for i in range(self.width)]
+        names = [name.strip().strip('"').lower() for name in self.header]
+        return [name if names.index(name) == i else f"{name}.{names[:i].count(name) + 1}"
+                for i, name in enumerate(names)]
+
+    def rows(self, lines: list[str]) -> list[list[str]]:
+        return [_split(line.strip() if self.bare else line, self.delimiter) for line in lines]
+
+    def whole(self, lines: list[str]) -> list[list[str]]:
+        """The rows that have all columns; empty cells behind them do not count."""
+        cut = [row[: self.width] if _filled(row) <= self.width else row for row in self.rows(lines)]
+        return [row for row in cut if len(row) == self.width]
+
+    def numbers(self, lines: list[str]) -> np.ndarray:
+        """(rows that are whole, width) float64."""
+        rows = [[_number(word, self.decimal) for word in row] for row in self.whole(lines)]
+        return np.array(rows, np.float64).reshape(-1, self.width)
+
+    def sense(self, lines: list[str]) -> tuple[int, bool, bool]:
+        """How well it fits: numbers in whole rows, whether there is a header and a first column."""
+        rows = lines[1:] if self.header and not self.commented else lines
+        return (sum(_is_number(word, self.decimal) for row in self.whole(rows) for word in row),
+                self.header is not None, any(row[0] for row in self.rows(rows)))
 
 
-def _columns_of(rows: list[list[str]], comments: list[str],
-                decimal: str) -> tuple[list[str] | None, list[list[str]], list[list[str]]]:
-    """(header if there is one, the other rows, those of them that are whole)."""
-    header: list[str] | None = None
+def _form_of(lines: list[str], comments: list[str]) -> _Form:
+    """The form that fits best."""
+    bare = [line.strip() for line in lines]
+    signs = dict.fromkeys([_delimiter(bare), _delimiter(lines), _delimiter(bare[:1])])
+    forms = [_with_header(strip, *sign, lines, comments) for strip in ([False] if lines == bare else [False, True])
+             for sign in signs]
+    return max(forms, key=lambda form: form.sense(lines)) if len(forms) > 1 else forms[0]
+
+
+def _with_header(bare: bool, delimiter: str, decimal: str, lines: list[str], comments: list[str]) -> _Form:
+    rows = _Form(bare, delimiter, decimal, 0, None, False).rows(lines)
+    header, commented = None, False
     if not any(_is_number(word, decimal) for word in rows[0]):
-        header, rows = rows[0], rows[1:]
+        header = rows[0]
     elif comments:
         words = _split(comments[-1], _delimiter([comments[-1]])[0])
         fits = len(words) in (len(rows[0]), _filled(rows[0]))
         header = words if fits and not any(_is_number(w, ".") for w in words) else None
+        commented = header is not None
     width = len(header) if header else max(map(_filled, rows), default=0)
-    cut = [row[:width] if _filled(row) <= width else row for row in rows]
-    return header, rows, [row for row in cut if len(row) == width]
+    return _Form(bare, delimiter, decimal, width, header, commented)
 
 
 def numbers(path: Path, columns: int | None = None) -> np.ndarray:

@@ -27,6 +27,7 @@ from egom2p.config import read_json
 from egom2p.datasets.clocks import VideoClock, seconds_of
 from egom2p.datasets.gaze_files import read_gaze
 from egom2p.datasets.recording import (
+    RESERVED,
     Adapter,
     ArrayPictures,
     BadSequence,
@@ -47,7 +48,7 @@ SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mts", ".t
 SIDES = (".cam.tum", ".cam.json", ".colmap", ".gaze.csv", ".gaze.tsv", ".gazedata.gz", ".gaze.json", ".depth.npy",
          ".depth", ".intrinsics.txt")
 TABLES = (".csv", ".tsv", ".txt")
-TIME = re.compile(r"(time|timestamp|t|stamp|recording timestamp)\b")
+TIME = re.compile(r"(time|timestamp|t|stamp|recording timestamp)s?(?![a-z])")
 SHOWN = 20
 
 
@@ -81,7 +82,8 @@ class VideoFolder(Adapter):
             name = path.relative_to(root).as_posix()
             if not suffix:
                 own = re.fullmatch(r"(.+)\.([A-Za-z_]\w*)", path.with_suffix("").name)
-                asked = path.suffix in TABLES and own and str(path.with_name(own[1])) in videos
+                asked = path.suffix in TABLES and own and str(path.with_name(own[1])) in videos and (
+                    own[2] not in RESERVED)
                 rows[name] = f"{name}: neither a video nor a side file" + (
                     f"; --series {own[2]}=HZ takes it for a signal of your own" if asked else "")
             elif base not in videos:
@@ -152,9 +154,15 @@ class _Beside:
             return None
         table = read_table(path)
         clock = next((column for column in table.columns if TIME.match(column)), next(iter(table.columns)))
-        values = [column for name, column in table.columns.items() if name != clock]
+        values = {name: column for name, column in table.columns.items() if name != clock}
+        empty = [name for name, column in values.items() if np.isnan(column).all()]
+        if empty:
+            named = ", ".join(name or "a column without a name" for name in empty)
+            self.notes.append(f"{path.name}: {named} left out, no number in it")
+        values = [column for name, column in values.items() if name not in empty]
         if not values:
-            raise BadSequence(f"{path} has one column; a column of times and one a channel are wanted")
+            raise BadSequence(f"{path}: a column of times and one of numbers a channel are wanted; it has "
+                              f"{', '.join(table.columns)}")
         if table.lost:
             self.notes.append(f"{path.name}: {table.lost} of {len(table) + table.lost} rows are cut off and were left "
                               "out")

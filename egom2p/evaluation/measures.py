@@ -13,6 +13,7 @@ import numpy as np
 
 from egom2p import geometry
 from egom2p.data.clips import RATES
+from egom2p.errors import UserError
 from egom2p.evaluation.camera import ate, degenerate, horizons, rre, rte
 from egom2p.evaluation.depth import DEPTH_ALIGNMENTS, align_depth, depth_errors
 from egom2p.evaluation.gaze import gaze_angle_deg, gaze_distance, gaze_hits, gaze_mse
@@ -28,7 +29,8 @@ HIT_DEGREES = (2, 5, 10)
 
 @dataclass(frozen=True)
 class MeasureArgs:
-    """pose_alignment: before ate_m: se3 (centred rigid), sim3 (with scale) or none; the others stand beside it.
+    """pose_alignment: before ate_m: se3 (centred rigid), sim3 (with scale) or none (both from their own first pose);
+    the others stand beside it.
     pose_delta: frames between the poses of rte_m and rre_deg. depth_alignment: none (the prediction is metric inverse
     depth), median (of depth) or scale_shift (least squares in inverse depth); depth_per: what is aligned together, a
     clip or a frame."""
@@ -37,6 +39,10 @@ class MeasureArgs:
     pose_delta: int = 1
     depth_alignment: Literal["none", "median", "scale_shift"] = "scale_shift"
     depth_per: Literal["clip", "frame"] = "clip"
+
+    def __post_init__(self) -> None:
+        if self.pose_delta < 1:
+            raise ValueError("pose_delta must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,13 @@ def _pose_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any]
     """The published three, ATE after every alignment (without a fit: both from their own first pose), relative errors
     at every horizon. Fits with scale are nan where the true motion is degenerate."""
     rate = meta.get("rate") or meta.get("rates", {}).get("cam", RATES["cam"])
-    found = {"ate_m": ate(predicted, truth, args.pose_alignment), "rte_m": rte(predicted, truth, args.pose_delta),
+    if len(truth) <= args.pose_delta:
+        raise UserError(f"measures.pose_delta={args.pose_delta} needs longer clips than of {len(truth)} poses")
+    ours, theirs = (geometry.relative_to_first(poses.astype(np.float64)) for poses in (predicted, truth))
+    aligned = (ours, theirs) if args.pose_alignment == "none" else (predicted, truth)
+    found = {"ate_m": ate(*aligned, args.pose_alignment), "rte_m": rte(predicted, truth, args.pose_delta),
              "rre_deg": rre(predicted, truth, args.pose_delta)}
     scaleless = degenerate(truth)
-    ours, theirs = (geometry.relative_to_first(poses.astype(np.float64)) for poses in (predicted, truth))
     for alignment in ALL_ALIGNMENTS:
         meaningless = scaleless and alignment.startswith("sim3")
         found[f"ate_m@{alignment}"] = float("nan") if meaningless else ate(ours, theirs, alignment, rate)
@@ -80,6 +89,8 @@ def _pose_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any]
 
 
 def _pose_over_time(predicted: np.ndarray, truth: np.ndarray, args: MeasureArgs) -> np.ndarray:
+    if args.pose_alignment == "none":
+        predicted, truth = (geometry.relative_to_first(poses.astype(np.float64)) for poses in (predicted, truth))
     points, target = predicted[:, :3, 3].astype(np.float64), truth[:, :3, 3].astype(np.float64)
     if args.pose_alignment != "none":
         points = geometry.align(points, target, args.pose_alignment == "sim3")

@@ -67,13 +67,16 @@ class Task:
 
     @classmethod
     def parse(cls, name: str, known: list[str]) -> "Task":
-        inputs, _, target = name.partition("2")
-        task = cls(name, tuple(inputs.split("+")), target)
-        for part in (*task.inputs, target):
+        # A modality's own name may hold a 2.
+        cuts = [(name[:i].split("+"), name[i + 1 :]) for i, letter in enumerate(name) if letter == "2"]
+        inputs, target = next((c for c in cuts if {*c[0], c[1]} <= set(known)), cuts[0] if cuts else ([name], ""))
+        for part in (*inputs, target):
             if part not in known:
                 raise UserError(f"task '{name}' names no modality '{part}' of this model; write INPUT2TARGET with "
                                 f"{', '.join(known)}")
-        return task
+        if target in inputs:
+            raise UserError(f"task '{name}' shows what it asks for")
+        return cls(name, tuple(inputs), target)
 
 
 def evaluate(model: EgoM2P, task_names: Iterable[str], data: str, recipes: dict[str, TargetArgs], limit: int = 0,
@@ -372,7 +375,7 @@ def predict_clip(pipeline: Pipeline, clip: Clip, inputs: Iterable[str],
                  targets: dict[str, TargetArgs]) -> dict[str, np.ndarray]:
     """{target: raw signal} of one clip, given its own signals of `inputs`; targets {modality: how it is asked for}."""
     shown = {name: pipeline.tokenizer(name) for name in inputs}
-    condition = {name: t.encode(clip.signals[t.modality.clip_signal])[None] for name, t in shown.items()}
+    condition = {name: t.encode_observed([clip.signals[t.modality.clip_signal]]) for name, t in shown.items()}
     return {name: predict(pipeline.model, pipeline.tokenizer(name), condition, name, recipe, 0, [clip.key])[0][0]
             for name, recipe in targets.items()}
 

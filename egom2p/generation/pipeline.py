@@ -4,6 +4,7 @@
 windows of the model's clip length (2 s), predicted one after another, and joined (`recordings`).
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import gcd, lcm
@@ -22,6 +23,8 @@ from egom2p.model.egom2p import EgoM2P
 from egom2p.signals import SignalKind
 from egom2p.signals.kind import Joiner
 from egom2p.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
 
 CLIP_SECONDS = 2.0
 SPREAD = "_spread"
@@ -142,6 +145,8 @@ class Pipeline:
         recipes = {name: self.recipes(recipes)[name] for name in targets}
         for name in targets:
             self.tokenizer(name)
+        if modality in targets:
+            log.warning("'%s' is what is shown: it comes back as its tokenizer makes it, not predicted", modality)
         for start, seconds, ids, shown in self._read(path, modality, targets, overlap):
             key = f"{path.name}|{start}"
             yield self._predict(start, seconds, modality, ids, shown, recipes, seed, samples, key)
@@ -155,8 +160,9 @@ class Pipeline:
         for name in recipes:
             made = [d.signals(name, self.tokenizer(name))[0] for d in draws]
             signals[name] = made[0]
-            if samples > 1:
-                spread[name] = self.kind(name).spread(np.stack(made).astype(np.float64))
+            if samples > 1:  # of what was drawn: a mean over codes is the same in every draw
+                drawn = [self.tokenizer(name).decode(d.tokens[name][0]) for d in draws] if name in codes else made
+                spread[name] = self.kind(name).spread(np.stack(drawn).astype(np.float64))
         condition = {} if shown is None else {modality: shown}
         first = draws[0]
         return Window(start, seconds, condition, signals, {n: t[0] for n, t in first.tokens.items()},
@@ -175,6 +181,9 @@ class Pipeline:
             raise UserError(f"{path}: '{modality}' is not a picture modality; give its tokens as .npz or .npy instead")
         count = tokenizer.args.num_frames
         hop, unit = self._hop(count, targets, overlap)
+        if hop == count and len(targets) > (modality in targets):
+            log.warning("windows of %d frames share none here (--overlap, or frame counts that do not fit): each "
+                        "begins where the one before ended", count)
         stream = FrameStream(path, count / CLIP_SECONDS, tokenizer.frame_size)
         for first, clip in cut(iter(stream), count, hop, unit):
             start = first * CLIP_SECONDS / count
@@ -262,6 +271,8 @@ class Joined:
         for name, signal in {**window.signals, **{n + SPREAD: s for n, s in window.spread.items()}}.items():
             joiner = self.joiners.setdefault(name, Joiner())
             self.types[name] = signal.dtype
+            if name.endswith(SPREAD):  # in the scale that its signal was just joined with
+                signal = signal * np.float32(self.joiners[name.removesuffix(SPREAD)].shift)
             start = round(window.start * self.rates[name.removesuffix(SPREAD)])
             done[name] = joiner.add(start, signal).astype(signal.dtype)
             self.rows[name] = self.rows.get(name, 0) + len(done[name])

@@ -16,7 +16,7 @@ from torch import Tensor
 from egom2p.data.batch import FlatTokens, MaskedSample, pack
 from egom2p.errors import UserError
 from egom2p.generation.schedule import TargetArgs
-from egom2p.model.egom2p import EgoM2P
+from egom2p.model.egom2p import EgoM2P, checked_grids
 from egom2p.tokenizers.base import Tokenizer
 
 LOGITS_AT_ONCE = 1 << 28
@@ -50,15 +50,17 @@ def generate(model: EgoM2P, tokens: dict[str, np.ndarray], targets: dict[str, Ta
     keys: B names; a clip's random numbers depend on (seed, key) only, not on the batch. codes: {target:
     (vocab, L)} code vectors whose expectation is wanted.
     """
-    num_clips = len(next(iter(tokens.values())))
+    grids = checked_grids(model.modalities, tokens)
+    num_clips = len(next(iter(grids.values())))
     keys = keys or [str(i) for i in range(num_clips)]
-    for name in [*tokens, *targets]:
+    for name in targets:
         if name not in model.modalities.names:
             raise UserError(f"the model has no modality '{name}'; it has {', '.join(model.modalities.names)}")
+        if not model.modalities.by_name(name).target:
+            raise UserError(f"this model never learnt to predict '{name}' (target: false)")
     state = {name: np.full((num_clips, m.num_tokens), -1)
              for name, m in zip(model.modalities.names, model.modalities, strict=True)}
-    for name, grid in tokens.items():
-        ids = np.asarray(grid).reshape(num_clips, -1)
+    for name, ids in grids.items():
         state[name] = np.where(known[name].reshape(num_clips, -1), ids, -1) if name in (known or {}) else ids.copy()
     out = Generated()
     for number, (name, args) in enumerate(targets.items()):

@@ -267,6 +267,8 @@ class EgoM2P(Exportable):
         where a position is no target.
         """
         samples = samples_from_grids(self.modalities, tokens, is_input, is_target)
+        if any(sample.targets.token.min(initial=0) < 0 for sample in samples):
+            raise UserError("a target that was not observed has no likelihood; leave it out of is_target")
         batch = pack(samples, len(self.modalities)).to(self.device)
         _, losses = self(batch, torch.ones(len(batch.targets), dtype=self.mask_token.dtype, device=self.device))
         out = {}
@@ -284,13 +286,8 @@ class EgoM2P(Exportable):
         tokens {modality: (B, *grid) ids}, negative ids (65535 in uint16, as shards store it) are unknown and left out
         -> {modality: (B, n, dim)}, zeros at unknown positions. Raises UserError for a name the model does not have.
         """
-        strangers = set(tokens) - set(self.modalities.names)
-        if strangers:
-            raise UserError(f"the model has no modality '{sorted(strangers)[0]}'; it has "
-                            f"{', '.join(self.modalities.names)}")
-        tokens = {name: torch.from_numpy(stored_ids(np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)))
-                  for name, ids in tokens.items()}
-        shown = {n: torch.as_tensor(t).flatten(1).cpu() >= 0 for n, t in tokens.items()}
+        tokens = checked_grids(self.modalities, tokens)
+        shown = {n: torch.from_numpy(ids >= 0) for n, ids in tokens.items()}
         batch = pack(samples_from_grids(self.modalities, tokens, shown, {}), len(self.modalities)).to(self.device)
         packed = self.encode_packed(batch, layers=layers)
         features = permute_rows(packed, batch.inputs.by_modality, batch.inputs.to_pack)
@@ -349,13 +346,33 @@ class EgoM2P(Exportable):
         return block(*args)
 
 
+def checked_grids(modalities: ModalitySet, tokens: dict) -> dict[str, np.ndarray]:
+    """{modality: (B, *grid) ids}, as shards store them too -> {modality: (B, n) int64}, -1 where not observed, in the
+    model's order. Raises UserError for unknown names, other grids, and batches of several sizes."""
+    if strangers := set(tokens) - set(modalities.names):
+        raise UserError(f"the model has no modality '{sorted(strangers)[0]}'; it has {', '.join(modalities.names)}")
+    found: dict[str, np.ndarray] = {}
+    for modality in (m for m in modalities if m.name in tokens):
+        ids = tokens[modality.name]
+        ids = stored_ids(np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids))
+        if ids.ndim < 2 or ids.shape[1:] not in (modality.grid, (modality.num_tokens,)):
+            raise UserError(f"'{modality.name}': tokens of shape {ids.shape}, expected (clips, "
+                            f"{', '.join(map(str, modality.grid))})")
+        found[modality.name] = ids.reshape(len(ids), -1)
+    if len({len(ids) for ids in found.values()}) != 1:
+        counts = ", ".join(f"{name} {len(ids)}" for name, ids in found.items())
+        raise UserError(f"tokens of as many clips of each modality are wanted, at least of one ({counts or 'none'})")
+    return found
+
+
 def samples_from_grids(modalities: ModalitySet, tokens: dict, is_input: dict, is_target: dict) -> list[MaskedSample]:
     """Dense (B, *grid) ids and (B, n) masks -> MaskedSamples. Modalities missing from a dictionary are unused."""
-    names = [m.name for m in modalities if m.name in tokens]
-    num_samples = len(next(iter(tokens.values())))
-    ids = {n: np.asarray(torch.as_tensor(tokens[n]).cpu()).reshape(num_samples, -1) for n in names}
-    masks = [{n: np.asarray(torch.as_tensor(side[n]).cpu()).reshape(num_samples, -1) for n in names if n in side}
+    ids = checked_grids(modalities, tokens)
+    num_samples = len(next(iter(ids.values())))
+    masks = [{n: np.asarray(torch.as_tensor(side[n]).cpu()).reshape(num_samples, -1) for n in ids if n in side}
              for side in (is_input, is_target)]
+    for name, mask in masks[0].items():  # what was not observed is not shown
+        masks[0][name] = mask & (ids[name] >= 0)
     return [MaskedSample(i, *(_select(modalities, ids, side, i) for side in masks)) for i in range(num_samples)]
 
 

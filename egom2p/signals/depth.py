@@ -55,8 +55,12 @@ class DepthJoiner(Joiner):
         x, y = window[: len(old)].ravel(), old.ravel()
         variance = x.var()
         scale = ((x - x.mean()) * (y - y.mean())).mean() / variance if variance > MIN_SPREAD else 1.0
-        scale = float(np.clip(scale, *SCALES))  # an overlap too flat or too noisy to tell must not collapse the rest
-        return scale * (window - x.mean()) + y.mean()
+        # An overlap too flat or too noisy to tell must not collapse the rest.
+        self.shift = float(np.clip(scale, *SCALES))
+        return self.shift * (window - x.mean()) + y.mean()
+
+    def follow(self, last: np.ndarray, window: np.ndarray) -> np.ndarray:
+        return self.fit(last, window)  # neighbouring frames are nearly one
 
 
 def shown(video: np.ndarray) -> np.ndarray:

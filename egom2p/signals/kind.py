@@ -103,8 +103,11 @@ class Joiner:
 
     Windows come in order: `add(start, window)` returns the rows that no later window can change, `end()` the rest;
     start is a row of the whole signal. In the overlap two windows are blended with weights that go linearly from the
-    old to the new. This one serves (n, ...) numbers; a subclass fits or blends in its own way.
+    old to the new. This one serves (n, ...) numbers; a subclass fits or blends in its own way. shift: what the newest
+    window was multiplied by, where a subclass does that.
     """
+
+    shift = 1.0
 
     drift: list[tuple[float, float]] | None = None  # residual of each join, where a subclass measures it
 
@@ -118,7 +121,7 @@ class Joiner:
             return window[:0]
         done, old = self.pending[: start - self.start], self.pending[start - self.start :]
         overlap = len(old)
-        window = self.fit(old, window) if overlap else window
+        window = self.fit(old, window) if overlap else self.follow(self.pending[-1:], window)
         weight = (np.arange(overlap) + 1) / (overlap + 1)
         blended = self.blend(old, window[:overlap], weight)
         self.start, self.pending = start, np.concatenate([blended, window[overlap:]])
@@ -130,6 +133,10 @@ class Joiner:
 
     def fit(self, old: np.ndarray, window: np.ndarray) -> np.ndarray:
         """The window moved so that its first rows lie on `old`."""
+        return window
+
+    def follow(self, last: np.ndarray, window: np.ndarray) -> np.ndarray:
+        """The window moved so that it goes on from the row before it, where the two share none."""
         return window
 
     def blend(self, old: np.ndarray, new: np.ndarray, weight: np.ndarray) -> np.ndarray:

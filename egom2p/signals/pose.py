@@ -35,7 +35,8 @@ class PoseJoiner(Joiner):
     """(n, 4, 4) first_from_camera of each window -> poses in the frame of the recording's first camera.
 
     A window is laid onto the one before by the rigid motion that fits the overlap best: rotations by their chordal
-    mean, then positions by their mean. `drift` holds each join's residual: (metres, degrees), root mean square.
+    mean, then positions by their mean. `drift` holds each join's residual: (metres, degrees), root mean square. Where
+    windows share no frame, one begins where the other ended, as if the camera stood still in between.
     """
 
     def __init__(self) -> None:
@@ -54,6 +55,9 @@ class PoseJoiner(Joiner):
         angles = geometry.rotation_angle_deg(old[:, :3, :3].transpose(0, 2, 1) @ there[:, :3, :3])
         self.drift.append((float(metres), float(np.sqrt((angles**2).mean()))))
         return moved
+
+    def follow(self, last: np.ndarray, window: np.ndarray) -> np.ndarray:
+        return last[0] @ geometry.invert(window[0]) @ window
 
     def blend(self, old: np.ndarray, new: np.ndarray, weight: np.ndarray) -> np.ndarray:
         out = super().blend(old, new, weight)

@@ -1,5 +1,6 @@
 """Files that grow row by row: npy, TUM and COLMAP trajectories, mp4."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -83,7 +84,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: float) -> None:
         self.container = av.open(str(path), "w")
-        self.stream = self.container.add_stream("libx264", rate=round(rate))
+        self.stream = self.container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001))
         self.stream.pix_fmt = "yuv420p"
         self.stream.options = {"crf": "15"}
         self.started = False

@@ -49,7 +49,8 @@ def load_for(modalities: ModalitySet, names: Iterable[str], device: str | torch.
         tokenizer.trusted = trust_torchscript or _is_own(modality.tokenizer, model_folder)
         check_fits(tokenizer, modality)
         made_by = (origins or {}).get(name)
-        if made_by and made_by != (own := tokenizer.fingerprint()):
+        if made_by and not tokenizer.made(made_by):
+            own = tokenizer.fingerprint()
             raise UserError(f"tokenizer {modality.tokenizer} ({own}) is not the one whose tokens the model learnt for "
                             f"'{name}' ({made_by}); name that one in modalities.{name}.tokenizer of the model's "
                             f"config.json")

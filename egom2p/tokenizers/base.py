@@ -77,19 +77,25 @@ class Tokenizer(Exportable):
         """(T, H, W, 3) uint8 frames of a video file, H x W those of the grid -> ids, of a picture modality; a depth
         video's grey levels are its relative inverse depth."""
         video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        return self.encode_units(video)[0]
+        ids = self.encode_units(video)[0]
+        if ids.shape != tuple(self.modality.grid):
+            raise UserError(f"'{self.modality.name}': {frames.shape[2]} x {frames.shape[1]} pixels make {ids.shape} "
+                            f"tokens, its grid is {list(self.modality.grid)}; films are shown as squares")
+        return ids
 
     @contextmanager
     def _as_trained(self) -> Iterator[None]:
         """In the type of its weights, and in its whole precision, also inside a training in bfloat16 or TF32, where ids
         would differ from those on disk."""
-        before = torch.get_float32_matmul_precision()
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False  # convolutions are asked for by themselves
         try:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Ids of shape `modality.grid` (or flat) -> one raw signal."""
@@ -141,6 +147,10 @@ class Tokenizer(Exportable):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def made(self, fingerprint: str) -> bool:
+        """Whether tokens whose note says `fingerprint` are this one's."""
+        return fingerprint == self.fingerprint()
 
     def to_config(self) -> dict[str, Any]:
         plain = to_plain(self.modality)

@@ -7,6 +7,7 @@ NVIDIA/Cosmos-Tokenizer 3584ae75; their published files could not be fetched her
 centred, to multiples of 16. Licence of the weights: NVIDIA Open Model License; some repositories are gated.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class CosmosTokenizer(Tokenizer):
     """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) ids and back. bfloat16 on CUDA, float32 on the CPU."""
 
     kind = "cosmos"
+    only_for_training = ("source",)  # where the files lie says nothing of what they are
 
     def __init__(self, modality: Modality, args: CosmosArgs) -> None:
         super().__init__(modality, args)
@@ -55,6 +57,11 @@ class CosmosTokenizer(Tokenizer):
         self.beside: Path | None = None  # the folder of its config.json
         self._device = torch.device("cpu")
         self._networks: dict[str, Any] = {}
+
+    def made(self, fingerprint: str) -> bool:
+        """Also by the fingerprint of earlier versions, of which the place of the files was a part."""
+        config = json.dumps(self.to_config(), sort_keys=True)
+        return super().made(fingerprint) or fingerprint == hashlib.sha256(config.encode()).hexdigest()[:16]
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "CosmosTokenizer":

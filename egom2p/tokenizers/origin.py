@@ -20,6 +20,7 @@ from egom2p.files import write_whole
 from egom2p.lock import FileLock
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.tokenizers import check_fits, load
+from egom2p.tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +118,9 @@ def check_tokenizers(modalities: ModalitySet, origins: Mapping[str, str]) -> dic
     """
     known = dict(origins)
     for modality in modalities:
-        own = _fingerprint(modality) if modality.tokenizer else ""
-        if own and known.setdefault(modality.name, own) != own:
+        tokenizer = _tokenizer_of(modality) if modality.tokenizer else None
+        if tokenizer is not None and not tokenizer.made(known.setdefault(modality.name, tokenizer.fingerprint())):
+            own = tokenizer.fingerprint()
             raise UserError(f"modalities.{modality.name}.tokenizer: {modality.tokenizer} ({own}) did not make the "
                             f"tokens of '{modality.name}' ({known[modality.name]}); name the one that did, or "
                             f"encode the clips with this one into another folder")
@@ -144,17 +146,17 @@ def content_of(folders: Iterable[tuple[str, Path]]) -> str:
     return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest() if notes else ""
 
 
-def _fingerprint(modality: Modality) -> str:
-    """Of the tokenizer that a modality names, once it is known to fit; "" when it cannot be fetched."""
+def _tokenizer_of(modality: Modality) -> Tokenizer | None:
+    """The tokenizer that a modality names, which fits it; None when it cannot be fetched."""
     try:
         tokenizer = load(modality.tokenizer)
     except UserError as error:
         if _may_be_remote(modality.tokenizer):
             log.warning("modalities.%s.tokenizer cannot be checked: %s", modality.name, error)
-            return ""
+            return None
         raise UserError(f"modalities.{modality.name}.tokenizer: {error}") from error
     check_fits(tokenizer, modality)
-    return tokenizer.fingerprint()
+    return tokenizer
 
 
 def _may_be_remote(name: str) -> bool:

@@ -198,8 +198,11 @@ class Loop:
                 before = time.perf_counter()
                 try:
                     self._evaluate()
-                except UserError:  # held-out data that went away must not cost the steps since the last checkpoint
-                    self._save()
+                except UserError:
+                    # Held-out data that went away must not cost the steps since the last checkpoint. Of several ranks
+                    # nobody knows whether all failed, and what is evaluated last is evaluated again.
+                    if self.world.size == 1 and self.step < self.total:
+                        self._save()
                     raise
                 logged_at += time.perf_counter() - before  # training speed leaves evaluation out
             if self._due(every.checkpoint.every) or self.step == self.total or stopping:

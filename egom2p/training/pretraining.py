@@ -268,6 +268,8 @@ class PretrainTask:
         unknown = set(args.weights) - {m.name for m in self.modalities if m.target}
         if unknown:
             raise UserError(f"loss.weights names '{sorted(unknown)[0]}', which is no output modality")
+        if not any(m.target for m in self.modalities):
+            raise UserError("every modality has target: false, so there is nothing to learn")
         weights = np.array([args.weights.get(m.name, 1.0) for m in self.modalities])
         return weights / weights[[m.target for m in self.modalities]].sum()
 

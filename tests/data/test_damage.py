@@ -420,3 +420,22 @@ def test_any_damage_of_a_clip_is_a_damaged_clip(tmp_path, caplog, name, data):
         ClipIndex(str(tmp_path / "a.tar")).read(1)
     assert [clip.key for clip in read_clips(str(tmp_path / "a.tar"))] == ["good"]
     assert "clip bad" in caplog.text
+
+
+def test_what_clips_lack_anyway_is_not_lost_to_damage(tmp_path, rng):
+    """Of a modality that two clips in five have, and of damage that costs nothing, no more counts than is likely."""
+    pair = ModalitySet([Modality("a", 50, (8,)), Modality("b", 50, (8,))])
+    for shard in range(4):
+        keys = [f"{shard}{i:02d}" for i in range(50)]
+        for name, held in (("a", keys), ("b", keys[::5] + keys[2::5])):
+            arrays = ((k, npy_bytes(rng.integers(0, 50, 8).astype(np.uint16))) for k in sorted(held))
+            write_tar(tmp_path / f"{name}/set/shard-00000{shard}.tar", ({"__key__": k, "npy": d} for k, d in arrays))
+    assert TokenDataset.open(tmp_path, "set", "", pair).lost == 0
+    whole = tmp_path / "b/set/shard-000000.tar"
+    os.truncate(whole, header_at(whole, 19) + 100)  # its last clip
+    assert TokenDataset.open(tmp_path, "set", "", pair).lost == 1
+    path = tmp_path / "a/set/shard-000001.tar"
+    rewrite(path, [*members(path), members(path)[2]])  # held twice, none lost
+    assert TokenDataset.open(tmp_path, "set", "", pair).lost == 1
+    os.truncate(tmp_path / "a/set/shard-000002.tar", 0)
+    assert TokenDataset.open(tmp_path, "set", "", pair).lost == 1 + 20  # of those that b still names

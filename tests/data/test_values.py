@@ -286,8 +286,14 @@ def test_loose_files_of_several_modalities_fill_shards_of_the_same_clips(tmp_pat
     made = TokenDataset.open(tmp_path / "new", "set", "", TWO)
     assert made.keys == sorted(clips) and made.shard_sizes.tolist() == [4, 4, 2]
     assert made.present().sum(1).tolist() == [10, 8]
+    np.savez(tmp_path / "raw/a/set/a_new_one.npz", clips["k00"])  # sorted before all others: every shard changes
+    convert(str(tmp_path / "raw/[a,b]/set"), tmp_path / "new")
+    assert TokenDataset.open(tmp_path / "new", "set", "", TWO).keys == ["a_new_one", *sorted(clips)]
+    (tmp_path / "raw/a/set/a_new_one.npz").unlink()
+    (tmp_path / "new/a/set/shard-000000.tar").unlink()
+    convert(str(tmp_path / "raw/[a,b]/set"), tmp_path / "new")
     (tmp_path / "raw/a/set/k03.npz").unlink()
-    with pytest.raises(UserError, match=r"shard-000000\.tar holds 1 clips .* such as k03"):
+    with pytest.raises(UserError, match=r"new/a/set holds 1 clips .* such as k03"):
         convert(str(tmp_path / "raw/a/set/*.npz"), tmp_path / "new", {"a"})
     save_loose(tmp_path / "few/a/set", {k: clips[k] for k in ("k00", "k01", "k02", "k03")})
     with pytest.raises(UserError, match="earlier, longer set"):
@@ -302,6 +308,8 @@ def test_loose_files_and_tars_of_one_data_set_pair_by_key(tmp_path, rng):
     made = TokenDataset.open(tmp_path, "set", "", TWO)
     assert sorted(made.keys) == ["alone", *sorted(clips)]
     assert made.present().sum(0).tolist() == [1 if key == "alone" else 2 for key in made.keys]
+    (tmp_path / "b/set/alone.npz").unlink()
+    assert not check(str(tmp_path)).problems
 
 
 def test_loose_files_are_checked_and_counted(tmp_path, rng):
@@ -333,7 +341,8 @@ def test_random_shards_lie_where_the_configuration_looks(tmp_path):
     run_cli("shards", "random", "cfgs/train/debug.yaml", path, "--out", root, "--count", 30)
     run_cli("train", "cfgs/train/debug.yaml", path, f"data.root={root}", "train.steps=1", f"run.dir={tmp_path / 'run'}",
             "eval.every=0", "optim.warmup_steps=0")
-    for wrong in ("[rgb,cam]/o*/x.tar", "[rgb,cam]/other/clips-{000..002}.tar", "s3://b/[rgb,cam]/x"):
+    for wrong in (f"{tmp_path}/[rgb,cam]/x", "../[rgb,cam]/x", "[rgb,cam]/o*/x.tar",
+                  "[rgb,cam]/other/clips-{000..002}.tar", "s3://b/[rgb,cam]/x"):
         done = run_cli("shards", "random", "cfgs/train/debug.yaml", f"data.datasets.full.path='{wrong}'", "--out",
                        root, "--count", 2, check=False)
         assert done.returncode == 2 and "name one folder a modality" in done.stderr, wrong

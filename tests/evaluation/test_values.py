@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from egom2p import geometry
+from egom2p.errors import UserError
 from egom2p.evaluation.camera import ate, degenerate, horizons, rre, rte
 from egom2p.evaluation.depth import align_depth, depth_errors
 from egom2p.evaluation.gaze import gaze_hits
@@ -20,6 +22,7 @@ from egom2p.evaluation.results import (
     table,
     write_results,
 )
+from egom2p.evaluation.run import Task
 
 
 def rows_of(metric: str, **sources: list[float]) -> TaskRows:
@@ -114,7 +117,8 @@ def test_pose_measure_passes_its_alignment_and_delta_on():
     truth, guess = walk(seed=1), walk(seed=2)
     measure = MEASURES["pose"](MeasureArgs(pose_alignment="none", pose_delta=3))
     figures = measure.metrics(guess, truth, {})
-    assert figures["ate_m"] == ate(guess, truth, "none") and figures["rte_m"] == rte(guess, truth, 3)
+    relative = [geometry.relative_to_first(poses) for poses in (guess, truth)]
+    assert figures["ate_m"] == ate(*relative, "none") and figures["rte_m"] == rte(guess, truth, 3)
     assert figures["rre_deg"] == rre(guess, truth, 3)
 
 
@@ -341,3 +345,34 @@ def test_what_only_some_clips_have_a_figure_of_is_a_mean_over_those():
     told = summarise(rows)
     assert (told["gaze_deg"]["value"], told["gaze_deg"]["clips"], told["gaze_deg"]["coverage"]) == (4.0, 2, 0.5)
     assert (told["gaze_mse"]["value"], told["gaze_mse"]["clips"], told["gaze_mse"]["coverage"]) == (2.0, 3, 0.75)
+
+
+@pytest.mark.parametrize(("name", "inputs", "target"), [
+    ("rgb2cam", ("rgb",), "cam"), ("rgb+imu22cam", ("rgb", "imu2"), "cam"), ("rgb_5122cam", ("rgb_512",), "cam"),
+    ("cam2rgb_512", ("cam",), "rgb_512"), ("imu22rgb_512", ("imu2",), "rgb_512")])
+def test_names_with_a_two_in_tasks(name, inputs, target):
+    task = Task.parse(name, ["rgb", "cam", "imu2", "rgb_512"])
+    assert (task.inputs, task.target) == (inputs, target)
+
+
+@pytest.mark.parametrize(("name", "words"), [("rgb2rgb", "shows what it asks for"), ("rgb", "no modality"),
+                                             ("rgb2nose", "no modality 'nose'"), ("", "no modality")])
+def test_tasks_that_cannot_be(name, words):
+    with pytest.raises(UserError, match=words):
+        Task.parse(name, ["rgb", "cam"])
+
+
+def test_without_a_fit_both_are_seen_from_their_own_first_pose():
+    """Wherever the recording's world has its zero."""
+    truth, guess = turning_walk(), turning_walk()
+    guess[:, 2, 3] *= 1.1
+    away = np.eye(4)
+    away[:3, 3], away[:3, :3] = (5, -2, 1), Rotation.from_euler("y", 40, degrees=True).as_matrix()
+    measure = MEASURES["pose"](MeasureArgs(pose_alignment="none"))
+    here, there = measure.metrics(guess, truth, {}), measure.metrics(guess, away @ truth, {})
+    assert here["ate_m"] == pytest.approx(there["ate_m"]) == pytest.approx(there["ate_m@none"])
+    assert np.allclose(measure.over_time(guess, truth), measure.over_time(guess, away @ truth))
+    with pytest.raises(ValueError, match="pose_delta"):
+        MeasureArgs(pose_delta=0)
+    with pytest.raises(UserError, match="longer clips"):
+        MEASURES["pose"](MeasureArgs(pose_delta=60)).metrics(guess, truth, {})

@@ -1,14 +1,20 @@
 """Which positions a sampler commits when, with what randomness, and what its files say."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
 from egom2p import geometry
+from egom2p.errors import UserError
 from egom2p.generation.sampler import _clip_rng, _TargetDecoder, generate, sample_ids
 from egom2p.generation.schedule import TargetArgs
-from egom2p.signals.pose import PoseJoiner
+from egom2p.modalities import ModalitySet
+from egom2p.signals.depth import DEPTH
+from egom2p.signals.pose import POSE, PoseJoiner
 from egom2p.signals.writers import TumWriter
 from tests.generation.test_sampler import model, rgb  # noqa: F401
 
@@ -129,3 +135,67 @@ def test_recipes_that_cannot_be(wrong):
     with pytest.raises(ValueError, match="not both"):
         TargetArgs(guidance=2.0, condition_weights={"rgb": 1.0})
     TargetArgs(steps=1, temperature=0, top_p=1, top_k=0, guidance=1.0, condition_weights={"rgb": 1.0})
+
+
+def test_windows_that_share_no_frame_go_on_where_the_one_before_ended():
+    whole = random_walk(40)
+    joiner = POSE.joiner()
+    parts = [joiner.add(start, geometry.relative_to_first(whole[start : start + 10])) for start in (0, 10, 20, 30)]
+    joined = np.concatenate([*parts, joiner.end()])
+    step = np.linalg.norm(np.diff(whole[:, :3, 3], axis=0), axis=1).max()
+    assert len(joined) == 40 and np.linalg.norm(np.diff(joined[:, :3, 3], axis=0), axis=1).max() <= step + 1e-9
+    turns = [geometry.relative_to_first(p[20:30]) for p in (joined, whole)]
+    assert np.allclose(turns[0], turns[1])  # inside a window the motion is its own
+    depth, made = DEPTH.joiner(), np.linspace(0.1, 0.9, 64).reshape(1, 8, 8).repeat(10, 0)
+    both = np.concatenate([depth.add(0, made), depth.add(10, made * 0.5 + 0.2), depth.end()])
+    assert np.allclose(both, made[:1]) and depth.shift == pytest.approx(2.0)
+
+
+def random_walk(count: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    poses = np.tile(np.eye(4), (count, 1, 1))
+    for i in range(1, count):
+        move = np.eye(4)
+        move[:3, :3] = Rotation.from_rotvec(rng.normal(size=3) * 0.05).as_matrix()
+        move[:3, 3] = rng.normal(size=3) * 0.02
+        poses[i] = poses[i - 1] @ move
+    return poses
+
+
+@pytest.mark.parametrize(("shapes", "words"), [
+    ({}, "at least of one"), ({"nose": (1, 4)}, "no modality 'nose'"), ({"rgb": (1, 7)}, "expected (clips"),
+    ({"rgb": (12,)}, "expected (clips"), ({"rgb": (1, 3, 2, 2), "depth": (2, 3, 2, 2)}, "as many clips")])
+def test_tokens_that_are_not_the_models_are_refused(model, shapes, words):  # noqa: F811
+    given = {name: np.zeros(shape, int) for name, shape in shapes.items()}
+    for call in (lambda: model.generate(given, ["cam"]), lambda: model.encode(given),
+                 lambda: model.masked_logits(given, {}, {})):
+        with pytest.raises(UserError, match=re.escape(words)):
+            call()
+
+
+def test_what_was_not_observed_is_never_shown_however_it_is_stored(model):  # noqa: F811
+    first, *_, last = model.modalities
+    ids = np.random.default_rng(0).integers(0, first.vocab_size, (1, *first.grid))
+    ids.reshape(-1)[:2] = -1
+    stored = np.where(ids < 0, 65535, ids).astype(np.uint16)
+    made = [model.generate({first.name: x}, [last.name], seed=3).tokens[last.name] for x in (ids, stored)]
+    assert np.array_equal(*made)
+    everything = {first.name: np.ones((1, first.num_tokens), bool)}
+    asked = {last.name: np.ones((1, last.num_tokens), bool)}
+    both = {last.name: np.zeros((1, *last.grid), int)}
+    shown = [model.masked_logits({first.name: x, **both}, everything, asked)[last.name] for x in (ids, stored)]
+    without = model.masked_logits({first.name: np.maximum(ids, 0), **both},
+                                  {first.name: ids.reshape(1, -1) >= 0}, asked)[last.name]
+    assert torch.equal(*shown) and torch.equal(shown[0], without)
+    with pytest.raises(UserError, match="no likelihood"):
+        model.score({first.name: ids}, {}, everything)
+
+
+def test_a_modality_that_is_only_shown_is_not_asked_for(model):  # noqa: F811
+    first, *_, last = model.modalities
+    model.modalities = ModalitySet(replace(m, target=m.name != last.name) for m in model.modalities)
+    try:
+        with pytest.raises(UserError, match="never learnt to predict"):
+            model.generate({first.name: np.zeros((1, *first.grid), int)}, [last.name])
+    finally:
+        model.modalities = ModalitySet(replace(m, target=True) for m in model.modalities)

@@ -142,6 +142,20 @@ def test_encode_command_writes_shards(folder, tmp_path):
     assert (tmp_path / "tokens" / tokenizer.modality.name / "set/shard-000000.tar").exists()
 
 
+def test_where_the_files_lie_says_nothing_of_the_tokens(folder, tmp_path):
+    """Encoded from a cluster's folder, decoded from the Hub; and by what earlier versions wrote down."""
+    import hashlib
+
+    here = tokenizers.load(folder)
+    before = hashlib.sha256(json.dumps(here.to_config(), sort_keys=True).encode()).hexdigest()[:16]
+    config = json.loads((folder / "config.json").read_text())
+    config["args"]["source"] = "nvidia/Cosmos-0.1-Tokenizer-DV4x8x8"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    there = tokenizers.load(tmp_path)
+    assert here.fingerprint() == there.fingerprint() and there.made(here.fingerprint())
+    assert here.made(before) and not here.made("another")
+
+
 def test_missing_and_broken_files_get_one_line(folder):
     (folder / "encoder.jit").write_bytes(b"nonsense")
     tokenizer = tokenizers.load(folder)
