@@ -7,6 +7,7 @@ from the model's name in `args`.
 """
 
 import argparse
+import logging
 import math
 import re
 import struct
@@ -25,6 +26,8 @@ from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.positions import position_table
 from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
+
+log = logging.getLogger(__name__)
 
 # Heads of the released sizes, by the size's name in `args.model` and the width.
 HEADS = {("tiny", 384): 6, ("small", 512): 8, ("base", 768): 12, ("large", 1024): 16, ("large", 1020): 15,
