@@ -9,8 +9,10 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
     if [ -e .venv/.making ]; then rm -rf .venv; fi  # one that was killed while it was made
     if [ ! -x .venv/bin/python ]; then
         mkdir -p .venv && touch .venv/.making
-        "$PYTHON" -m venv .venv && rm .venv/.making
+        "$PYTHON" -m venv .venv
+        rm .venv/.making
     fi
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
     .venv/bin/python -m pip install -qq --upgrade pip
     # Modules are compiled when they are first imported: to compile all of them takes two fifths of the time.
     .venv/bin/python -m pip install -qq --no-compile --editable ".[dev]"

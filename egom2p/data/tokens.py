@@ -146,18 +146,19 @@ class TokenDataset:
         return [*((e.path.name, e) for e in index_remote(remote)),
                 *token_entries([p for p in paths if isinstance(p, Path)])]
 
-    @staticmethod
-    def _lost_of(shards: dict, shard: str, broken: set[int], damaged: dict[str, set[int]]) -> int:
-        """How many clips of a shard probably lack a modality because its file is damaged: fewer have it than in whole
-        shards; at least one of a shard of which nothing is left."""
-        keys = set().union(*shards[shard].values())
-        lost = 0
-        whole = [held for name, held in shards.items() if name not in damaged]
+    def _count_lost(self, shards: dict, damaged: dict[str, set[int]]) -> int:
+        """How many clips probably lack a modality because its file is damaged: fewer of a shard have it than in whole
+        shards. At least one of a shard with no whole file, by which it could be told."""
+        whole = [held for name, held in shards.items() if name not in damaged] if damaged else []
         clips = sum(len(set().union(*held.values())) for held in whole)
-        for modality in broken:
-            share = sum(len(held.get(modality, ())) for held in whole) / clips if clips else 1.0
-            lost = max(lost, round(share * len(keys)) - len(shards[shard].get(modality, ())))
-        return lost if keys else 1
+        held = [sum(len(modalities.get(m, ())) for modalities in whole) for m in range(len(self.modalities))]
+        lost = 0
+        for shard, broken in damaged.items():
+            keys = set().union(*shards[shard].values())
+            gone = [round((held[m] / clips if held[m] else 1) * len(keys)) - len(shards[shard].get(m, ()))
+                    for m in broken]
+            lost += max(0 if shards[shard].keys() - broken else 1, *gone)
+        return lost
 
     def _members(self, entry: TarEntry) -> dict[str, tuple[int, int, int]]:
         self.paths.append(entry.path)
@@ -178,7 +179,7 @@ class TokenDataset:
             columns += [[by_modality.get(m, {}).get(key, absent) for m in range(len(self.modalities))] for key in keys]
             self.keys += keys
             sizes.append(len(keys))
-        self.lost = sum(self._lost_of(shards, shard, broken, damaged) for shard, broken in damaged.items())
+        self.lost = self._count_lost(shards, damaged)
         table = np.array(columns, np.int64).reshape(-1, len(self.modalities), 3).transpose(2, 1, 0)
         self._file, self._offset, self._size = table[0].astype(np.int32), table[1], table[2]
         self.shard_sizes = np.array([s for s in sizes if s], np.int64)

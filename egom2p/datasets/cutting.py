@@ -126,7 +126,8 @@ def _series_at(recording: Recording, start: float, rates: Mapping[str, float],
         if name in recording.series:
             track, times = recording.series[name], start + np.arange(round(SECONDS * rate)) / rate
             is_pose = track.values.shape[1:] == (4, 4)
-            values, reason = resample_poses(track, times) if is_pose else (resample_series(track, times), "gap or NaN")
+            values, reason = resample_poses(track, times, rate, _gap_of(track)) if is_pose else (
+                resample_series(track, times), "gap or NaN")
             if values is None:
                 counts[f"{name} left out: {reason}"] += 1
             else:
@@ -164,8 +165,10 @@ def nearest(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(np.abs(known[left] - wanted) <= np.abs(known[right] - wanted), left, right)
 
 
-def resample_poses(track: Track, times: np.ndarray) -> tuple[np.ndarray | None, str]:
-    """(T, 4, 4) at `times`: positions linear, rotations along the shortest arc (to first order); or None and why."""
+def resample_poses(track: Track, times: np.ndarray, rate: float = RATES["cam"],
+                   gap: float = LARGEST_GAP["cam"]) -> tuple[np.ndarray | None, str]:
+    """(T, 4, 4) at `times`, `rate` a second: positions linear, rotations along the shortest arc (to first order); or
+    None and why."""
     finite = np.isfinite(track.values).all((1, 2))
     known, poses = track.times[finite], track.values[finite].astype(np.float64)
     if len(known) < 2:
@@ -173,15 +176,15 @@ def resample_poses(track: Track, times: np.ndarray) -> tuple[np.ndarray | None, 
     right = np.clip(np.searchsorted(known, times), 1, len(known) - 1)
     left = right - 1
     nearest_s = np.minimum(np.abs(known[left] - times), np.abs(known[right] - times))
-    between_far_ones = (known[right] - known[left] > 2 * LARGEST_GAP["cam"]) & (nearest_s >= 1e-4)
-    if (nearest_s > LARGEST_GAP["cam"]).any() or between_far_ones.any():
+    between_far_ones = (known[right] - known[left] > 2 * gap) & (nearest_s >= 1e-4)
+    if (nearest_s > gap).any() or between_far_ones.any():
         return None, "gap or NaN"
     weight = np.clip((times - known[left]) / np.maximum(known[right] - known[left], 1e-9), 0, 1)[:, None, None]
     out = (1 - weight) * poses[left] + weight * poses[right]
     out[:, :3, :3] = geometry.chordal_mean(out[:, :3, :3])
-    speed = np.linalg.norm(np.diff(out[:, :3, 3], axis=0), axis=1) * RATES["cam"]
-    turn = geometry.rotation_angle_deg(out[:-1, :3, :3].transpose(0, 2, 1) @ out[1:, :3, :3]) * RATES["cam"]
-    if speed.max() > SPEED_LIMIT or turn.max() > TURN_LIMIT:
+    speed = np.linalg.norm(np.diff(out[:, :3, 3], axis=0), axis=1) * rate
+    turn = geometry.rotation_angle_deg(out[:-1, :3, :3].transpose(0, 2, 1) @ out[1:, :3, :3]) * rate
+    if speed.max(initial=0) > SPEED_LIMIT or turn.max(initial=0) > TURN_LIMIT:
         return None, "jump of the tracker"
     return out, ""
 
@@ -203,15 +206,21 @@ def resample_points(track: Track, times: np.ndarray) -> np.ndarray:
     return out
 
 
+def _gap_of(track: Track) -> float:
+    """Seconds that a value of one's own signal may be from the moment it stands for."""
+    return max(SERIES_GAP, 1.5 * float(np.median(np.diff(track.times)))) if len(track.times) > 1 else SERIES_GAP
+
+
 def resample_series(track: Track, times: np.ndarray) -> np.ndarray | None:
     """(T, C) at `times`, linear between neighbours; None where a neighbour is too far away. Rows that are not finite do
     not count."""
+    if len(track.times) < 2:
+        return None
     rows = np.asarray(track.values, np.float64).reshape(len(track.times), -1)
     finite = np.isfinite(rows).all(1)
-    known, values = track.times[finite], rows[finite]
+    known, values, gap = track.times[finite], rows[finite], _gap_of(track)
     if len(known) < 2:
         return None
-    gap = max(SERIES_GAP, 1.5 * float(np.median(np.diff(known))))
     right = np.clip(np.searchsorted(known, times), 1, len(known) - 1)
     nearest_s = np.minimum(np.abs(known[right - 1] - times), np.abs(known[right] - times))
     if (nearest_s > gap).any() or ((known[right] - known[right - 1] > 2 * gap) & (nearest_s >= 1e-4)).any():

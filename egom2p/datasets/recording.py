@@ -86,7 +86,7 @@ class Recording:
             return read(*args)
         except MemoryError:  # of this machine, not of the file
             raise
-        except (BadSequence, ArithmeticError, AttributeError, LookupError, csv.Error, *DAMAGE) as error:
+        except (BadSequence, UserError, ArithmeticError, AttributeError, LookupError, csv.Error, *DAMAGE) as error:
             reason = str(error) if isinstance(error, (BadSequence, UserError)) else f"{type(error).__name__}: {error}"
             self.notes.append(f"{what} left out: {' '.join(reason.split())}")
             return None

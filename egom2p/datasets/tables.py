@@ -2,7 +2,8 @@
 ends, commas, semicolons, tabs or blanks, decimal commas."""
 
 import csv
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,8 @@ def read_table(path: Path) -> Table:
     rows = lines[1:] if form.header and not form.commented else lines
     if not rows:
         raise BadSequence(f"{path} holds no row")
+    if form.header is None and len(rows) > SAMPLE:
+        form = replace(form, width=max(_filled(row) for row in form.rows(rows)))
     parts = [form.numbers(rows[start : start + SAMPLE]) for start in range(0, len(rows), SAMPLE)]
     table = np.concatenate(parts).T
     if not table.shape[1]:
@@ -98,8 +101,8 @@ class _Form:
         return [name if names.index(name) == i else f"{name}.{names[:i].count(name) + 1}"
                 for i, name in enumerate(names)]
 
-    def rows(self, lines: list[str]) -> list[list[str]]:
-        return [_split(line.strip() if self.bare else line, self.delimiter) for line in lines]
+    def rows(self, lines: Iterable[str]) -> Iterator[list[str]]:
+        return (_split(line.strip() if self.bare else line, self.delimiter) for line in lines)
 
     def whole(self, lines: list[str]) -> list[list[str]]:
         """The rows that have all columns; empty cells behind them do not count."""
@@ -128,7 +131,7 @@ def _form_of(lines: list[str], comments: list[str]) -> _Form:
 
 
 def _with_header(bare: bool, delimiter: str, decimal: str, lines: list[str], comments: list[str]) -> _Form:
-    rows = _Form(bare, delimiter, decimal, 0, None, False).rows(lines)
+    rows = list(_Form(bare, delimiter, decimal, 0, None, False).rows(lines))
     header, commented = None, False
     if not any(_is_number(word, decimal) for word in rows[0]):
         header = rows[0]

@@ -48,7 +48,7 @@ SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mts", ".t
 SIDES = (".cam.tum", ".cam.json", ".colmap", ".gaze.csv", ".gaze.tsv", ".gazedata.gz", ".gaze.json", ".depth.npy",
          ".depth", ".intrinsics.txt")
 TABLES = (".csv", ".tsv", ".txt")
-TIME = re.compile(r"(time|timestamp|t|stamp|recording timestamp)s?(?![a-z])")
+TIME = re.compile(r"(time|timestamp|t|stamp|recording timestamp)s?(_?(s|sec|seconds|ms|us|ns))?(?![a-z0-9_])")
 SHOWN = 20
 
 
@@ -155,11 +155,9 @@ class _Beside:
         table = read_table(path)
         clock = next((column for column in table.columns if TIME.match(column)), next(iter(table.columns)))
         values = {name: column for name, column in table.columns.items() if name != clock}
-        empty = [name for name, column in values.items() if np.isnan(column).all()]
-        if empty:
-            named = ", ".join(name or "a column without a name" for name in empty)
-            self.notes.append(f"{path.name}: {named} left out, no number in it")
-        values = [column for name, column in values.items() if name not in empty]
+        # Of a separator at the lines' ends; a channel that has a name and no number costs the signal.
+        nameless = [name for name, column in values.items() if not name.strip(".0123456789") and np.isnan(column).all()]
+        values = [column for name, column in values.items() if name not in nameless]
         if not values:
             raise BadSequence(f"{path}: a column of times and one of numbers a channel are wanted; it has "
                               f"{', '.join(table.columns)}")

@@ -56,12 +56,13 @@ def generate(model: EgoM2P, tokens: dict[str, np.ndarray], targets: dict[str, Ta
     for name in targets:
         if name not in model.modalities.names:
             raise UserError(f"the model has no modality '{name}'; it has {', '.join(model.modalities.names)}")
-        if not model.modalities.by_name(name).target:
-            raise UserError(f"this model never learnt to predict '{name}' (target: false)")
     state = {name: np.full((num_clips, m.num_tokens), -1)
              for name, m in zip(model.modalities.names, model.modalities, strict=True)}
     for name, ids in grids.items():
         state[name] = np.where(known[name].reshape(num_clips, -1), ids, -1) if name in (known or {}) else ids.copy()
+    for name in targets:
+        if not model.modalities.by_name(name).target and (state[name] < 0).any():
+            raise UserError(f"this model never learnt to predict '{name}' (target: false)")
     out = Generated()
     for number, (name, args) in enumerate(targets.items()):
         decoder = _TargetDecoder(model, name, args, state, [_clip_rng(seed, key, number) for key in keys])

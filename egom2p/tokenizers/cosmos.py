@@ -9,6 +9,7 @@ centred, to multiples of 16. Licence of the weights: NVIDIA Open Model License; 
 
 import hashlib
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from egom2p.tokenizers.torchscript import settle
 FILES = ("encoder.jit", "decoder.jit")
 BLACK = -1.0
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class CosmosArgs:
@@ -49,19 +52,47 @@ class CosmosTokenizer(Tokenizer):
     """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) ids and back. bfloat16 on CUDA, float32 on the CPU."""
 
     kind = "cosmos"
-    only_for_training = ("source",)  # where the files lie says nothing of what they are
-
     def __init__(self, modality: Modality, args: CosmosArgs) -> None:
         super().__init__(modality, args)
         self.signal = picture_units(modality)
         self.beside: Path | None = None  # the folder of its config.json
         self._device = torch.device("cpu")
         self._networks: dict[str, Any] = {}
+        self._digests: dict[Path, str] = {}
+
+    def fingerprint(self) -> str:
+        """Of the arguments and of what is in the two files, wherever they lie; of their source's name while they are
+        not at hand."""
+        config = self.to_config()
+        folder = self._folder_at_hand()
+        if folder is not None:
+            config["args"] |= {"source": "", **{name: self._content(folder / name) for name in FILES}}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
     def made(self, fingerprint: str) -> bool:
-        """Also by the fingerprint of earlier versions, of which the place of the files was a part."""
-        config = json.dumps(self.to_config(), sort_keys=True)
-        return super().made(fingerprint) or fingerprint == hashlib.sha256(config.encode()).hexdigest()[:16]
+        """Also by its source's name, as earlier versions had it; files that are not at hand cannot be compared."""
+        named = hashlib.sha256(json.dumps(self.to_config(), sort_keys=True).encode()).hexdigest()[:16]
+        if self._folder_at_hand() is None and fingerprint != named:
+            log.warning("%s is not fetched yet: whether it made the tokens of '%s' is not checked", self.args.source,
+                        self.modality.name)
+            return True
+        return fingerprint in (named, self.fingerprint())
+
+    def _folder_at_hand(self) -> Path | None:
+        """Where the two files are without fetching them."""
+        if (local := self._local_folder()) is not None:
+            return local
+        try:
+            cached = [huggingface_hub.try_to_load_from_cache(self.args.source, name) for name in FILES]
+        except HFValidationError:  # no repository's name
+            return None
+        return Path(cached[0]).parent if all(isinstance(path, str) for path in cached) else None
+
+    def _content(self, path: Path) -> str:
+        if path not in self._digests:
+            with path.open("rb") as file:
+                self._digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._digests[path]
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "CosmosTokenizer":

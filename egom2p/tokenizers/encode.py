@@ -99,10 +99,9 @@ def encode_shards(tokenizers: list[Tokenizer], index: ClipIndex, plan: list[Shar
     workers = args.workers if args.workers >= 0 else min(MAX_WORKERS, max(0, own - 1))
     folders: dict[tuple[str, str], Origin] = {}
     for tokenizer in tokenizers:
-        made_by = tokenizer.fingerprint()
         for name in {shard.dataset for shard in plan}:
             folders[tokenizer.modality.name, name] = origin = Origin(root / tokenizer.modality.name / name)
-            origin.claim(made_by, source)
+            origin.claim(tokenizer, source)
     work = _Work(tokenizers, index, folders)
     first = world.rank * len(plan) // world.size
     left = [*plan[first:], *plan[:first]]

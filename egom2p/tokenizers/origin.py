@@ -40,7 +40,7 @@ class Origin:
         self.folder, self.path = folder, folder / NOTE
         self.lock = FileLock(folder / f".{NOTE}.lock")
 
-    def claim(self, tokenizer: str, clips: str) -> None:
+    def claim(self, tokenizer: Tokenizer, clips: str) -> None:
         """Shards of one folder come from one tokenizer and one set of clips; anything else is refused, never mixed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.lock:
@@ -48,9 +48,11 @@ class Origin:
             if not found and any(self.folder.glob("*.tar")):
                 raise UserError(f"{self.folder} holds shards of unknown origin; choose another --out or --dataset, or "
                                 f"remove it")
-            found = found or {"tokenizer": tokenizer, "clips": clips, "shards": {}}
-            for what, value in (("tokenizer", tokenizer), ("clips", clips)):
-                if found.get(what) != value:
+            found = found or {"tokenizer": tokenizer.fingerprint(), "clips": clips, "shards": {}}
+            for what, value, fits in (
+                    ("tokenizer", tokenizer.fingerprint(), tokenizer.made(found.get("tokenizer", ""))),
+                    ("clips", clips, found.get("clips") == clips)):
+                if not fits:
                     raise UserError(f"{self.folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); "
                                     f"choose another --out or --dataset, or remove it")
             self._write(found)

@@ -199,9 +199,9 @@ class Loop:
                 try:
                     self._evaluate()
                 except UserError:
-                    # Held-out data that went away must not cost the steps since the last checkpoint. Of several ranks
-                    # nobody knows whether all failed, and what is evaluated last is evaluated again.
-                    if self.world.size == 1 and self.step < self.total:
+                    # Held-out data that went away must not cost the steps since the last checkpoint. (Of several ranks
+                    # nobody knows whether all failed.)
+                    if self.world.size == 1:
                         self._save()
                     raise
                 logged_at += time.perf_counter() - before  # training speed leaves evaluation out

@@ -270,6 +270,19 @@ def test_reviv_checkpoints(tmp_path):
     assert "position table of 'tok_body'" in done.stderr
 
 
+def test_revivs_metric_depth_is_warned_of(tmp_path, caplog):
+    """It is no relative inverse depth, which is all that a tokenizer here would make of its tokens."""
+    state = dict(reference("model_swiglu")["state_dict"])
+    for key in [k for k in state if ".tok_depth." in k]:
+        state[key.replace(".tok_depth.", ".tok_depth_512.")] = state[key]
+    write_released(tmp_path / "a.pth", state, model="reviv_mini_swiglu")
+    command = ("import-released", tmp_path / "a.pth", "--num-heads", 4, "--tokenizers")
+    run_cli(*command, "depth=tokenizers/cosmos/depth", "--out", tmp_path / "plain")
+    assert "metric depth" not in caplog.text
+    run_cli(*command, "depth_512=tokenizers/cosmos/depth_dv8x16x16", "--out", tmp_path / "metric")
+    assert "depth_512 is metric depth" in caplog.text
+
+
 def reviv_positions(dim: int) -> torch.Tensor:
     """As a meshgrid of (7 groups, 30 frames) flattened, which is what the authors' code makes of it."""
     quarter = dim // 4

@@ -16,10 +16,18 @@ from egom2p.datasets.checks import Statistics
 from egom2p.datasets.clocks import VideoClock
 from egom2p.datasets.cutting import _depth_at, cut
 from egom2p.datasets.gaze_files import read_gaze
-from egom2p.datasets.recording import ArrayPictures, BadSequence, ImagePictures, Recording, Track, fit_intrinsics
+from egom2p.datasets.recording import (
+    ArrayPictures,
+    BadSequence,
+    ImagePictures,
+    Pictures,
+    Recording,
+    Track,
+    fit_intrinsics,
+)
 from egom2p.datasets.tables import read_matrix, read_table
 from egom2p.datasets.trajectories import read_colmap, read_tum
-from egom2p.datasets.video import VideoFolder, numbered_depth
+from egom2p.datasets.video import TIME, VideoFolder, _Beside, numbered_depth
 from egom2p.geometry import quaternions
 from egom2p.signals.writers import write_video
 from tests.conftest import run_cli
@@ -495,3 +503,67 @@ def test_an_adapter_of_ones_own_brings_signals_of_its_own(tmp_path):
     assert [sorted(c.signals) for c in clips] == [["hands", "rgb"]] * 2 and clips[0].signals["hands"].shape == (100, 2)
     assert np.allclose(clips[0].signals["hands"], track.values[:200:2])
     assert recording.notes == ["pulse left out: nobody says at which rate; give --series pulse=HZ"]
+
+
+def test_a_broken_note_beside_a_side_file_costs_that_signal(tmp_path):
+    (tmp_path / "raw").mkdir()
+    own_signals(tmp_path / "raw")
+    written(tmp_path / "raw/walk.imu.json", ["{"])
+    done = run_cli("prepare", "video", "--root", tmp_path / "raw", "--out", tmp_path / "clips", "--size", 32,
+                   "--workers", 1, "--series", "imu=200", "pulse=1")
+    assert "pulse 100%" in done.stdout and "imu" not in done.stdout.split("coverage")[1].splitlines()[0]
+    record = json.loads((tmp_path / "clips/records/walk_mp4.json").read_text())
+    assert any("imu left out" in note and "walk.imu.json" in note for note in record["notes"])
+
+
+@pytest.mark.parametrize(("header", "clock"), [
+    ("seconds,t1,t2", "seconds"), ("frame,t_x,t_y", "frame"), ("index,timestamp_us,ax", "timestamp_us"),
+    ("ax,Time [s],ay", "time [s]"), ("a,b,timestamps", "timestamps"), ("a,t,temp", "t"), ("time_ns,a,b", "time_ns")])
+def test_which_column_is_the_clock(header, clock):
+    names = [name.strip().lower() for name in header.split(",")]
+    assert next((name for name in names if TIME.match(name)), names[0]) == clock
+
+
+def test_a_channel_without_a_number_costs_the_signal_and_a_last_separator_nothing(tmp_path):
+    """Or clips of two recordings would hold other channels under one name."""
+    clock = VideoClock(np.arange(90) / 30)
+    for name, rows in (("end", ["time,ax,ay,", *(f"{i / 10},1,2," for i in range(30))]),
+                       ("named", ["time,ax,ay", *(f"{i / 10},,2" for i in range(30))])):
+        written(tmp_path / f"{name}.imu.csv", rows)
+        track = _Beside(tmp_path / name, clock.times, (32, 32), "", []).series("imu")
+        assert track.values.shape == (30, 2)
+        assert np.isfinite(track.values).all() == (name == "end")
+
+
+def test_poses_of_ones_own_are_moved_as_poses_at_their_own_rate(poses):
+    """A hand at five poses a second, four metres a second fast."""
+    hand = poses[:40].copy()
+    hand[:, :3, 3] = np.arange(40)[:, None] * np.array([0.8, 0, 0])
+    save = Track(np.arange(40) / 5, hand)
+    rgb = ArrayOfPictures(40)
+    recording = Recording("r", "train", rgb=rgb, series={"hand": save, "none": Track(np.zeros(0), np.zeros((0, 6)))})
+    counts = Counter()
+    clips = list(cut(recording, "mine", 8, 0, counts, Statistics(), rates={"hand": 5.0, "none": 1.0}))
+    assert clips[0].signals["hand"].shape == (10, 4, 4) and not any("hand" in reason for reason in counts)
+    assert np.allclose(clips[0].signals["hand"], hand[:10], atol=1e-5)
+    assert counts["none left out: gap or NaN"] == len(clips)
+
+
+class ArrayOfPictures(Pictures):
+    def __init__(self, count: int) -> None:
+        self.times = np.arange(count) / 8
+
+    def read(self, index: int) -> np.ndarray:
+        return np.zeros((8, 8, 3), np.uint8)
+
+
+def test_a_table_without_header_is_as_wide_as_its_widest_row(tmp_path):
+    """Also when that comes after thousands of others."""
+    rows = [*(f"{i / 100},1,2," for i in range(6000)), *(f"{i / 100},1,2,3" for i in range(6000, 7000))]
+    table = read_table(written(tmp_path / "t.csv", rows))
+    assert table.matrix().shape == (7000, 4) and table.lost == 0
+
+
+def test_columns_of_one_name_are_told_apart(tmp_path):
+    table = read_table(written(tmp_path / "t.csv", ["time,x,y,x,x", "0,1,2,3,4"]))
+    assert list(table.columns) == ["time", "x", "y", "x.2", "x.3"] and table.column("x.3")[0] == 4

@@ -142,18 +142,27 @@ def test_encode_command_writes_shards(folder, tmp_path):
     assert (tmp_path / "tokens" / tokenizer.modality.name / "set/shard-000000.tar").exists()
 
 
-def test_where_the_files_lie_says_nothing_of_the_tokens(folder, tmp_path):
-    """Encoded from a cluster's folder, decoded from the Hub; and by what earlier versions wrote down."""
+def test_where_the_files_lie_says_nothing_of_the_tokens(folder, tmp_path, caplog):
+    """Known by what is in them: encoded from one folder and decoded from another; by their name while they are not
+    at hand; and by what earlier versions wrote down."""
     import hashlib
+    import shutil
 
     here = tokenizers.load(folder)
     before = hashlib.sha256(json.dumps(here.to_config(), sort_keys=True).encode()).hexdigest()[:16]
+    assert here.made(before) and not here.made("another")
+    shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
     config["args"]["source"] = "nvidia/Cosmos-0.1-Tokenizer-DV4x8x8"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    there = tokenizers.load(tmp_path)
-    assert here.fingerprint() == there.fingerprint() and there.made(here.fingerprint())
-    assert here.made(before) and not here.made("another")
+    (tmp_path / "copy/config.json").write_text(json.dumps(config))
+    copy = tokenizers.load(tmp_path / "copy")
+    assert copy.fingerprint() == here.fingerprint() and copy.made(here.fingerprint())
+    (tmp_path / "copy/decoder.jit").write_bytes(b"another network")
+    assert tokenizers.load(tmp_path / "copy").fingerprint() != here.fingerprint()
+    (tmp_path / "copy/decoder.jit").unlink()
+    away = tokenizers.load(tmp_path / "copy")
+    assert away.fingerprint() != here.fingerprint() and away.made(here.fingerprint())
+    assert "is not fetched yet" in caplog.text
 
 
 def test_missing_and_broken_files_get_one_line(folder):
