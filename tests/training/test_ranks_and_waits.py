@@ -148,9 +148,9 @@ def test_gradients_summed_in_bfloat16_train_as_well(debug_tokens, reference, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_compiled_blocks_train_on_several_processes(debug_tokens, reference, tmp_path, parallel):
-    """What the base recipe does under torchrun: two processes with train.compile against one without."""
-    run_ranks(2, *arguments(debug_tokens, tmp_path / "run", "train.compile=true", f"train.parallel={parallel}"))
+def test_compiled_blocks_train_on_several_processes(debug_tokens, reference, tmp_path):
+    """What the base recipe does under torchrun: two processes with train.compile against one without. (FSDP2 was seen
+    to agree too; compiling twice takes minutes of the suite.)"""
+    run_ranks(2, *arguments(debug_tokens, tmp_path / "run", "train.compile=true"))
     for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4), ours["step"]
