@@ -25,7 +25,6 @@ A table comes last; full figures are in OUT/gpu.json. Timings are medians; the f
 import argparse
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -34,9 +33,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `egom2p` does
 
 import numpy as np
 import torch
@@ -50,11 +46,11 @@ from egom2p.distributed import multiplies_bfloat16
 from egom2p.generation.sampler import generate_targets
 from egom2p.generation.schedule import RecipeConfig
 from egom2p.modalities import Modality, ModalitySet
-from egom2p.model.attention import Segments, segment_attention
+from egom2p.model.attention import Segments, newest_flash_attention, segment_attention
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.flops import peak_flops, training_flops
 from egom2p.model.loss import CHUNK_ELEMENTS, softmax_step, softmax_step_to_fuse, weighted_cross_entropy
-from egom2p.training.loop import newest_flash_attention
+from egom2p.processes import set_environment
 from egom2p.training.optim import OptimArgs, make_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -228,15 +224,20 @@ def half() -> torch.autocast:
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=multiplies_bfloat16(DEVICE))
 
 
+def make_model(sizes: ModelArgs) -> EgoM2P:
+    """On the device, after what former ones held there is given back."""
+    give_back()
+    torch.manual_seed(0)
+    with DEVICE:  # 400 M random numbers take a CPU long; position tables come from numpy and are moved
+        model = EgoM2P(MODALITIES, sizes)
+    return model.to(DEVICE)
+
+
 class Trainer:
     """Model, optimiser and batches of one step measurement."""
 
     def __init__(self, sizes: ModelArgs, micro: int, compiled: bool, batches: int = 4, fused: bool = True) -> None:
-        give_back()
-        torch.manual_seed(0)
-        with DEVICE:  # 400 M random numbers take a CPU long; position tables come from numpy and are moved
-            self.model = EgoM2P(MODALITIES, sizes)
-        self.model.to(DEVICE)
+        self.model = make_model(sizes)
         if compiled:
             self.model.compile()
         if not fused:
@@ -433,12 +434,8 @@ def section_profile(args) -> str:
 
 
 def section_generate(args) -> dict[str, float]:
-    give_back()
     torch.set_float32_matmul_precision("high")  # after what is checked in whole float32
-    torch.manual_seed(0)
-    with DEVICE:
-        model = EgoM2P(MODALITIES, args.sizes).eval()
-    model.to(DEVICE)
+    model = make_model(args.sizes).eval()
     seconds = {}
     for name in [*args.recipes[:1], *args.recipes]:  # the first also warms up, and is timed again
         recipe = load(RecipeConfig, f"cfgs/generate/{name}.yaml")
@@ -505,6 +502,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--smoke", action="store_true", help="toy sizes, any device")
     args = parser.parse_args()
+    set_environment()
     args.out.mkdir(parents=True, exist_ok=True)
     args.sizes, args.best_micro = model_sizes(args.size), args.micro[-1]
     if args.smoke:

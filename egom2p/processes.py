@@ -9,6 +9,16 @@ from multiprocessing.context import BaseContext
 LIBRARIES = ("torch", "torch._dynamo", "torch.distributed.fsdp", "huggingface_hub", "safetensors.torch", "av", "tqdm")
 
 
+def set_environment() -> None:
+    """What libraries read from the environment, where the user says nothing; before they are used."""
+    # OpenMP's threads sleep where they wait: beside another busy program two that spin are much slower, alone they are
+    # hardly faster (benchmarks/RESULTS.md). Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Less GPU memory lost between blocks of odd sizes; read when the first block is asked for.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch reads after this one
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

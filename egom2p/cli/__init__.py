@@ -12,6 +12,7 @@ from typing import NoReturn
 import egom2p
 from egom2p.cli import data, models, tokenizer, training
 from egom2p.errors import Preempted, UserError, refusal
+from egom2p.processes import set_environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,12 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if left:  # overrides given after options, which argparse does not join to those before
         args.overrides = [*args.overrides, *left]
     _set_up_logging()
-    # OpenMP's threads sleep where they wait, unless the user says otherwise: beside another busy program two that spin
-    # are much slower, alone they are hardly faster (benchmarks/RESULTS.md). It is read when torch is loaded, later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Less GPU memory lost between blocks of odd sizes; read when the first block is asked for.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch reads after this one
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    set_environment()
     try:
         code = args.run(args) or 0
         sys.stdout.flush()

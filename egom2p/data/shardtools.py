@@ -19,7 +19,7 @@ from egom2p.data.loader import DataArgs, DatasetArgs
 from egom2p.data.remote import is_remote
 from egom2p.data.storage import DAMAGE
 from egom2p.data.tarindex import index_tars, npy_bytes, read_at, write_tar
-from egom2p.data.tokens import ShardPlace, encode_tokens, load_array, path_of, place_of, token_entries
+from egom2p.data.tokens import ShardPlace, encode_tokens, load_array, path_of, place_loose, place_of, token_entries
 from egom2p.errors import UserError
 from egom2p.files import walk
 from egom2p.modalities import Modality, ModalitySet
@@ -49,7 +49,8 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
     that one modality has and another lacks.
     """
     problems: list[dict] = []
-    keys: dict[tuple[str, str, str], dict[str, set[str]]] = {}
+    # {(root, data set): {shard: {modality: keys}}}
+    keys: dict[tuple[str, str], dict[str, dict[str, dict[str, None]]]] = {}
     shapes: dict[Path, tuple] = {}
     files = 0
     for shard, entry in tqdm(token_entries(_token_files(pattern)), desc="check", unit="shard"):
@@ -64,8 +65,11 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
             if problem:
                 problems.append({"file": str(entry.path), "key": key, "problem": problem})
         place = place_of(entry.path)
-        keys.setdefault((str(place.root), place.dataset, shard), {}).setdefault(place.modality, set()).update(seen)
-    missing, notes = _pairing_problems(_with_loose_in_tars(keys))
+        shards = keys.setdefault((str(place.root), place.dataset), {})
+        shards.setdefault(shard, {}).setdefault(place.modality, {}).update(dict.fromkeys(seen))
+    for shards in keys.values():
+        place_loose(shards)
+    missing, notes = _pairing_problems(keys)
     return Checked(problems + missing, files, notes)
 
 
@@ -357,39 +361,22 @@ def _file_problem(path: Path, offset: int, size: int, modality: Modality | None,
     return ""
 
 
-def _with_loose_in_tars(keys: dict) -> dict:
-    """{(root, data set, shard): {modality: keys}} with the keys of loose files (shard "") in the tars of other
-    modalities that hold them, as they are read."""
-    for folder, dataset, _ in [place for place in keys if not place[2]]:
-        loose = keys.pop((folder, dataset, ""))
-        for place in [p for p in keys if p[:2] == (folder, dataset)]:
-            there = set().union(*keys[place].values())
-            for modality, held in loose.items():
-                if joined := held & there:
-                    keys[place].setdefault(modality, set()).update(joined)
-                    loose[modality] = held - joined
-        if any(loose.values()):
-            keys[folder, dataset, ""] = {modality: held for modality, held in loose.items() if held}
-    return keys
-
-
 def _pairing_problems(keys: dict) -> tuple[list[dict], list[dict]]:
     """Shards of one data set and number that exist for some modalities only; notes on keys only some of them hold."""
     problems, notes = [], []
-    by_set: dict[tuple[str, str], set[str]] = {}
-    for (folder, dataset, _), held in keys.items():
-        by_set.setdefault((folder, dataset), set()).update(held)
-    for (folder, dataset, shard), held in sorted(keys.items()):
-        for absent in sorted(by_set[folder, dataset] - held.keys()):
-            problems.append({"file": f"{folder}/{absent}/{dataset}/{shard}", "key": "",
-                             "problem": "whole shard missing for this modality"})
-        everything = set().union(*held.values())
-        for name, own in sorted(held.items()):
-            lacking = sorted(everything - own)
-            if lacking:
-                more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-                notes.append({"file": f"{folder}/{name}/{dataset}/{shard}", "key": lacking[0],
-                              "problem": f"absent here while other modalities hold it{more}"})
+    for (folder, dataset), shards in sorted(keys.items()):
+        modalities = set().union(*shards.values())
+        for shard, held in sorted(shards.items()):
+            for absent in sorted(modalities - held.keys()):
+                problems.append({"file": f"{folder}/{absent}/{dataset}/{shard}", "key": "",
+                                 "problem": "whole shard missing for this modality"})
+            everything = set().union(*held.values())
+            for name, own in sorted(held.items()):
+                lacking = sorted(everything - own.keys())
+                if lacking:
+                    more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+                    notes.append({"file": f"{folder}/{name}/{dataset}/{shard}", "key": lacking[0],
+                                  "problem": f"absent here while other modalities hold it{more}"})
     return problems, notes
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class TokenDataset:
                 members = self._members(entry)
                 known = shards.setdefault(shard, {}).setdefault(index, {})
                 known.update(members)
-        _place_loose(shards)
+        place_loose(shards)
         self.is_remote = any(isinstance(p, RemoteShard) for p in self.paths)
         self._build(shards, damaged)
 
@@ -198,15 +198,17 @@ def token_entries(paths: Sequence[Path]) -> list[tuple[str, TarEntry]]:
     return entries
 
 
-def _place_loose(shards: dict[str, dict[int, dict[str, tuple[int, int, int]]]]) -> None:
-    """Where some modalities lie in tars and others in loose files, the loose ones join the tars that hold their
-    keys."""
-    loose = shards.get("", {})
-    for by_modality in [held for shard, held in shards.items() if shard]:
+def place_loose(shards: dict[str, dict[Any, dict[str, Any]]]) -> None:
+    """{shard: {modality: {key: anything}}}: where some modalities lie in tars and others in loose files (shard ""), the
+    loose ones join the tars that hold their keys."""
+    loose = shards.pop("", {})
+    for by_modality in shards.values():
         keys = set().union(*by_modality.values())
-        for index, members in loose.items():
+        for modality, members in loose.items():
             for key in keys & members.keys():
-                by_modality.setdefault(index, {}).setdefault(key, members.pop(key))
+                by_modality.setdefault(modality, {}).setdefault(key, members.pop(key))
+    if left := {modality: members for modality, members in loose.items() if members}:
+        shards[""] = left
 
 
 def decode_tokens(data: bytes, modality: Modality) -> np.ndarray:

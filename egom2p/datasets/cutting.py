@@ -34,18 +34,13 @@ def cut(recording: Recording, dataset: str, size: int, limit: int, counts: Count
         raise BadSequence("no video")
     key = key or safe(recording.name)
     recording.cam = without_bad_poses(recording)
-    for name, track in list(recording.series.items()):
-        if track.times.ndim != 1 or len(track.times) != len(track.values):
-            recording.notes.append(f"{name} left out: {track.times.shape} times for {track.values.shape} values")
-            del recording.series[name]
-    for name in sorted(set(recording.series) - set(rates)):
-        recording.notes.append(f"{name} left out: nobody says at which rate; give --series {name}=HZ")
+    series = _usable_series(recording, rates)
     start, end = float(recording.rgb.times[0]), float(recording.rgb.times[-1])
     number = 0
     while start + SECONDS <= end + LARGEST_GAP["rgb"] and not (limit and counts["clips kept"] >= limit):
         signals, intrinsics = _signals(recording, start, size, counts)
         if signals:
-            signals |= _series_at(recording, start, rates, counts)
+            signals |= _series_at(series, rates, start, counts)
         if signals:
             counts["clips kept"] += 1
             stats.add(signals)
@@ -118,20 +113,34 @@ def _signals(recording: Recording, start: float, size: int,
     return signals, matrix
 
 
-def _series_at(recording: Recording, start: float, rates: Mapping[str, float],
+def _usable_series(recording: Recording, rates: Mapping[str, float]) -> dict[str, Track]:
+    """One's own signals that can be cut; the others are noted."""
+    usable = {}
+    for name, track in sorted(recording.series.items()):
+        if track.times.ndim != 1 or len(track.times) != len(track.values):
+            recording.notes.append(f"{name} left out: {track.times.shape} times for {track.values.shape} values")
+        elif name not in rates:
+            recording.notes.append(f"{name} left out: nobody says at which rate; give --series {name}=HZ")
+        else:
+            usable[name] = track
+    return usable
+
+
+def _series_at(series: Mapping[str, Track], rates: Mapping[str, float], start: float,
                counts: Counter) -> dict[str, np.ndarray]:
     """One's own signals in a clip that begins at `start`: (T, C) float32, poses (T, 4, 4)."""
     found = {}
-    for name, rate in rates.items():
-        if name in recording.series:
-            track, times = recording.series[name], start + np.arange(round(SECONDS * rate)) / rate
-            is_pose = track.values.shape[1:] == (4, 4)
-            values, reason = resample_poses(track, times, rate, _gap_of(track)) if is_pose else (
-                resample_series(track, times), "gap or NaN")
-            if values is None:
-                counts[f"{name} left out: {reason}"] += 1
-            else:
-                found[name] = values.astype(np.float32)
+    for name, track in series.items():
+        rate = rates[name]
+        times = start + np.arange(round(SECONDS * rate)) / rate
+        if track.values.shape[1:] == (4, 4):
+            values, reason = resample_poses(track, times, rate, _gap_of(track))
+        else:
+            values, reason = resample_series(track, times), "gap or NaN"
+        if values is None:
+            counts[f"{name} left out: {reason}"] += 1
+        else:
+            found[name] = values.astype(np.float32)
     return found
 
 
@@ -173,13 +182,11 @@ def resample_poses(track: Track, times: np.ndarray, rate: float = RATES["cam"],
     known, poses = track.times[finite], track.values[finite].astype(np.float64)
     if len(known) < 2:
         return None, "no pose"
-    right = np.clip(np.searchsorted(known, times), 1, len(known) - 1)
-    left = right - 1
-    nearest_s = np.minimum(np.abs(known[left] - times), np.abs(known[right] - times))
-    between_far_ones = (known[right] - known[left] > 2 * gap) & (nearest_s >= 1e-4)
-    if (nearest_s > gap).any() or between_far_ones.any():
+    between = _neighbours(known, times, gap)
+    if between is None:
         return None, "gap or NaN"
-    weight = np.clip((times - known[left]) / np.maximum(known[right] - known[left], 1e-9), 0, 1)[:, None, None]
+    left, right, weight = between
+    weight = weight[:, None, None]
     out = (1 - weight) * poses[left] + weight * poses[right]
     out[:, :3, :3] = geometry.chordal_mean(out[:, :3, :3])
     speed = np.linalg.norm(np.diff(out[:, :3, 3], axis=0), axis=1) * rate
@@ -187,6 +194,19 @@ def resample_poses(track: Track, times: np.ndarray, rate: float = RATES["cam"],
     if speed.max(initial=0) > SPEED_LIMIT or turn.max(initial=0) > TURN_LIMIT:
         return None, "jump of the tracker"
     return out, ""
+
+
+def _neighbours(known: np.ndarray, times: np.ndarray,
+                gap: float) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Of two or more ascending times, the indices before and after each of `times` and the weight of the latter; None
+    where the nearest is further than `gap` away, or the two more than twice that apart."""
+    right = np.clip(np.searchsorted(known, times), 1, len(known) - 1)
+    left = right - 1
+    nearest_s = np.minimum(np.abs(known[left] - times), np.abs(known[right] - times))
+    between_far_ones = (known[right] - known[left] > 2 * gap) & (nearest_s >= 1e-4)
+    if (nearest_s > gap).any() or between_far_ones.any():
+        return None
+    return left, right, np.clip((times - known[left]) / np.maximum(known[right] - known[left], 1e-9), 0, 1)
 
 
 def resample_points(track: Track, times: np.ndarray) -> np.ndarray:
@@ -221,12 +241,11 @@ def resample_series(track: Track, times: np.ndarray) -> np.ndarray | None:
     known, values, gap = track.times[finite], rows[finite], _gap_of(track)
     if len(known) < 2:
         return None
-    right = np.clip(np.searchsorted(known, times), 1, len(known) - 1)
-    nearest_s = np.minimum(np.abs(known[right - 1] - times), np.abs(known[right] - times))
-    if (nearest_s > gap).any() or ((known[right] - known[right - 1] > 2 * gap) & (nearest_s >= 1e-4)).any():
+    between = _neighbours(known, times, gap)
+    if between is None:
         return None
-    weight = np.clip((times - known[right - 1]) / np.maximum(known[right] - known[right - 1], 1e-9), 0, 1)[:, None]
-    return (1 - weight) * values[right - 1] + weight * values[right]
+    left, right, weight = between
+    return (1 - weight[:, None]) * values[left] + weight[:, None] * values[right]
 
 
 def _resize_nearest(frames: np.ndarray, size: int) -> np.ndarray:

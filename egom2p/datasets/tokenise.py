@@ -139,11 +139,16 @@ def _encode_group(tokenizers: list[Tokenizer], dataset: str, clips: Path, files:
         index = ClipIndex.of(paths)
         shard = Shard(dataset if split == "train" else f"{dataset}_{split}", number, list(range(len(index))))
         encode_shards(tokenizers, index, [shard], out, f"{_origin_of(dataset)}{split}", encoding)
+    _drop_emptied(dataset, number, out, set(splits))
+
+
+def _drop_emptied(dataset: str, number: int, out: Path, splits: set[str]) -> None:
+    """Remove the shards that a group has of splits in which none of its clips is any more."""
     for folder in sorted(p for p in out.glob("*/*") if p.is_dir()):
         origin, shard = Origin(folder), folder / f"shard-{number:06d}.tar"
         made_from = origin.read().get("clips", "")
         split = made_from.removeprefix(_origin_of(dataset))
-        if shard.exists() and split != made_from and split not in splits:  # of a group that was in it before
+        if shard.exists() and split != made_from and split not in splits:
             shard.unlink()
             origin.forget([shard.name])
 

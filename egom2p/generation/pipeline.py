@@ -81,6 +81,7 @@ class Pipeline:
     def __init__(self, model: EgoM2P, trust_torchscript: bool = False) -> None:
         self.model, self.trust_torchscript = model, trust_torchscript
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._fingerprints: dict[str, str] = {}
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str = "cpu", trust_torchscript: bool = False) -> "Pipeline":
@@ -96,6 +97,12 @@ class Pipeline:
             self._tokenizers |= tokenizers.load_for(model.modalities, [name], model.device, model.folder,
                                                     self.trust_torchscript, model.origins)
         return self._tokenizers[name]
+
+    def fingerprint(self, name: str) -> str:
+        """Of a modality's tokenizer: taken once, it reads all of its weights."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self.tokenizer(name).fingerprint()
+        return self._fingerprints[name]
 
     def recipes(self, given: dict[str, TargetArgs] | None = None) -> Recipes:
         """How each target is asked for: as `given` says, else as the model's export does, else by the defaults."""

@@ -149,7 +149,7 @@ def _identity(pipeline: Pipeline, path: Path, args: GenerateArgs) -> str:
     except OSError as error:
         raise UserError(f"no input file {path}") from error
     asked = {n: to_plain(pipeline.recipes(args.recipes)[n]) for n in args.targets}
-    decoders = {n: pipeline.tokenizer(n).fingerprint() for n in args.targets}
+    decoders = {n: pipeline.fingerprint(n) for n in args.targets}
     said = [str(path.absolute()), stat.st_size, stat.st_mtime_ns, pipeline.model.fingerprint(), list(asked.items()),
             args.modality, args.seed, args.samples, args.overlap, decoders]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]

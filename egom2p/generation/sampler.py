@@ -79,7 +79,7 @@ def generate_targets(model: EgoM2P, tokens: dict, targets: list[str] | dict[str,
     """`EgoM2P.generate`: predict `targets` (names, or {name: TargetArgs}) from {modality: (B, *grid) ids}, arrays or
     tensors; options as in `generate`."""
     recipes = targets if isinstance(targets, dict) else {name: TargetArgs() for name in targets}
-    return generate(model, {n: np.asarray(torch.as_tensor(t).cpu()) for n, t in tokens.items()}, recipes, **options)
+    return generate(model, tokens, recipes, **options)
 
 
 @torch.no_grad()

@@ -4,18 +4,23 @@ Shapes: T tokens of the whole pack, H heads, D channels a head. Segment s of the
 the keys and nothing else. Lengths are known on the host, so nothing here waits for the device.
 """
 
+import logging
 from dataclasses import dataclass
 from functools import cache, cached_property
 from inspect import signature
 
 import numpy as np
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 
 from egom2p.data.batch import on_device
 
+log = logging.getLogger(__name__)
+
 LENGTH_STEP = 256  # kernels are told the longest segment in these steps
+FLASH_FOR = {"FA3": 9, "FA4": 10}  # FlashAttention's newer kernels, by the GPUs' major compute capability
 FUSED_WIDTH = (8, 256)  # torch's flash kernels take heads of so many channels a multiple, and so many at most
 
 
@@ -129,6 +134,24 @@ def _flash_only(longest: int) -> dict[str, tuple[int, int]]:
     lengths), so that each of our packs would be a new one, and its backward pass ignores deterministic mode.
     """
     return {"window_size": (longest, longest)} if _takes_window() else {}
+
+
+def newest_flash_attention(capability: int) -> str:
+    """Let torch use FlashAttention 4 or 3 where its package is installed (torch 2.11 and later can be told) and the
+    GPU, of this major compute capability, is the one it is for. Returns which, "" when it stays with its own; says so
+    in the log. (torch's own registration looks at the package alone, and its kernels then refuse other GPUs in the
+    first step: `torch/nn/attention/_fa3.py`, `_fa4.py`.)"""
+    for name in getattr(torch.nn.attention, "list_flash_attention_impls", list)():
+        if FLASH_FOR.get(name) != capability:
+            continue
+        try:
+            torch.nn.attention.activate_flash_attention_impl(name)
+        except (ImportError, RuntimeError, AttributeError) as error:
+            log.info("%s is not used: %s", name, " ".join(str(error).split())[:120])
+        else:
+            log.info("attention by %s", name)
+            return name
+    return ""
 
 
 def _grouped(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments) -> Tensor:

@@ -52,6 +52,7 @@ class CosmosTokenizer(Tokenizer):
     """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) ids and back. bfloat16 on CUDA, float32 on the CPU."""
 
     kind = "cosmos"
+
     def __init__(self, modality: Modality, args: CosmosArgs) -> None:
         super().__init__(modality, args)
         self.signal = picture_units(modality)
@@ -63,15 +64,16 @@ class CosmosTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         """Of the arguments and of what is in the two files, wherever they lie; of their source's name while they are
         not at hand."""
-        config = self.to_config()
         folder = self._folder_at_hand()
-        if folder is not None:
-            config["args"] |= {"source": "", **{name: self._content(folder / name) for name in FILES}}
+        if folder is None:
+            return super().fingerprint()
+        config = self.to_config()
+        config["args"] |= {"source": "", **{name: self._content(folder / name) for name in FILES}}
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
     def made(self, fingerprint: str) -> bool:
         """Also by its source's name, as earlier versions had it; files that are not at hand cannot be compared."""
-        named = hashlib.sha256(json.dumps(self.to_config(), sort_keys=True).encode()).hexdigest()[:16]
+        named = super().fingerprint()
         if self._folder_at_hand() is None and fingerprint != named:
             log.warning("%s is not fetched yet: whether it made the tokens of '%s' is not checked", self.args.source,
                         self.modality.name)

@@ -48,10 +48,10 @@ class Origin:
             if not found and any(self.folder.glob("*.tar")):
                 raise UserError(f"{self.folder} holds shards of unknown origin; choose another --out or --dataset, or "
                                 f"remove it")
-            found = found or {"tokenizer": tokenizer.fingerprint(), "clips": clips, "shards": {}}
-            for what, value, fits in (
-                    ("tokenizer", tokenizer.fingerprint(), tokenizer.made(found.get("tokenizer", ""))),
-                    ("clips", clips, found.get("clips") == clips)):
+            own = tokenizer.fingerprint()
+            found = found or {"tokenizer": own, "clips": clips, "shards": {}}
+            for what, value in (("tokenizer", own), ("clips", clips)):
+                fits = found.get(what) == value or (what == "tokenizer" and tokenizer.made(found.get(what, "")))
                 if not fits:
                     raise UserError(f"{self.folder} holds tokens of other {what} ({found.get(what)!r}, now {value!r}); "
                                     f"choose another --out or --dataset, or remove it")
@@ -121,8 +121,8 @@ def check_tokenizers(modalities: ModalitySet, origins: Mapping[str, str]) -> dic
     known = dict(origins)
     for modality in modalities:
         tokenizer = _tokenizer_of(modality) if modality.tokenizer else None
-        if tokenizer is not None and not tokenizer.made(known.setdefault(modality.name, tokenizer.fingerprint())):
-            own = tokenizer.fingerprint()
+        own = tokenizer.fingerprint() if tokenizer is not None else ""
+        if own and (maker := known.setdefault(modality.name, own)) != own and not tokenizer.made(maker):
             raise UserError(f"modalities.{modality.name}.tokenizer: {modality.tokenizer} ({own}) did not make the "
                             f"tokens of '{modality.name}' ({known[modality.name]}); name the one that did, or "
                             f"encode the clips with this one into another folder")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.attention
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from egom2p.distributed import (
 )
 from egom2p.errors import Preempted, UserError
 from egom2p.lock import RunLock
+from egom2p.model.attention import newest_flash_attention
 from egom2p.model.flops import peak_flops
 from egom2p.training.arguments import TrainArgs
 from egom2p.training.average import WeightAverage
@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 
 WAITS_TOO_LONG = 0.25  # share of a step's time that waiting for data may take before it is said
 
-FLASH_FOR = {"FA3": 9, "FA4": 10}  # FlashAttention's newer kernels, by the GPUs' major compute capability
 GARBAGE_STEPS = 50  # steps between two collections
 WAIT_S = 5.0  # between two looks at a checkpoint that is being written
 
@@ -452,24 +451,6 @@ def set_up_torch(args: TrainArgs) -> None:
     torch.set_float32_matmul_precision("high")
     if torch.cuda.is_available():
         newest_flash_attention(torch.cuda.get_device_capability()[0])
-
-
-def newest_flash_attention(capability: int) -> str:
-    """Let torch use FlashAttention 4 or 3 where its package is installed (torch 2.11 and later can be told) and the
-    GPU, of this major compute capability, is the one it is for. Returns which, "" when it stays with its own; says so
-    in the log. (torch's own registration looks at the package alone, and its kernels then refuse other GPUs in the
-    first step: `torch/nn/attention/_fa3.py`, `_fa4.py`.)"""
-    for name in getattr(torch.nn.attention, "list_flash_attention_impls", list)():
-        if FLASH_FOR.get(name) != capability:
-            continue
-        try:
-            torch.nn.attention.activate_flash_attention_impl(name)
-        except (ImportError, RuntimeError, AttributeError) as error:
-            log.info("%s is not used: %s", name, " ".join(str(error).split())[:120])
-        else:
-            log.info("attention by %s", name)
-            return name
-    return ""
 
 
 def _peak_rss() -> int:

@@ -119,14 +119,13 @@ def _log_value(rr: Any, take: Take, name: str, kind: str, side: str, index: int,
     if KINDS[kind].is_picture:
         rr.log(f"pictures/{name}/{side}", rr.Image(value))
         return
-    if kind == "pose" and name == take.of_kind("pose"):
-        value = take.paths[side][index]
-        rr.log(f"world/{side}/camera", rr.Transform3D(translation=value[:3, 3], mat3x3=value[:3, :3]))
-        focal = take.camera()
-        rr.log(f"world/{side}/camera", rr.Pinhole(focal_length=float(focal[0, 0]) * 100, width=100, height=100,
-                                                  image_plane_distance=FRUSTUM_M, color=COLOURS[side]))
-        value = value[:3, 3]
-    elif kind == "pose":  # another one, such as a hand's: where it is, in its own frame
+    if kind == "pose":  # the camera's, or another one, such as a hand's: where it is, in its own frame
+        if name == take.of_kind("pose"):
+            value = take.paths[side][index]
+            rr.log(f"world/{side}/camera", rr.Transform3D(translation=value[:3, 3], mat3x3=value[:3, :3]))
+            focal = take.camera()
+            rr.log(f"world/{side}/camera", rr.Pinhole(focal_length=float(focal[0, 0]) * 100, width=100, height=100,
+                                                      image_plane_distance=FRUSTUM_M, color=COLOURS[side]))
         value = value[:3, 3]
     elif kind == "gaze":
         picture = take.of_kind("rgb")

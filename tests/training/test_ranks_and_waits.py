@@ -17,6 +17,7 @@ from egom2p.data.loader import BatchPlan, StepDataset, TokenStream, _Parcel, ste
 from egom2p.data.tarindex import index_tars, read_at, write_tar
 from egom2p.data.tokens import load_array
 from egom2p.modalities import ModalitySet
+from egom2p.model.attention import newest_flash_attention
 from egom2p.training import loop
 from egom2p.training.pretraining import PretrainConfig
 from tests.conftest import ROOT, run_ranks, start_torchrun
@@ -130,7 +131,7 @@ def test_the_flash_attention_that_is_installed_and_for_this_gpu_is_used(monkeypa
     monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"])
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
     with caplog.at_level("INFO"):
-        assert loop.newest_flash_attention(capability) == used
+        assert newest_flash_attention(capability) == used
     assert (f"attention by {used}" in caplog.text) == bool(used)
     assert ("FA3 is not used: no FA3" in caplog.text) == (capability == 9 and not used)
 
