@@ -140,6 +140,16 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def check_same_everywhere(text: str, otherwise: str) -> None:
+    """Raises UserError on every rank unless all say the same; `otherwise` has a place for the ranks that do not."""
+    if not dist.is_initialized():
+        return
+    said: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(said, text)
+    if others := [f"rank {rank}" for rank, theirs in enumerate(said) if theirs != said[0]]:
+        raise UserError(otherwise.format(f"{', '.join(others[:8])}{', ...' if len(others) > 8 else ''} see"))
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

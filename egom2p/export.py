@@ -90,11 +90,30 @@ def upload(folder: Path, repo: str, private: bool, kind: str = "model") -> str:
     there already, unchanged, are not sent again. Raises UserError when the Hub does not let one."""
     try:
         huggingface_hub.create_repo(repo, private=private, exist_ok=True, repo_type=kind)
+        hub = huggingface_hub.HfApi()
+        if private and not hub.repo_info(repo, repo_type=kind).private:
+            raise UserError(f"{repo} is there already and public; nothing was uploaded. Make it private on the Hub, "
+                            f"choose another name, or leave out --private")
+        if kind == "dataset":
+            _refuse_older_tars(folder, repo, hub.list_repo_files(repo, repo_type=kind))
         return str(huggingface_hub.upload_folder(repo_id=repo, folder_path=folder, repo_type=kind))
+    except UserError:
+        raise
     except Exception as error:  # the HTTP library beneath the client, which it has changed twice, has errors of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise UserError(f"{repo}: the Hub does not take it ({reason}); check the network, the name, and `hf auth "
                         f"login` with a token that may write") from error
+
+
+def _refuse_older_tars(folder: Path, repo: str, there: list[str]) -> None:
+    """Tars of an earlier upload would stay in the folders of this one, and be read as of its tokenizer."""
+    ours = {p.relative_to(folder).as_posix() for p in folder.rglob("*.tar")}
+    filled = {os.path.dirname(name) for name in ours}
+    older = sorted(n for n in there if n.endswith(".tar") and n not in ours and os.path.dirname(n) in filled)
+    if older:
+        raise UserError(f"{repo} holds {len(older)} tars of an earlier upload in the same folders, which would be "
+                        f"mixed with these; nothing was uploaded. Remove them (`hf repos delete-files {repo} --type "
+                        f"dataset {older[0]} ...`) or choose another name")
 
 
 def export_in(path: Path) -> Path | None:

@@ -54,6 +54,7 @@ def write_features(model: EgoM2P, pattern: str, out: Path, args: FeatureArgs, wo
     """Features of all clips of `pattern` into `out`; returns how many clips have some. Raises UserError for inputs and
     layers that the model does not have, and when `out` holds features of something else."""
     index = ClipIndex(pattern)
+    _refuse_equal_keys(index)
     loaded = _loaded(model, args, trust_torchscript)
     made_by = {name: tokenizer.fingerprint() for name, tokenizer in loaded.items()}
     what = {"model": model.fingerprint(), "clips": pattern, "stamps": index.stamps(), "tokenizers": made_by,
@@ -70,6 +71,15 @@ def write_features(model: EgoM2P, pattern: str, out: Path, args: FeatureArgs, wo
     if args.label and world.is_main:
         _write_labels(out / "labels.csv", index, args.label)
     return sum(len(_keys(path)) for path in sorted(out.glob("features-*.safetensors")))
+
+
+def _refuse_equal_keys(index: ClipIndex) -> None:
+    """Features and labels are paired by key, so that two clips of one key would get each other's."""
+    first: dict[str, int] = {}
+    for number, key in enumerate(index.keys):
+        if (other := first.setdefault(key, number)) != number:
+            raise UserError(f"{index.path(other)} and {index.path(number)} both hold a clip {key}; write the features "
+                            f"of each data set by themselves, with its own --clips and --out")
 
 
 def _is_written(out: Path, model: EgoM2P, loaded: dict, index: ClipIndex, group: range, args: FeatureArgs,

@@ -117,7 +117,12 @@ def push_data(pattern: str, repo: str, private: bool, licence: str) -> str:
     entries = index_tars(tars)
     if damaged := [e for e in entries if e.damage]:
         raise UserError(f"{damaged[0].path}: {damaged[0].damage}; mend or remove it first, nothing was uploaded")
-    root = os.path.commonpath([os.path.abspath(p.parent) for p in tars])
+    folders = [Path(os.path.abspath(p.parent)) for p in tars]
+    are_tokens = all((folder / "encode.json").exists() for folder in folders)
+    # Token shards keep the two folders that `data.root` is above, ROOT/MODALITY/DATASET, also where all are of one.
+    root = os.path.commonpath([folder.parents[1] if are_tokens else folder for folder in folders])
+    depth = max(len(folder.relative_to(root).parts) for folder in folders)
+    use = f"root: \"hf://datasets/{repo}\"" if are_tokens else f"clips: \"hf://datasets/{repo}{'/*' * depth}/*.tar\""
     notes = {folder / name for folder in {p.parent for p in tars} for name in NOTES if (folder / name).exists()}
     with tempfile.TemporaryDirectory() as place:
         for path in [*tars, *sorted(notes)]:
@@ -128,5 +133,5 @@ def push_data(pattern: str, repo: str, private: bool, licence: str) -> str:
         (Path(place) / "README.md").write_text(
             f"---\nlicense: {licence}\ntags: [egocentric-vision, webdataset]\n---\n# {repo.partition('/')[2]}\n\n"
             f"{len(tars)} WebDataset tars with {files} files, made with EgoM2P {__version__}. In a training "
-            f"configuration:\n\n```yaml\ndata: {{root: \"hf://datasets/{repo}\"}}\n```\n")
+            f"configuration:\n\n```yaml\ndata: {{{use}}}\n```\n")
         return upload(Path(place), repo, private, "dataset")

@@ -127,8 +127,12 @@ def _read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         raise UserError(f"{path}: {error.strerror}") from error
     if not rows or not {"key", "label"} <= rows[0].keys():
         raise UserError(f"{path}: expected a CSV with the columns key and label")
-    return ({row["key"]: row["label"] for row in rows if row["label"] not in (None, "")},
-            {row["key"]: row["group"] for row in rows if row.get("group")})
+    found: tuple[dict[str, str], dict[str, str]] = {}, {}
+    for row in rows:
+        for name, values in zip(("label", "group"), found, strict=True):
+            if row.get(name) and values.setdefault(row["key"], row[name]) != row[name]:
+                raise UserError(f"{path}: clip {row['key']} has two {name}s, {values[row['key']]} and {row[name]}")
+    return found
 
 
 def _numbers(words: list[str]) -> np.ndarray | None:

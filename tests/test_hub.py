@@ -96,10 +96,28 @@ def test_token_shards_go_up_with_their_notes(hub, finished):
 
 
 @pytest.mark.slow
+def test_nothing_private_goes_into_the_open_and_nothing_old_stays(hub, finished, tmp_path):
+    """A repository that is there already keeps its visibility, whatever is asked, and its files."""
+    tokens = finished[0] / "tokens"
+    command(hub, "push-data", f"{tokens}/cam/rooms/*.tar", "me/one")
+    folder = hub[1] / "datasets/me/one"
+    assert (folder / "cam/rooms/shard-000000.tar").exists()  # ROOT/MODALITY/DATASET, as data.root reads them
+    printed = command(hub, "push-data", f"{tokens}/gaze/rooms/*.tar", "me/one", "--private", code=2)
+    assert "there already and public" in printed and not (folder / "gaze").exists()
+    (folder / "cam/rooms/shard-000009.tar").write_bytes(b"of another tokenizer")
+    before = (folder / "cam/rooms/encode.json").read_bytes()
+    printed = command(hub, "push-data", f"{tokens}/cam/rooms/*.tar", "me/one", code=2)
+    assert "1 tars of an earlier upload" in printed and "shard-000009.tar" in printed
+    assert (folder / "cam/rooms/encode.json").read_bytes() == before
+    command(hub, "push-data", f"{tokens}/gaze/rooms/*.tar", "me/one")  # beside it
+
+
+@pytest.mark.slow
 def test_training_and_features_straight_from_the_hub(hub, finished, tmp_path):
     """`hf://` for token shards and for clips: what is trained and made is that of the local ones, to the last digit."""
     command(hub, "push-data", f"{finished[0]}/tokens/*/*/*.tar", "me/tokens")
     command(hub, "push-data", f"{finished[0]}/clips/test/*.tar", "me/clips")
+    assert "data: {clips: \"hf://datasets/me/clips/*.tar\"}" in (hub[1] / "datasets/me/clips/README.md").read_text()
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     config = finished[0] / "model/config.yaml"
     for name, root in (("hub", "hf://datasets/me/tokens"), ("disk", finished[0] / "tokens")):

@@ -19,7 +19,8 @@ ADDED = {"tokenizer train": ["train.steps=3", "train.batch_size=4", "optim.warmu
 
 def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.split("#")[0].strip()]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +31,13 @@ def places(finished, tmp_path_factory):
                 25)
     write_released(folder / "egom2p_base.pth", reference("model_swiglu")["state_dict"],
                    model="fm_base_12e_12d_swiglu_nobias")
-    write_released(folder / "camera_tokenizer.pth", reference("vqvae_cam")["state_dict"], model="vqvae")
+    for name, kind in (("camera", "cam"), ("gaze", "gaze")):
+        write_released(folder / f"{name}_tokenizer.pth", reference(f"vqvae_{kind}")["state_dict"], model="vqvae")
     (folder / "my_videos").mkdir()
     write_video(folder / "my_videos/walk.mp4",
                 np.random.default_rng(1).integers(0, 255, (75, 48, 64, 3)).astype(np.uint8), 25)
-    files = {n: str(folder / n) for n in ("my_videos", "my_video.mp4", "egom2p_base.pth", "camera_tokenizer.pth")}
+    files = {n: str(folder / n) for n in ("my_videos", "my_video.mp4", "egom2p_base.pth", "camera_tokenizer.pth",
+                                          "gaze_tokenizer.pth")}
     return {"runs/quickstart": str(finished[0]), **files, "runs/": f"{folder}/runs/"}
 
 

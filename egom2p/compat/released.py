@@ -12,6 +12,9 @@ import math
 import re
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import is_zipfile
@@ -19,12 +22,14 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
+from egom2p import resources
 from egom2p.compat.vidtok import convert_vidtok, is_vidtok
 from egom2p.errors import UserError
 from egom2p.export import strip_prefixes
 from egom2p.modalities import Modality, ModalitySet
 from egom2p.model.egom2p import EgoM2P, ModelArgs
 from egom2p.model.positions import position_table
+from egom2p.tokenizers import check_fits, load
 from egom2p.tokenizers.motion import MotionArgs, MotionTokenizer
 
 log = logging.getLogger(__name__)
@@ -68,9 +73,12 @@ def import_released(path: Path, out: Path, num_heads: int | None = None, tokeniz
     should be.
     """
     state, args = read_checkpoint(path, ema)
+    if "causal" in str(getattr(args, "model", "")):
+        raise UserError(f"{path}: a model of causal decoders ({args.model}); here the decoder sees all targets")
     left_out: list[str] = []
     if "mask_token" in state:
         module = convert_model(state, _size_name(args), num_heads, tokenizers or {}, path, left_out)
+        _check_tokenizers(tokenizers or {}, module.modalities)
         module.generation = {m.name: RECIPES[m.name] for m in module.modalities if m.name in RECIPES}
         found = ", ".join(f"{m.name} {list(m.grid)} of {m.vocab_size}" for m in module.modalities)
         line = f"EgoM2P: {found}; {module.args}"
@@ -91,6 +99,31 @@ def import_released(path: Path, out: Path, num_heads: int | None = None, tokeniz
         log.warning("%s is metric depth, 0 to 15 m linearly, where the tokenizers here decode relative inverse depth: "
                     "what comes out of it is not what its unit says", ", ".join(sorted(METRIC & set(tokenizers))))
     return line + (f"; left out: {', '.join(left_out)}" if left_out else "")
+
+
+@contextmanager
+def _sizes_of(path: Path | str) -> Iterator[None]:
+    """What the network refuses, said of the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; check --num-heads") from error
+
+
+def _check_tokenizers(sources: dict[str, str], modalities: ModalitySet) -> None:
+    """UserError for a modality that the model lacks. A folder that is none of its tokenizers is said, and refused when
+    it is used; one that is not there may be a Hub repository or come later."""
+    if strangers := [name for name in sources if name not in modalities.names]:
+        raise UserError(f"--tokenizers: the model has no modality '{strangers[0]}'; its own are "
+                        f"{', '.join(modalities.names)}")
+    for name, source in sources.items():
+        if not resources.locate(source).exists():
+            log.warning("the tokenizer of %s, %s, is not on this machine (yet)", name, source)
+            continue
+        try:
+            check_fits(load(source), replace(modalities.by_name(name), tokenizer=source))
+        except UserError as error:
+            log.warning("%s; decoding will be refused", error)
 
 
 def read_checkpoint(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], argparse.Namespace]:
@@ -169,6 +202,11 @@ def convert_model(state: dict[str, Tensor], size_name: str, num_heads: int | Non
     if not names or "encoder.0.mlp.fc1.weight" not in state:
         raise UserError(f"{path}: no 'encoder_embeddings' or no encoder block in it; the file is cut off or of another "
                         f"model")
+    for name in names if left_out is not None else ():
+        encoder, decoder = (state.get(f"{side}_embeddings.{name}.mod_emb") for side in ("encoder", "decoder"))
+        if encoder is not None and decoder is not None and not torch.equal(encoder, decoder):
+            left_out.append(f"{name}'s modality embedding of the decoder (share_modality_embeddings=False), whose "
+                            "predictions are others here")
     dim = state["mask_token"].shape[-1]
     heads = num_heads or next((h for (name, width), h in HEADS.items() if name == size_name and width == dim), None)
     if heads is None:
@@ -184,7 +222,8 @@ def convert_model(state: dict[str, Tensor], size_name: str, num_heads: int | Non
     depths = [1 + max(int(m[1]) for k in state if (m := re.match(rf"{side}\.(\d+)\.", k)))
               for side in ("encoder", "decoder")]
     modalities = ModalitySet(_modality(name, state, dim, tokenizers, path) for name in names)
-    model = EgoM2P(modalities, ModelArgs(dim, heads, *depths, mlp_ratio=ratio, variant=variant))
+    with _sizes_of(path):
+        model = EgoM2P(modalities, ModelArgs(dim, heads, *depths, mlp_ratio=ratio, variant=variant))
     dropped = tuple(f"{side}_embeddings.{n}." for side in ("encoder", "decoder") for n in raw)
     kept = {k: v for k, v in state.items() if not k.startswith(dropped)}
     _load(model, {new: v for k, v in kept.items() if (new := _model_name(k))}, path)
@@ -208,9 +247,11 @@ def convert_motion(state: dict[str, Tensor], num_heads: int | None, path: Path |
     if channels not in MOTIONS:
         raise UserError(f"{path}: a motion of {channels} channels; the released tokenizers have 9 (camera) or 2 (gaze)")
     name, kind, mean, std = MOTIONS[channels]
-    args = MotionArgs(tokens * stride, mean, std, dim, depth, num_heads or max(1, dim // 64), ratio, codes.shape[1],
-                      stride, stride)
-    tokenizer = MotionTokenizer(Modality(name, len(codes), (tokens,), kind), args)
+    with _sizes_of(path):
+        args = MotionArgs(tokens * stride, mean, std, dim, depth, num_heads or max(1, dim // 64), ratio, codes.shape[1],
+                          stride, stride)
+    with _sizes_of(path):
+        tokenizer = MotionTokenizer(Modality(name, len(codes), (tokens,), kind), args)
     renamed = {}
     for key, value in state.items():
         if key not in _MOTION_DERIVED:

@@ -203,7 +203,8 @@ class ClipIndex:
         digest = hashlib.blake2b(digest_size=16)
         for number in numbers:
             key, tar, members = self.rows[number]
-            digest.update(f"{key} {tar.path.name} {tar.size} {self._written(tar)} {sorted(members.items())}\n".encode())
+            digest.update(f"{key} {tar.path.name} {tar.size} {self._written(tar)} {sorted(members.items())}\n"
+                          .encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     @contextlib.contextmanager

@@ -75,6 +75,8 @@ class PassOrder:
         self.seed, self.salt = seed, salt
         self.starts = np.cumsum(shard_sizes) - shard_sizes
         self.size = int(shard_sizes.sum())
+        # Of each data set by itself: one cache of the class would be too small for a mixture.
+        self._windows, self._window = lru_cache(4)(self._windows), lru_cache(4)(self._window)
 
     def element(self, draw: int) -> int:
         number, position = divmod(draw, self.size)
@@ -93,14 +95,12 @@ class PassOrder:
             following = self._windows(number + 1)[0][: self.window_shards]
         return number * len(ends) + window, following.tolist()
 
-    @lru_cache(maxsize=4)  # noqa: B019
     def _windows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Shard order of a pass, and the number of clips up to the end of each window."""
         order = permutation(len(self.shard_sizes), self.seed, _SHARDS, self.salt, number)
         starts = np.arange(0, len(order), self.window_shards)
         return order, np.cumsum(np.add.reduceat(self.shard_sizes[order], starts))
 
-    @lru_cache(maxsize=4)  # noqa: B019
     def _window(self, number: int, window: int) -> np.ndarray:
         order = self._windows(number)[0][window * self.window_shards : (window + 1) * self.window_shards]
         clips = np.concatenate([np.arange(self.starts[s], self.starts[s] + self.shard_sizes[s]) for s in order])

@@ -14,7 +14,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +36,9 @@ CHUNK = 1 << 20
 READERS = 4
 # What file systems call that which changes with a file's content, the surest first.
 VERSIONS = ("blob_id", "md5Hash", "generation", "ETag", "etag", "LastModified", "last_modified", "mtime", "created")
+NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore, where it is installed
+CACHED = re.compile(r"[0-9a-f]{24}-")  # how names in the cache begin
+PART = re.compile(r"\..+-\d+\.part")  # `aside`
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -65,7 +68,9 @@ class RemoteShard:
 
     @property
     def name(self) -> str:
-        return re.split(r"[/\s]", self.url.rstrip())[-1]
+        """Of a command, its last word that names a tar: `pipe:aws s3 cp s3://bucket/shard-000000.tar -`."""
+        words = [word for word in re.split(r"[/\s]", self.url) if word]
+        return next((word for word in reversed(words) if ".tar" in word), words[-1])
 
     def local(self) -> Path:
         """Its copy in the cache, fetched if need be. Raises OSError when it cannot be had."""
@@ -93,7 +98,7 @@ class ShardCache:
     def path(self, shard: RemoteShard) -> Path:
         """Where the copy of this very content is kept."""
         content = f"{shard.url} {shard.size} {shard.version}".encode()
-        return self.folder / f"{hashlib.sha256(content).hexdigest()[:24]}-{re.split(r'[/ ]', shard.url)[-1][-80:]}"
+        return self.folder / f"{hashlib.sha256(content).hexdigest()[:24]}-{shard.name[-80:]}"
 
     def fetch(self, shard: RemoteShard) -> Path:
         path = self.path(shard)
@@ -106,6 +111,11 @@ class ShardCache:
         with suppress(OSError):  # the time of its last use; that of its writing tells one copy from the next
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         return path
+
+    def holds_all(self, shards: Iterable[RemoteShard]) -> bool:
+        """Whether these fit into it together, as far as their sizes are told."""
+        sizes = [shard.size for shard in shards]
+        return min(sizes, default=0) >= 0 and sum(sizes) <= self.limit
 
     def ahead(self, shards: Iterable[RemoteShard]) -> None:
         """Fetch in the background what will be read soon; failures show when it is read."""
@@ -135,9 +145,9 @@ class ShardCache:
         files = []
         for entry in os.scandir(self.folder):
             with suppress(OSError):
-                if entry.name.endswith(".part") and entry.stat().st_mtime < time.time() - ABANDONED_S:
+                if PART.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - ABANDONED_S:
                     os.unlink(entry.path)
-                elif entry.is_file() and not entry.name.startswith("."):
+                elif CACHED.match(entry.name) and entry.is_file():  # others are the user's own
                     files.append((entry.stat().st_atime_ns, entry.stat().st_size, Path(entry.path)))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
@@ -178,7 +188,7 @@ def local_copies(urls: list[str], cache: ShardCache | None = None) -> list[Path]
     cache = cache or ShardCache.usual()
     too_many = UserError(f"{urls[0]}: these clips are more than the {cache.limit / 1e9:.3g} GB that are kept in "
                          f"{cache.folder}; copy them to a disk and name the folder")
-    try:
+    with reachable(urls[0]):
         shards = [shard for url in urls for shard in list_shards(url, cache)]
         if sum(max(0, shard.size) for shard in shards) > cache.limit:
             raise too_many
@@ -187,29 +197,44 @@ def local_copies(urls: list[str], cache: ShardCache | None = None) -> list[Path]
             log.info("%s: fetching %d of %d files into %s", urls[0], len(missing), len(shards), cache.folder)
         cache.ahead(missing)
         paths = [shard.local() for shard in shards]
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(reason if urls[0] in reason else f"{urls[0]}: {reason}") from error
     if not all(path.exists() for path in paths):  # sizes were not told, and the first had to go for the last
         raise too_many
     return paths
 
 
+@contextmanager
+def reachable(what: str) -> Iterator[None]:
+    """What the other side refuses, or the network, as one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(reason if what in reason else f"{what}: {reason}") from error
+
+
 def index_remote(shards: list[RemoteShard]) -> list[TarEntry]:
     """Members of each shard: from the `index.json` beside it when that fits its size, else by fetching the shard."""
     stored: dict[str, dict[str, dict]] = {}
-    entries = []
-    for shard in shards:
+    entries: dict[int, TarEntry] = {}
+    fetched: dict[int, Path] = {}
+    for number, shard in enumerate(shards):
         folder = "" if shard.url.startswith("pipe:") else shard.url.rpartition("/")[0]
         if folder not in stored:
             stored[folder] = _remote_index(folder, shard.cache) if folder else {}
         record = stored[folder].get(shard.name)
         if record is not None and record["size"] == shard.size:
-            entries.append(to_entry(shard, record))
-        else:
-            fetched = index_tars([shard.local()])[0]
-            entries.append(TarEntry(shard, *list(vars(fetched).values())[1:]))
-    return entries
+            entries[number] = to_entry(shard, record)
+        elif shard.cache.holds_all(shards):
+            fetched[number] = shard.local()
+        else:  # it may have to go for the next one
+            entries[number] = _of(shard, index_tars([shard.local()])[0])
+    for number, entry in zip(fetched, index_tars(list(fetched.values())), strict=True):
+        entries[number] = _of(shards[number], entry)
+    return [entries[number] for number in range(len(shards))]
+
+
+def _of(shard: RemoteShard, copy: TarEntry) -> TarEntry:
+    return TarEntry(shard, *list(vars(copy).values())[1:])
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -234,6 +259,8 @@ def retry(action: Callable[[], T], what: str, patience_s: float) -> T:
         try:
             return action()
         except (OSError, EOFError, TimeoutError, *_client_errors()) as error:
+            if type(error).__name__ in NO_KEYS:
+                raise PermissionError(f"{what}: {error}") from error
             if isinstance(error, PERMANENT) and not _was_not_asked(error):
                 raise
             left = patience_s - (time.monotonic() - started)
@@ -300,5 +327,6 @@ def _open(url: str):
 @contextmanager
 def _lock(path: Path):
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # file systems without locks (Lustre without `-o flock`): two may fetch the same shard
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

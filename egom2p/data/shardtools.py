@@ -19,7 +19,16 @@ from egom2p.data.loader import DataArgs, DatasetArgs
 from egom2p.data.remote import is_remote
 from egom2p.data.storage import DAMAGE
 from egom2p.data.tarindex import index_tars, npy_bytes, read_at, write_tar
-from egom2p.data.tokens import ShardPlace, encode_tokens, load_array, path_of, place_loose, place_of, token_entries
+from egom2p.data.tokens import (
+    ShardPlace,
+    encode_tokens,
+    join_by_key,
+    load_array,
+    path_of,
+    place_loose,
+    place_of,
+    token_entries,
+)
 from egom2p.errors import UserError
 from egom2p.files import walk
 from egom2p.modalities import Modality, ModalitySet
@@ -30,6 +39,7 @@ log = logging.getLogger(__name__)
 SHARD_CLIPS = 1000
 SHARD = "shard-000000.tar"
 RATE_FILES = 300
+LARGEST_ID = 1 << 26  # of a vocabulary that could have a head
 
 
 class Checked(NamedTuple):
@@ -69,6 +79,7 @@ def check(pattern: str, modalities: ModalitySet | None = None) -> Checked:
         shards.setdefault(shard, {}).setdefault(place.modality, {}).update(dict.fromkeys(seen))
     for shards in keys.values():
         place_loose(shards)
+        join_by_key(shards)
     missing, notes = _pairing_problems(keys)
     return Checked(problems + missing, files, notes)
 
@@ -86,11 +97,14 @@ def stats(pattern: str) -> list[dict]:
     for shard, entry in tqdm(token_entries(_token_files(pattern)), desc="stats", unit="shard"):
         row = rows.setdefault(entry.path.parent, {"folder": str(entry.path.parent), "shards": 0, "clips": 0, "bytes": 0,
                                                   "unobserved": 0, "unreadable": 0})
-        for column, more in (("shards", bool(shard)), ("clips", len(entry.keys)), ("bytes", entry.size)):
+        files = list(entry.token_files())
+        for column, more in (("shards", bool(shard)), ("clips", len(files)), ("bytes", entry.size)):
             row[column] += more
-        for offset, size in zip(entry.offsets.tolist(), entry.sizes.tolist(), strict=True):
+        for _, _, offset, size in files:
             try:
                 array = _integers(load_array(read_at(entry.path, offset, size)))
+                if array.max(initial=0) > LARGEST_ID:
+                    raise ValueError("ids that no vocabulary has")
             except DAMAGE:
                 row["unreadable"] += 1
                 continue
@@ -348,7 +362,8 @@ def _file_problem(path: Path, offset: int, size: int, modality: Modality | None,
     if array.dtype.kind not in "iu":
         return f"holds {array.dtype}, expected integers"
     expected = shapes.setdefault(path.parent, array.shape) if modality is None else modality.grid
-    if array.shape != tuple(expected):
+    flat = modality is not None and array.shape == (modality.num_tokens,)  # read as well
+    if array.shape != tuple(expected) and not flat:
         return f"shape {array.shape}, expected {tuple(expected)}"
     ids = array
     if array.dtype == np.uint16:
@@ -366,7 +381,7 @@ def _pairing_problems(keys: dict) -> tuple[list[dict], list[dict]]:
     problems, notes = [], []
     for (folder, dataset), shards in sorted(keys.items()):
         modalities = set().union(*shards.values())
-        for shard, held in sorted(shards.items()):
+        for shard, held in sorted((shard, held) for shard, held in shards.items() if held):
             for absent in sorted(modalities - held.keys()):
                 problems.append({"file": f"{folder}/{absent}/{dataset}/{shard}", "key": "",
                                  "problem": "whole shard missing for this modality"})

@@ -7,6 +7,7 @@ float16 numbers. The rest stays .npy.
 
 import io
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -23,7 +24,7 @@ Store = Literal["npy", "mp4"]
 
 # What reading and parsing the bytes of a damaged file may raise.
 DAMAGE = (ValueError, OSError, KeyError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError,
-          zipfile.BadZipFile, zlib.error)
+          zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # numpy splits a header into tokens of Python
 
 # fastdecode leaves out what costs most to undo (arithmetic coding, deblocking): read twice as fast, 10 % larger.
 H264 = {"crf": "17", "tune": "fastdecode"}
@@ -59,7 +60,12 @@ def _array(data: bytes) -> np.ndarray:
 def _float16_pictures(data: bytes) -> np.ndarray:
     try:
         with av.open(io.BytesIO(data)) as container:
-            return np.stack([f.to_ndarray(format="gray16le") for f in container.decode(video=0)]).view(np.float16)
+            packets = [p for p in container.demux(video=0) if p.size]
+            frames = [f.to_ndarray(format="gray16le") for p in packets for f in p.decode()]
+            frames += [f.to_ndarray(format="gray16le") for f in container.streams.video[0].decode(None)]
+        if len(frames) < len(packets) or not frames:
+            raise ValueError(f"{len(packets) - len(frames)} of {len(packets)} pictures cannot be decoded")
+        return np.stack(frames).view(np.float16)
     except av.FFmpegError as error:
         raise ValueError(str(error)) from error
 

@@ -26,7 +26,7 @@ from egom2p.files import aside, write_whole
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
-VERSION = 2  # 1 took a tar with a damaged header in its middle for whole
+VERSION = 3  # 1 took a tar with a damaged header in its middle for whole, 2 sparse members and macOS's notes for files
 VOLUME_LABEL = b"V"  # of GNU tar: a name for the archive
 LONGEST_END = 1 << 16  # bytes of zeros behind the last member; tar fills up to 10 KiB
 _NOTHING: dict = {"size": 0, "mtime_ns": 0, "keys": [], "suffixes": [], "offsets": [], "sizes": []}
@@ -52,16 +52,21 @@ class TarEntry:
     damage: str
 
     def token_files(self) -> Iterator[tuple[str, str, int, int]]:
-        """(key, extension, offset, size) of every file, read as a token file: with one suffix, whatever the key is."""
+        """(key, extension, offset, size) of every .npy and .npz, read as a token file: with one suffix, whatever the
+        key is."""
         for key, suffix, offset, size in zip(self.keys, self.suffixes, self.offsets.tolist(), self.sizes.tolist(),
                                              strict=True):
             name, _, extension = f"{key}.{suffix}".rpartition(".")
-            yield name, extension, offset, size
+            if extension in ("npy", "npz"):
+                yield name, extension, offset, size
 
 
 def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> int:
     """Write WebDataset samples (`__key__` and {suffix: bytes}) to one tar, aside and then renamed, so that it is whole
-    or absent. Equal samples make equal files. Returns the number of samples."""
+    or absent. Equal samples make equal files. Returns the number of samples.
+
+    An index beside a tar that is replaced goes: read from elsewhere, without the tar's own time, it would pass for the
+    new one's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part, count = aside(path), 0
     try:
@@ -70,6 +75,8 @@ def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> int:
             for sample in samples:
                 tar.write(sample)
                 count += 1
+        if path.exists():
+            (path.parent / INDEX_FILE).unlink(missing_ok=True)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -207,6 +214,11 @@ def _scan(path: Path) -> dict:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                if member.name.rpartition("/")[2].startswith("._"):  # AppleDouble: what macOS notes of a file
+                    continue
+                if member.issparse():
+                    damage = damage or f"holds {member.name} as a sparse file; write the tar without -S"
+                    continue
                 if member.isreg() and member.offset_data + member.size > stat.st_size:
                     damage = f"truncated inside {member.name}"
                     break

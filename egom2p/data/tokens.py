@@ -8,6 +8,7 @@ nothing else. A clip that lacks a modality is simply without it.
 import ast
 import hashlib
 import io
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from egom2p.data.clips import expand_pattern, matches
-from egom2p.data.remote import RemoteShard, ShardCache, index_remote, is_remote, list_shards
+from egom2p.data.remote import RemoteShard, ShardCache, index_remote, is_remote, list_shards, reachable
 from egom2p.data.storage import DAMAGE
 from egom2p.data.tarindex import TarEntry, index_tars, read_at
 from egom2p.errors import DamagedClip, UserError
@@ -72,8 +73,10 @@ class TokenDataset:
                     damaged.setdefault(shard, set()).add(index)
                 members = self._members(entry)
                 known = shards.setdefault(shard, {}).setdefault(index, {})
+                self._refuse_twice(known, members)
                 known.update(members)
         place_loose(shards)
+        join_by_key(shards)
         self.is_remote = any(isinstance(p, RemoteShard) for p in self.paths)
         self._build(shards, damaged)
 
@@ -106,7 +109,7 @@ class TokenDataset:
     def fingerprint(self) -> str:
         """Hash of what the data order depends on: keys, shard sizes and where each modality is present."""
         digest = hashlib.sha256(f"{self.name} {self.shard_sizes.tolist()}".encode())
-        digest.update("\n".join(self.keys).encode())
+        digest.update("\n".join(self.keys).encode("utf-8", "surrogateescape"))
         digest.update(np.ascontiguousarray(self._file >= 0).tobytes())
         return digest.hexdigest()
 
@@ -143,7 +146,9 @@ class TokenDataset:
 
     def _entries(self, paths: list[Path | RemoteShard]) -> list[tuple[str, TarEntry]]:
         remote = [p for p in paths if isinstance(p, RemoteShard)]
-        return [*((e.path.name, e) for e in index_remote(remote)),
+        with reachable(f"data set '{self.name}'"):
+            found = index_remote(remote)
+        return [*((e.path.name, e) for e in found),
                 *token_entries([p for p in paths if isinstance(p, Path)])]
 
     def _count_lost(self, shards: dict, damaged: dict[str, set[int]]) -> int:
@@ -160,12 +165,19 @@ class TokenDataset:
             lost += max(0 if shards[shard].keys() - broken else 1, *gone)
         return lost
 
+    def _refuse_twice(self, known: dict[str, tuple[int, ...]], members: dict[str, tuple[int, ...]]) -> None:
+        """Raises UserError for a key in two files of one name: which of them its other modalities are of is unknown."""
+        for key in known.keys() & members.keys():
+            one, other = (str(self.paths[place[0]]) for place in (known[key], members[key]))
+            if one != other:
+                raise UserError(f"data set '{self.name}': {one} and {other} both hold a clip {key}; name their folders "
+                                f"as two data sets")
+
     def _members(self, entry: TarEntry) -> dict[str, tuple[int, int, int]]:
         self.paths.append(entry.path)
         self.stamps.append((entry.size, 0 if isinstance(entry.path, RemoteShard) else entry.mtime_ns))
         file = len(self.paths) - 1
-        found = {key: (extension, file, offset, size) for key, extension, offset, size in entry.token_files()
-                 if extension in ("npy", "npz")}
+        found = {key: (extension, file, offset, size) for key, extension, offset, size in entry.token_files()}
         self.compressed |= any(extension == "npz" for extension, *_ in found.values())
         return {key: place for key, (_, *place) in found.items()}
 
@@ -183,16 +195,31 @@ class TokenDataset:
         table = np.array(columns, np.int64).reshape(-1, len(self.modalities), 3).transpose(2, 1, 0)
         self._file, self._offset, self._size = table[0].astype(np.int32), table[1], table[2]
         self.shard_sizes = np.array([s for s in sizes if s], np.int64)
+        self._say_unpaired()
         if not self.keys:
             raise UserError(f"data set '{self.name}': its shards hold no clip "
                             f"({', '.join(str(p) for p in self.paths[:3])})")
+
+
+    def _say_unpaired(self) -> None:
+        present = self.present().astype(np.int64)
+        together = present @ present.T
+        for a, b in itertools.combinations(np.flatnonzero(together.diagonal()).tolist(), 2):
+            if not together[a, b]:
+                log.warning("data set '%s': no clip has both '%s' and '%s'; their keys differ, so none is paired",
+                            self.name, self.modalities[a].name, self.modalities[b].name)
+                return
 
 
 def token_entries(paths: Sequence[Path]) -> list[tuple[str, TarEntry]]:
     """(shard's name, its index) of tars and of loose token files, each of which is an entry of the shard ""."""
     entries = [(e.path.name, e) for e in index_tars([p for p in paths if p.suffix == ".tar"])]
     for path in (p for p in paths if p.suffix != ".tar"):
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError as error:  # a link whose file was not fetched
+            log.warning("%s: cannot be read (%s); its clip lacks this modality", path, error.strerror)
+            continue
         entries.append(("", TarEntry(path, stat.st_size, stat.st_mtime_ns, [path.stem], [path.suffix[1:]],
                                      np.zeros(1, np.int64), np.array([stat.st_size]), "")))
     return entries
@@ -211,6 +238,29 @@ def place_loose(shards: dict[str, dict[Any, dict[str, Any]]]) -> None:
         shards[""] = left
 
 
+def join_by_key(shards: dict[str, dict[Any, dict[str, Any]]]) -> None:
+    """{shard: {modality: {key: anything}}}: a clip whose modalities lie in shards of different names is put together in
+    the first of them, in the order of their names. Where a modality holds a key in two shards, as where keys are
+    counted anew in each, only shards of one name belong together and nothing is moved."""
+    names: dict[Any, list[str]] = {}
+    for by_modality in shards.values():
+        for modality, members in by_modality.items():
+            names.setdefault(modality, []).extend(members)
+    if any(len(set(keys)) < len(keys) for keys in names.values()):
+        return
+    clips = sum(len(set().union(*by_modality.values())) for by_modality in shards.values())
+    if clips == len(set().union(*names.values())):
+        return
+    home: dict[str, str] = {}
+    for shard in sorted(shards):
+        for modality, members in list(shards[shard].items()):
+            for key in list(members):
+                if (first := home.setdefault(key, shard)) != shard:
+                    shards[first].setdefault(modality, {})[key] = members.pop(key)
+            if not members:
+                del shards[shard][modality]
+
+
 def decode_tokens(data: bytes, modality: Modality) -> np.ndarray:
     """Bytes of a .npy or .npz file -> (n,) int32 ids, -1 where not observed. ValueError when they do not fit."""
     array = load_array(data)
@@ -218,13 +268,14 @@ def decode_tokens(data: bytes, modality: Modality) -> np.ndarray:
         raise ValueError(f"tokens are {array.dtype}, expected integers")
     if array.size != modality.num_tokens or (array.ndim > 1 and array.shape[-len(modality.grid):] != modality.grid):
         raise ValueError(f"shape {array.shape} does not fit the grid {list(modality.grid)} of '{modality.name}'")
-    ids = array.reshape(-1).astype(np.int32)
+    ids = array.reshape(-1)
     if array.dtype == np.uint16:  # also where the vocabulary is larger
+        ids = ids.astype(np.int32)
         ids[ids == 65535] = -1
     if ids.size and (ids.min() < -1 or ids.max() >= modality.vocab_size):
         raise ValueError(f"token id {ids.max() if ids.max() >= modality.vocab_size else ids.min()} lies outside "
                          f"0 .. {modality.vocab_size - 1} of '{modality.name}'")
-    return ids
+    return ids.astype(np.int32)
 
 
 def load_array(data: bytes) -> np.ndarray:
@@ -291,7 +342,8 @@ def _modality_files(root: str, name: str, pattern: str, modality: Modality, moda
     for text in expand_pattern(chosen):
         if is_remote(text) or is_remote(root):
             url = text if is_remote(text) else f"{root.rstrip('/')}/{text}"
-            found = list_shards(url, cache or ShardCache.usual())
+            with reachable(f"data set '{name}'"):
+                found = list_shards(url, cache or ShardCache.usual())
         else:
             found = _local_files(Path(root), text)
         if not found and text.endswith((".tar", ".npz", ".npy")) and not any(c in text for c in "*?"):

@@ -101,7 +101,7 @@ def decode_video(source: Path | bytes) -> tuple[np.ndarray, float]:
     frame is lost: the caller wants all of them."""
     losses = Losses()
     frames = list(shown(source, losses))
-    if losses.packets:
+    if losses.packets or losses.frames:
         raise UserError(f"{_name(source)}: {losses}")
     seconds = frames[-1].time + frames[-1].duration
     return np.stack([f.picture() for f in frames]), len(frames) / seconds if seconds > 0 else 0.0

@@ -47,6 +47,7 @@ class Tokenizer(Exportable):
     only_for_training: tuple[str, ...] = ()  # arguments that the tokens do not depend on
     later_arguments: ClassVar[dict[str, Any]] = {}  # newer than exports there are: with these values, as if not there
     encode_batch = 16  # clips at once, when many are encoded
+    margin = 0.0  # of pictures smaller than the grid, in the network's units
     trusted = True  # whether programs (TorchScript) that came with it may be run; see `tokenizers.load_for`
 
     def __init__(self, modality: Modality, args: Any) -> None:
@@ -62,7 +63,15 @@ class Tokenizer(Exportable):
         """Raw signals -> int64 ids (B, *grid). Raises UserError for one that the tokenizer is not for."""
         for signal in signals:
             self.check(signal)
-        return self.encode_units(torch.from_numpy(np.stack([self.signal.normalize(signal) for signal in signals])))
+        return self.encode_units(self.stack([self.signal.normalize(signal) for signal in signals]))
+
+    def stack(self, units: list[np.ndarray]) -> Tensor:
+        """Clips in the network's units -> one batch. Pictures whose sides differ (46 and 48 pixels are of one grid) get
+        the margins here that `encode_normalized` would give each by itself."""
+        if len({x.shape for x in units}) > 1:
+            sides = [cells * size for cells, size in zip(self.modality.grid[1:], self.args.patch[1:], strict=True)]
+            units = [_with_margins(x, sides, self.margin) for x in units]
+        return torch.from_numpy(np.stack(units))
 
     def encode_observed(self, signals: list[np.ndarray]) -> np.ndarray:
         """Raw signals -> int64 ids (B, *grid), -1 where nothing was observed."""
@@ -169,6 +178,8 @@ class Tokenizer(Exportable):
         super().save_pretrained(folder, weights)
         if self.statistics:
             save_file({k: np.ascontiguousarray(v) for k, v in self.statistics.items()}, Path(folder) / STATISTICS)
+        else:  # of what was exported there before
+            (Path(folder) / STATISTICS).unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "Tokenizer":
@@ -188,6 +199,13 @@ class Tokenizer(Exportable):
         if ids.min() < 0 or ids.max() >= self.modality.vocab_size:
             raise UserError(f"{self.modality.name}: ids must lie in 0 .. {self.modality.vocab_size - 1}, "
                             f"found {ids.min()} .. {ids.max()}")
+
+
+def _with_margins(picture: np.ndarray, sides: list[int], value: float) -> np.ndarray:
+    """(3, T, h, w) -> (3, T, *sides), centred."""
+    missing = [side - have for side, have in zip(sides, picture.shape[-2:], strict=True)]
+    around = [(0, 0), (0, 0), *((n // 2, n - n // 2) for n in missing)]
+    return np.pad(picture, around, constant_values=value)
 
 
 def check_picture(signal: np.ndarray, modality: Modality, num_frames: int, patch: tuple[int, ...]) -> None:

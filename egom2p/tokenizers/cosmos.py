@@ -135,6 +135,8 @@ class CosmosTokenizer(Tokenizer):
     def check_size(self, signal: np.ndarray) -> None:
         check_picture(signal, self.modality, self.args.num_frames, self.args.patch)
 
+    margin = BLACK
+
     def encode_normalized(self, video: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) int64 ids, the windows' latent frames one after the other."""
         encoder = self._network("encoder.jit")

@@ -11,6 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DEAD_SHARE = 1 / 32
+UNSEEN = 1e-3  # the count of a code that no latent was nearest to yet
+
 
 class FiniteScalar(nn.Module):
     """Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", ICLR 2024. No codebook to learn."""
@@ -41,10 +44,11 @@ class EmaCodebook(nn.Module):
     """Cosine-similarity codebook with exponential moving averages (van den Oord et al. 2017, appendix A.1;
     Yu et al., "Vector-quantized Image Modeling with Improved VQGAN", 2022, for the normalised lookup).
 
-    id = argmax of normalised latent . normalised code; the decoder gets the stored code as it is. During
-    training each micro-batch adds to the statistics; `update`, once an optimiser step, sums them over all
-    processes, moves the codes, and replaces codes whose average count fell below `dead_below` by latents
-    of the batch. The draw depends on (seed, step) and the global batch only.
+    id = argmax of normalised latent . normalised code, in float32 whatever is trained in; the decoder gets the stored
+    code as it is. During training each micro-batch adds to the statistics; `update`, once an optimiser step, sums them
+    over all processes, moves the codes, and replaces codes whose average count fell below a DEAD_SHARE of the mean
+    count, or `dead_below` if that is less, by latents of the batch (4M's rule, `run_training_vqvae.py`; so does the
+    first step with nearly all). The draw depends on (seed, step) and the global batch only.
     """
 
     def __init__(self, codebook_size: int, latent_dim: int, decay: float = 0.99, dead_below: float = 2.0) -> None:
@@ -53,16 +57,20 @@ class EmaCodebook(nn.Module):
         self.decay, self.dead_below = decay, dead_below
         embed = F.normalize(torch.randn(codebook_size, latent_dim), dim=-1)
         self.register_buffer("embed", embed)
-        self.register_buffer("embed_sum", embed.clone())
-        self.register_buffer("cluster_size", torch.ones(codebook_size))
+        self.register_buffer("embed_sum", embed * UNSEEN)
+        self.register_buffer("cluster_size", torch.full((codebook_size,), UNSEEN))
         self.pending: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        unit = F.normalize(latents, dim=-1)
-        ids = (unit @ F.normalize(self.embed, dim=-1).T).argmax(-1)
+        with torch.autocast(latents.device.type, enabled=False):
+            unit = F.normalize(latents.to(self.embed.dtype), dim=-1)
+            ids = (unit @ F.normalize(self.embed, dim=-1).T).argmax(-1)
+            return self._coded(unit, ids)
+
+    def _coded(self, unit: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes = F.embedding(ids, self.embed)
         if self.training:
-            self.pending.append((unit.detach().flatten(0, 1).to(self.embed), ids.flatten()))
+            self.pending.append((unit.detach().flatten(0, 1), ids.flatten()))
         commitment = F.mse_loss(unit, codes)
         return unit + (codes - unit).detach(), ids, commitment
 
@@ -91,11 +99,11 @@ class EmaCodebook(nn.Module):
         self.cluster_size.lerp_(counts, 1 - self.decay)
         self.embed_sum.lerp_(sums, 1 - self.decay)
         self.embed.copy_(self.embed_sum / self.cluster_size.clamp(min=1e-5)[:, None])
-        self._replace_dead(unit, seed, step)
+        self._replace_dead(unit, (DEAD_SHARE * counts.mean()).clamp(max=self.dead_below), seed, step)
 
-    def _replace_dead(self, unit: Tensor, seed: int, step: int) -> None:
+    def _replace_dead(self, unit: Tensor, below: Tensor, seed: int, step: int) -> None:
         """Give dead codes a latent of the global batch; the choice ignores how the batch was dealt out."""
-        dead = (self.cluster_size < self.dead_below).nonzero().flatten()
+        dead = (self.cluster_size < below).nonzero().flatten()
         if not len(dead):
             return
         if dist.is_initialized():
@@ -104,8 +112,8 @@ class EmaCodebook(nn.Module):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         chosen = unit[torch.randint(len(unit), (len(dead),), generator=generator).to(unit.device)]
         self.embed[dead] = chosen
-        self.embed_sum[dead] = chosen * self.dead_below
-        self.cluster_size[dead] = self.dead_below
+        self.embed_sum[dead] = chosen * below
+        self.cluster_size[dead] = below
 
 
 def _gather_rows(rows: Tensor) -> Tensor:

@@ -67,6 +67,10 @@ class VideoTokenizer(Tokenizer):
         if self.quantizer.codebook_size != modality.vocab_size:
             raise ValueError(f"levels {list(args.levels)} make {self.quantizer.codebook_size} codes, "
                              f"but modality '{modality.name}' has vocab_size {modality.vocab_size}")
+        steps = 1 + (args.num_frames - 1 + sum(self._time_padding(args.num_frames))) // args.patch[0]
+        if len(modality.grid) != 3 or modality.grid[0] != steps:
+            raise ValueError(f"{args.num_frames} frames in patches of {args.patch[0]} make {steps} steps in time, but "
+                             f"the grid of modality '{modality.name}' is {list(modality.grid)}")
         self.embed = nn.Linear(values, args.dim)
         self.encoder = nn.Sequential(*(CausalBlock(args.dim) for _ in range(args.depth)))
         self.to_latent = nn.Linear(args.dim, len(args.levels))

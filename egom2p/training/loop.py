@@ -27,6 +27,7 @@ from egom2p.data.loader import tolerated
 from egom2p.distributed import (
     World,
     barrier,
+    check_same_everywhere,
     max_over_ranks,
     multiplies_bfloat16,
     process_group,
@@ -101,6 +102,8 @@ def run_training(config: Any, make_task: Any) -> Path:
             log.warning("this CPU has no bfloat16 products and imitates them, some forty times slower than float32: "
                         "train.precision=float32 is the faster one here")
         task = make_task(config, world)
+        check_same_everywhere(task.fingerprint(), "the data differ between hosts: {} others than rank 0's; bring all "
+                                                  "copies to the same state")
         run_dir, replaying = Path(config.run.dir), bool(config.debug.replay_step)
         _check_same_run(config, run_dir, config.resume.force)
         with RunLock(run_dir, world.is_main and not replaying) as lock:

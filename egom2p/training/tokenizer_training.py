@@ -121,7 +121,7 @@ class SignalSteps(torch.utils.data.Dataset):
             raws = rows or [self._stand_in()]
             if self.widen_seed is not None:
                 raws = widen(np.stack(raws), self.widen_seed, np.array(read or [0]))
-            x = torch.from_numpy(np.stack([self.tokenizer.signal.normalize(raw) for raw in raws]))
+            x = self.tokenizer.stack([self.tokenizer.signal.normalize(raw) for raw in raws])
             micro.append(SignalBatch(x, np.array(read or [-1]), len(rows)))
         return StepBatch(step, micro, damaged)
 
@@ -160,6 +160,8 @@ class TokenizerTask:
         if config.data.widen and config.tokenizer.modality.signal != "pose":
             raise UserError("data.widen is for head motion (signal: pose)")
         self.clips = ClipIndex(config.data.clips, self.source)
+        if config.eval.every and not config.eval.clips and world.is_main:
+            log.warning("eval.clips is not set: eval/error is of training clips, and tells nothing of others")
         self.model = make_tokenizer(config.tokenizer, self._spread_over_clips())
         self.order = PassOrder(self.clips.shard_sizes, config.data.shuffle_shards, config.train.seed, salt=0)
         micro = config.train.micro_batch(world.size)
@@ -227,7 +229,7 @@ class TokenizerTask:
         return rows
 
     def evaluate(self) -> dict[str, float]:
-        """Reconstruction error on held-out clips."""
+        """Reconstruction error on `eval.clips`; where none are given, on the first clips of the training."""
         held_out = ClipIndex(self.config.eval.clips or self.config.data.clips, self.source)
         samples = min(self.config.eval.samples, len(held_out))
         batch = SignalSteps(held_out, self.model, BatchPlan(samples, 32, samples), None)[0]

@@ -283,6 +283,39 @@ def test_revivs_metric_depth_is_warned_of(tmp_path, caplog):
     assert "depth_512 is metric depth" in caplog.text
 
 
+def test_tokenizers_are_of_the_models_modalities(tmp_path, caplog):
+    write_released(tmp_path / "a.pth", reference("model_swiglu")["state_dict"], model="mini_swiglu")
+    command = ("import-released", tmp_path / "a.pth", "--num-heads", 4, "--out", tmp_path / "out", "--tokenizers")
+    done = run_cli(*command, "tok_cam=x", check=False)
+    assert done.returncode == 2 and "no modality 'tok_cam'" in done.stderr and not (tmp_path / "out").exists()
+    run_cli(*command, "cam=tokenizers/cosmos/rgb,gaze=nowhere/gaze")
+    assert "is for rgb, but 'cam' is pose" in caplog.text and "nowhere/gaze, is not on this machine" in caplog.text
+
+
+@pytest.mark.parametrize(("change", "words"), [("causal", "causal decoders"), ("heads", "--num-heads")])
+def test_checkpoints_of_another_function_are_refused(tmp_path, change, words):
+    """Of the authors' own registry and constructor; their tensors have the shapes of the plain ones."""
+    state, heads = dict(reference("model_swiglu")["state_dict"]), 7 if change == "heads" else 4
+    name = f"egom2p_base_12e_12d_swiglu_nobias{'_causal' * (change == 'causal')}"
+    write_released(tmp_path / "a.pth", state, model=name)
+    done = run_cli("import-released", tmp_path / "a.pth", "--out", tmp_path / "out", "--num-heads", heads, check=False)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_modality_embedding_of_the_decoders_own_is_named(tmp_path):
+    state = dict(reference("model_swiglu")["state_dict"])
+    state["decoder_embeddings.tok_cam.mod_emb"] = state["decoder_embeddings.tok_cam.mod_emb"] + 5
+    write_released(tmp_path / "a.pth", state, model="mini_swiglu")
+    done = run_cli("import-released", tmp_path / "a.pth", "--out", tmp_path / "out", "--num-heads", 4)
+    assert "left out: tok_cam's modality embedding of the decoder" in done.stdout and "tok_gaze's" not in done.stdout
+
+
+def test_heads_of_a_tokenizer_are_checked(tmp_path):
+    write_released(tmp_path / "a.pth", reference("vqvae_cam")["state_dict"], model="vqvae")
+    done = run_cli("import-released", tmp_path / "a.pth", "--out", tmp_path / "out", "--num-heads", 5, check=False)
+    assert done.returncode == 2 and "check --num-heads" in done.stderr
+
+
 def reviv_positions(dim: int) -> torch.Tensor:
     """As a meshgrid of (7 groups, 30 frames) flattened, which is what the authors' code makes of it."""
     quarter = dim // 4

@@ -10,13 +10,16 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from egom2p.data.batch import pack
+from egom2p.distributed import World
 from egom2p.model.attention import Segments, segment_attention
 from egom2p.model.blocks import CrossAttention, SelfAttention
 from egom2p.model.egom2p import EgoM2P, ModelArgs
+from egom2p.training.parallel import BUCKET_MB, spread
 from tests.model.test_attention import MODALITIES, SAMPLES, sample
 from tests.training.test_no_sync import NoHostReads
 
@@ -163,3 +166,56 @@ def test_attention_is_given_what_the_next_layer_multiplies(monkeypatch):
                 module.register_forward_pre_hook(note)
         forward(model, SAMPLES)
     assert len(found) == 3 + 2 * 3 and set(found) == {torch.bfloat16}  # the other attention has two inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["gelu", "swiglu", "swiglu_qknorm"])
+def test_compiled_blocks_are_traced_once_and_hand_half_types_to_attention(monkeypatch, variant):
+    """What dynamo traces of blocks whose tensors are on `cuda`: graphs made of the first pack serve every other, they
+    break at attention alone, and between its two sides nothing is float32."""
+    from torch._dynamo.utils import counters
+
+    graphs, made = [], 0
+
+    def keep(graph, inputs):
+        graphs.append(([x for x in inputs if isinstance(x, torch.Tensor)], graph.graph.output_node().args[0]))
+        return graph.forward
+
+    torch._dynamo.reset()
+    counters.clear()
+    with fake_cuda(monkeypatch):
+        model = fake_model(variant)
+        model.compile(backend=keep)
+        for number, samples in enumerate((SAMPLES, SAMPLES[:2], SAMPLES[1:], SAMPLES)):
+            batch = pack(samples, len(MODALITIES)).to("cuda")
+            model(batch, torch.ones(len(batch.targets), device="cuda"))
+            made = made or len(graphs)
+            assert counters["stats"]["unique_graphs"] == len(graphs) == made > 5, f"pack {number} was traced anew"
+    assert all("segment_attention" in reason for reason in counters["graph_break"])
+    for inputs, outputs in graphs:
+        assert {x.device.type for x in inputs if x.dim()} == {"cuda"}  # numbers aside
+        assert {o.meta["example_value"].dtype for o in outputs} <= {torch.bfloat16, torch.float32}
+    to_attention = [o.meta["example_value"] for _, outputs in graphs for o in outputs
+                    if o.meta["example_value"].dim() == 3]
+    assert to_attention and {x.dtype for x in to_attention} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("reduce", ["float32", "bfloat16"])
+def test_ddp_takes_what_a_gpu_is_given(monkeypatch, reduce):
+    """torch's own constructor, in a group of two of which only this one is there; a forward pass asks for a driver."""
+    import torch.nn.parallel.distributed as ddp
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    for compares_values in ("_verify_param_shape_across_processes", "_sync_module_states"):
+        monkeypatch.setattr(ddp, compares_values, lambda *args, **options: None)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with fake_cuda(monkeypatch):
+            model = fake_model("swiglu")
+            replicas = spread(model, "ddp", World(0, 2, 0, torch.device("cuda", 0)), "bfloat16", reduce)
+        assert replicas.module is model and replicas.device_ids == [0]
+        assert replicas.gradient_as_bucket_view and not replicas.broadcast_buffers
+        assert replicas.bucket_bytes_cap == BUCKET_MB << 20
+        assert bool(replicas._comm_hooks) == (reduce == "bfloat16")
+    finally:
+        dist.destroy_process_group()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from egom2p.config import load
 from egom2p.data.loader import TokenStream
+from egom2p.data.storage import DAMAGE, from_file
 from egom2p.data.tarindex import INDEX_FILE, VERSION, index_tars, npy_bytes, parse_index, write_tar
 from egom2p.data.tokens import TokenDataset, decode_tokens
 from egom2p.errors import DamagedClip, UserError
@@ -203,6 +204,33 @@ def test_whole_tars_of_gnu_tar_are_whole(debug_tokens, tmp_path, options):
     subprocess.run(["tar", *options, "-cf", "a.tar", *names], cwd=tmp_path, check=True)
     entry = index_tars([tmp_path / "a.tar"])[0]
     assert not entry.damage and len(entry.keys) == 5
+
+
+@pytest.mark.skipif("GNU" not in subprocess.run(["tar", "--version"], capture_output=True, text=True).stdout,
+                    reason="no GNU tar")
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_sparse_members_are_not_read_as_if_they_were_whole(tmp_path, form):
+    """Their holes are not in the tar, so what lies there is of other places of the file."""
+    with (tmp_path / "a.npy").open("wb") as file:
+        file.seek(1 << 20)
+        file.write(b"x" * 4096)
+    (tmp_path / "b.npy").write_bytes(b"y" * 5000)
+    subprocess.run(["tar", "-S", f"--format={form}", "-cf", "a.tar", "a.npy", "b.npy"], cwd=tmp_path, check=True)
+    entry = index_tars([tmp_path / "a.tar"])[0]
+    assert "as a sparse file; write the tar without -S" in entry.damage and entry.keys == ["b"]
+
+
+def test_what_macos_notes_of_files_is_no_clip(debug_tokens, tmp_path):
+    rows = members(debug_tokens / SHARD)[:4]
+    rewrite(tmp_path / "a.tar", [(prefix + name, b"Mac OS X" if prefix else data) for name, data in rows
+                                 for prefix in ("._", "")])
+    entry = index_tars([tmp_path / "a.tar"])[0]
+    assert len(entry.keys) == 4 and not entry.damage
+
+
+def test_a_header_that_numpy_cannot_split_is_damage(tmp_path):
+    with pytest.raises(DAMAGE):
+        from_file("npy", npy_file("'<f4'", "(3,)").replace(b"}", b"("))
 
 
 def test_a_hard_link_is_the_file_it_names(debug_tokens, tmp_path):

@@ -14,7 +14,8 @@ from huggingface_hub import HfFileSystem
 
 from egom2p.data.remote import _FILESYSTEMS, RemoteShard, ShardCache, is_remote, list_shards, retry
 from egom2p.data.tokens import TokenDataset
-from egom2p.modalities import ModalitySet
+from egom2p.errors import UserError
+from egom2p.modalities import Modality, ModalitySet
 from egom2p.training.log import read_metrics
 from tests.conftest import ROOT, run_cli
 from tests.training.test_training import curve
@@ -131,6 +132,36 @@ def test_the_cache_drops_the_least_recently_used(tmp_path):
         os.utime(paths[-1], ns=(i * 10**9, i * 10**9))
     kept = [p.exists() for p in paths]
     assert kept == [False, False, False, True, True, True]
+
+
+def test_the_cache_touches_nothing_of_the_users(tmp_path):
+    (tmp_path / "0.bin").write_bytes(bytes(1000))
+    cache = ShardCache(tmp_path / "cache", 1500, 1.0)
+    cache.folder.mkdir()
+    own = [cache.folder / name for name in ("my_dataset.tar", "film.iso.part", "notes.txt")]
+    for path in own:
+        path.write_bytes(bytes(5000))
+        os.utime(path, (0, 0))
+    for number in range(3):
+        cache.fetch(RemoteShard(f"pipe:cat {tmp_path / '0.bin'} # {number}", 1000, cache))
+    assert all(path.exists() for path in own) and len(list(cache.folder.glob("[0-9a-f]*-*"))) == 1
+
+
+@pytest.mark.parametrize(("url", "name"), [
+    ("pipe:aws s3 cp s3://b/rgb/x/shard-000003.tar -", "shard-000003.tar"), ("pipe:cat /a/b.tar", "b.tar"),
+    ("pipe:ssh host cat x.tar.gz | gunzip", "x.tar.gz"), ("https://h/a/b.tar?download=1", "b.tar?download=1"),
+    ("pipe:make-shard 7", "7")])
+def test_what_a_shard_is_called(url, name):
+    """Modalities are paired by it, so that no two shards may share one."""
+    assert RemoteShard(url, -1, ShardCache.usual()).name == name
+
+
+@pytest.mark.parametrize("problem", [PermissionError("Access Denied"), OSError("no route to host")])
+def test_what_the_other_side_refuses_is_one_line(tmp_path, monkeypatch, problem):
+    monkeypatch.setattr("egom2p.data.remote.filesystem", lambda url: (_ for _ in ()).throw(problem))
+    with pytest.raises(UserError, match=str(problem)):
+        TokenDataset.open("s3://bucket/tokens", "set", "", ModalitySet([Modality("cam", 256, (30,))]),
+                          cache=ShardCache(tmp_path, 1e9, 0.1))
 
 
 def test_a_shard_that_was_replaced_is_fetched_again(tmp_path):

@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from egom2p.data import tarindex
 from egom2p.data.shardtools import check, convert
 from egom2p.data.tarindex import INDEX_FILE, index_tars
 from egom2p.data.tokens import TokenDataset, decode_tokens, encode_tokens
@@ -67,6 +68,62 @@ def test_modalities_pair_by_key_and_a_lacking_one_is_absent(tmp_path, rng):
         assert all(np.array_equal(sample.tokens[i], expected[i]) for i in expected)
 
 
+def write_parts(root, samples, **shards):
+    """Shards {MODALITY__NAME: keys}."""
+    for name, keys in shards.items():
+        modality, _, shard = name.partition("__")
+        write_tar(root / modality / "set" / f"{shard}.tar", [(f"{k}.npy", npy(samples[k][modality])) for k in keys])
+
+
+def test_clips_pair_by_key_whatever_their_shards_are_called_and_hold(tmp_path, rng):
+    """As the authors' scripts name them, one after the modality, and as shards cut by size or by what is there are."""
+    samples = grids(rng)
+    keys = list(samples)
+    write_parts(tmp_path, samples, rgb__a=keys[:2], rgb__b=keys[2:], cam__train_cam_0=keys[1:5],
+                cam__train_cam_1=keys[5:])
+    dataset = open_set(tmp_path)
+    assert sorted(dataset.keys) == keys and dataset.present().sum(1).tolist() == [6, 5]
+    for element, key in enumerate(dataset.keys):
+        for index, ids in dataset.read(element).tokens.items():
+            assert np.array_equal(ids, samples[key][MODALITIES[index].name].reshape(-1))
+    assert not check(f"{tmp_path}/*/*/*.tar", MODALITIES).problems
+
+
+def test_keys_that_are_counted_anew_in_each_shard_stay_apart(tmp_path, rng):
+    one, other = grids(rng), grids(rng)
+    write_parts(tmp_path, one, rgb__a=["k0", "k1"], cam__a=["k1"])
+    write_parts(tmp_path, other, rgb__b=["k0", "k1"], cam__b=["k0", "k1"])
+    dataset = open_set(tmp_path)
+    assert dataset.keys == ["k0", "k1"] * 2 and dataset.present().tolist() == [[True] * 4, [False, True, True, True]]
+    assert np.array_equal(dataset.read(2).tokens[1], other["k0"]["cam"])
+
+
+def test_one_key_in_two_folders_of_a_data_set_is_refused(tmp_path, rng):
+    """Shards of one name: clip 7 of one folder would get the camera of the other's."""
+    samples = grids(rng)
+    write_set(tmp_path, samples, "a")
+    write_set(tmp_path, samples, "b", lacking={("cam", "k3")})
+    with pytest.raises(UserError, match="both hold a clip k"):
+        open_set(tmp_path, pattern="[rgb,cam]/*/shard-*.tar")
+    assert len(open_set(tmp_path, pattern="[rgb,cam]/{a,a}/shard-000000.tar").keys) == 6
+
+
+def test_modalities_of_no_common_clip_are_said(tmp_path, rng, caplog):
+    samples = grids(rng)
+    write_parts(tmp_path, samples, rgb__a=["k0", "k1"], cam__a=["k2", "k3"])
+    open_set(tmp_path)
+    assert "no clip has both 'rgb' and 'cam'" in caplog.text
+
+
+def test_the_index_of_a_shard_that_is_replaced_goes(tmp_path, rng):
+    """Elsewhere, where it is trusted by the size alone, it would be that of other clips."""
+    path = tmp_path / "set/shard-000000.tar"
+    for clip in ("one", "two"):
+        tarindex.write_tar(path, [{"__key__": clip, "npy": npy(np.zeros(30, np.uint16))}])
+        assert not (path.parent / INDEX_FILE).exists()
+        assert index_tars([path])[0].keys == [clip] and (path.parent / INDEX_FILE).exists()
+
+
 def test_a_shard_that_is_named_and_not_there_is_said_and_no_other(tmp_path, rng, caplog):
     write_set(tmp_path, grids(rng))
     for pattern in ("[rgb,cam]/set/shard-000000.tar", "[rgb,cam]/set/*.tar"):
@@ -114,7 +171,7 @@ def test_missing_marks_survive_both_storage_types():
 
 @pytest.mark.parametrize(("array", "words"), [
     (np.zeros((5, 2, 3), np.uint16), "shape"), (np.zeros(30), "float64"), (np.full(30, 256, np.uint16), "outside"),
-    (np.full(30, -2), "outside")])
+    (np.full(30, -2), "outside"), (np.full(30, 2**32 + 5), "outside")])
 def test_tokens_that_do_not_fit_are_refused(array, words):
     with pytest.raises(ValueError, match=words):
         decode_tokens(npy(array), MODALITIES[1])

@@ -33,6 +33,33 @@ def test_one_update_of_the_codebook_by_hand():
         torch.testing.assert_close(book.embed[code], total / count)
 
 
+def test_codes_in_use_stay_in_a_small_batch():
+    """After the first step has given nearly all codes a latent, few are replaced: each of 64 clusters is met some two
+    times a step, which a threshold of two in every step would call dead."""
+    torch.manual_seed(0)
+    centres = F.normalize(torch.randn(64, 8), dim=-1)
+    book = EmaCodebook(128, 8).train()
+    replaced = []
+    for step in range(60):
+        met = centres[torch.randint(64, (4, 30))] + 0.02 * torch.randn(4, 30, 8)
+        book(met)
+        before = book.embed.clone()
+        book.update(0, step)
+        dead = (F.cosine_similarity(before, book.embed) < 0.9).sum().item()  # others move a little
+        replaced.append(dead)
+    assert replaced[0] > 100 and max(replaced[30:]) < 16, replaced
+
+
+def test_codes_are_found_in_float32_whatever_is_trained_in():
+    torch.manual_seed(0)
+    book, latents = EmaCodebook(256, 32).eval(), torch.randn(64, 30, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes, ids, _ = book(latents)
+        half = book(latents.bfloat16())
+    assert torch.equal(ids, book(latents)[1]) and codes.dtype == torch.float32
+    assert torch.equal(half[1], book(latents.bfloat16().float())[1])
+
+
 def test_gradients_go_straight_through_the_codebook():
     book = EmaCodebook(4, 3).eval()
     latents = torch.randn(1, 5, 3, requires_grad=True)

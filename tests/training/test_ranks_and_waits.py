@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from egom2p import distributed
 from egom2p.config import load
 from egom2p.data.loader import BatchPlan, StepDataset, TokenStream, _Parcel, step_loader
 from egom2p.data.tarindex import index_tars, read_at, write_tar
 from egom2p.data.tokens import load_array
+from egom2p.errors import UserError
 from egom2p.modalities import ModalitySet
 from egom2p.model.attention import newest_flash_attention
 from egom2p.training import loop
@@ -155,3 +157,15 @@ def test_compiled_blocks_train_on_several_processes(debug_tokens, reference, tmp
     run_ranks(2, *arguments(debug_tokens, tmp_path / "run", "train.compile=true"))
     for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4), ours["step"]
+
+
+def test_ranks_whose_data_differ_are_named_before_the_first_step(monkeypatch):
+    """As where one host's copy is not whole yet: their orders would deal some samples twice and others never."""
+    def gather(said, own):
+        said[:] = [own, own, "other data"]
+
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
+    with pytest.raises(UserError, match="rank 2 see others"):
+        distributed.check_same_everywhere("data", "{} others")
