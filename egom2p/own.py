@@ -34,20 +34,24 @@ class Shares:
     aside_folder: Path
 
 
-def take_recordings(folder: Path, out: Path, size: int) -> Shares:
+def take_recordings(folder: Path, out: Path, size: int, gaze_units: str = "") -> Shares:
     """Prepare the videos in `folder` (as `egom2p prepare video` does) below OUT/recordings and deal their clips to
     OUT/clips/train/recordings and OUT/clips/recordings.
 
-    The last fifth of each recording is held aside. Where every recording is too short for that, it is the last clip of
-    all; a single clip is trained on, and nothing is held aside.
+    Where some lie in val/ or test/, those are held aside. Else it is the last fifth of each recording; where every one
+    is too short for that, the last clip of all; a single clip is trained on, and nothing is held aside.
     """
-    card = prepare("video", folder, out / NAME, PrepareArgs(size=size))
+    card = prepare("video", folder, out / NAME, PrepareArgs(size=size, gaze_units=gaze_units))
     print(describe(card))
     if not card["clips"]:
         raise UserError(f"{folder}: no clip could be made of what lies there; the reasons are named above")
     tars = sorted((out / NAME).glob("*/*.tar"))
     indices = [ClipIndex.of([tar]) for tar in tars]
-    aside = [int(len(index) * ASIDE) for index in indices]
+    aside = [len(index) if tar.parent.name != "train" else 0 for tar, index in zip(tars, indices, strict=True)]
+    if sum(aside) == card["clips"]:
+        raise UserError(f"{folder}: all recordings lie in val/ or test/; put those to train on into train/")
+    if not any(aside):
+        aside = [int(len(index) * ASIDE) for index in indices]
     if not any(aside) and card["clips"] > 1:
         aside[-1] = 1
     shares = Shares(card["clips"] - sum(aside), sum(aside), len(tars), out / "clips/train" / NAME, out / "clips" / NAME)

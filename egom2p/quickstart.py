@@ -80,7 +80,8 @@ class QuickstartConfig:
     recordings_share: float = 0.25
 
 
-def quickstart(out: Path, config_path: Path, inputs: list[Path], recordings: Path | None = None) -> Path:
+def quickstart(out: Path, config_path: Path, inputs: list[Path], recordings: Path | None = None,
+               gaze_units: str = "") -> Path:
     """Run every stage below `out`; finished stages are kept when it is run again. Returns the report's path.
 
     inputs: videos to predict from at the end. recordings: a folder of videos (with side files, docs/data.md) to train
@@ -98,7 +99,7 @@ def quickstart(out: Path, config_path: Path, inputs: list[Path], recordings: Pat
     shares = None
     if recordings:
         with stages.run("recordings"):
-            shares = own.take_recordings(recordings, out, config.size)
+            shares = own.take_recordings(recordings, out, config.size, gaze_units)
     with stages.run("tokenizers"):
         names = _train_tokenizers(config, out)
     with stages.run("encode"):

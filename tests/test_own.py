@@ -1,6 +1,7 @@
 """`egom2p quickstart --recordings FOLDER`: one's own videos beside the world."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tests.conftest import run_cli
 
 def write_recording(folder, name, seconds, seed, gaze=True):
     """A video of moving stripes at 10 fps, 64 x 48 pixels, with gaze at 30 Hz beside it."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     picture = rng.integers(0, 255, (48, 64 + seconds * 10, 3)).astype(np.uint8)
     frames = np.stack([picture[:, i : i + 64] for i in range(seconds * 10)])
@@ -45,6 +46,18 @@ def test_very_short_recordings(tmp_path, seconds, trained, aside):
     write_recording(tmp_path / "mine", "only", seconds, 1, gaze=False)
     shares = own.take_recordings(tmp_path / "mine", tmp_path / "out", 24)
     assert (shares.trained, shares.aside) == (trained, aside)
+
+
+def test_recordings_in_folders_for_it_are_held_aside_whole(tmp_path):
+    for place in ("train/x", "test/y", "val/z"):
+        write_recording(tmp_path / "mine" / place[:-2], place[-1], 10, 1)
+    shares = own.take_recordings(tmp_path / "mine", tmp_path / "out", 24)
+    trained, aside = ({k.rpartition("-")[0] for k in ClipIndex(str(f)).keys}
+                      for f in (shares.train_folder, shares.aside_folder))
+    assert trained == {"train_x_mp4"} and aside == {"test_y_mp4", "val_z_mp4"}
+    shutil.rmtree(tmp_path / "mine/train")
+    with pytest.raises(UserError, match="into train/"):
+        own.take_recordings(tmp_path / "mine", tmp_path / "other", 24)
 
 
 def test_a_folder_without_videos_is_refused(tmp_path):

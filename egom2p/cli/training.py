@@ -182,13 +182,15 @@ def _add_quickstart(commands) -> None:
     parser.add_argument("--recordings", type=Path, metavar="FOLDER",
                         help="your own videos (docs/data.md): train on them beside the world, hold a share aside and "
                              "show it in the report")
+    parser.add_argument("--gaze-units", default="", choices=("pixels", "normalized"),
+                        help="of gaze files of the recordings that do not say it")
     parser.set_defaults(run=_quickstart)
 
 
 def _quickstart(args) -> None:
     from egom2p.quickstart import quickstart
 
-    quickstart(args.out, args.config, args.inputs, args.recordings)
+    quickstart(args.out, args.config, args.inputs, args.recordings, args.gaze_units)
 
 
 def _add_configs(commands) -> None:

@@ -15,7 +15,8 @@ is not used.
 import heapq
 import io
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 CONTAINERS = (b"ftyp", b"\x1aE\xdf\xa3", b"RIFF")  # what files that were meant as videos begin with
 GRAY16 = ("gray16le", "gray16be")
 READ_ERRORS = 20  # so often a container is asked again after an error in reading (not decoding) it
+CLOCK_RESTART_S = 0.5  # backwards by more than this
 LONGEST_HOLD_S = 10.0  # a jump of the clock beyond this is no pause but a cut
 HDR = (16, 18)  # colour transfers of PQ and HLG
 
@@ -116,15 +118,34 @@ def probe_video(path: Path) -> float:
 def frame_times(path: Path) -> np.ndarray:
     """(N,) seconds of each frame of a video from its packets alone, ascending, the first is 0.
 
-    A packet may turn out to show no frame (damage, alt-ref): join pictures to these by time, never by count.
+    A packet may turn out to show no frame (damage, alt-ref): join pictures to these by time, never by count. What lies
+    before the first key frame cannot be shown and is no frame; a clock that starts anew goes on, as in `shown`.
     """
     with _opened(path) as container:
         stream = _film(container, path)
         clock = _Clock(container, stream)
-        times = sorted(t for p in _packets(container, stream, Losses()) if (t := clock.of_packet(p)) is not None)
+        times = _times_of(_packets(container, stream, Losses()), clock)
     if not times:
         raise UserError(f"{path}: holds no video frame")
     return np.array(times) - times[0]
+
+
+def _times_of(packets: Iterable[Any], clock: "_Clock") -> list[float]:
+    """Seconds of the frames that packets show, ascending."""
+    times, undecodable = [], []
+    start, shift, decoded = None, 0.0, -math.inf
+    for packet in packets:
+        if start is None and packet.size and packet.is_keyframe:  # perhaps one that is decoded and not shown
+            start = (clock.stamp(packet) or 0) * clock.base
+        time = clock.of_packet(packet)
+        if time is None:
+            continue
+        if packet.dts is not None:
+            if packet.dts * clock.base < decoded - CLOCK_RESTART_S and times:
+                start, shift = time, max(times) + clock.step - time
+            decoded = packet.dts * clock.base
+        (undecodable if start is None or time < start else times).append(time + shift)
+    return sorted(times or undecodable)  # some formats mark no key frame
 
 
 class FrameStream:
@@ -299,10 +320,13 @@ class _Clock:
 
     def of_packet(self, packet: Any) -> float | None:
         """Container time of a packet whose frame is shown."""
-        stamp = packet.dts if self.by_dts else packet.pts
+        stamp = self.stamp(packet)
         if stamp is None or not packet.size or packet.is_discard:
             return None
         return stamp * self.base
+
+    def stamp(self, packet: Any) -> int | None:
+        return packet.dts if self.by_dts else packet.pts
 
     def of_frame(self, frame: Any) -> float | None:
         """None for a frame that repeats one shown already."""
@@ -320,7 +344,7 @@ class _Clock:
             return 0.0
         time = self.last + self.step if time is None else time + self.shift
         if time <= self.last:
-            if self.last - time < 0.5:
+            if self.last - time < CLOCK_RESTART_S:
                 return None
             self.shift += self.last + self.step - time
             time = self.last + self.step

@@ -7,6 +7,8 @@ or
 both ranges. Nothing is guessed beyond that.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from egom2p.datasets.recording import BadSequence
 
+TIME = re.compile(r"(time|timestamp|t|stamp|recording timestamp)s?(_?(s|sec|seconds|ms|us|ns))?(?![a-z0-9_])")
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 STEPS_S = (2e-4, 1.1)  # from 5 kHz to key frames a second apart
 SLACK_S = 1.0
@@ -46,6 +49,19 @@ class VideoClock:
         return np.interp(numbers, np.arange(self.frames), self.times - self.times[0]) + outside * self.step
 
 
+def time_column(names: Iterable[str]) -> str:
+    """The first column that is called like a time, else the first one: tables saved with pandas have their rows'
+    numbers in front."""
+    names = list(names)
+    return next((name for name in names if TIME.match(name)), names[0])
+
+
+def _step_of(stamps: np.ndarray) -> float:
+    """Median of the steps from stamp to stamp; several rows may share one (both eyes', say)."""
+    apart = np.diff(np.unique(stamps))
+    return float(np.median(apart)) if len(apart) else 0.0
+
+
 def seconds_of(stamps: np.ndarray, clock: VideoClock, what: str, notes: list[str],
                said: dict[str, Any] | None = None) -> np.ndarray:
     """(N,) stamps -> seconds from the video's first frame. said: `unit` (s, ms, us, ns or frames) and `start` (the
@@ -67,7 +83,7 @@ def seconds_of(stamps: np.ndarray, clock: VideoClock, what: str, notes: list[str
     first, last = seconds(np.array([finite.min(), finite.max()])).tolist()
     if first >= -SLACK_S and last <= clock.seconds + SLACK_S:
         return seconds(stamps)
-    span, step = last - first, float(np.median(np.diff(seconds(np.sort(finite)))))
+    span, step = last - first, _step_of(seconds(finite))
     if len(stamps) == clock.frames or abs(span + step - clock.seconds) <= 2 * max(step, clock.step):
         notes.append(f"{what}: its clock runs from {first:.6g} s; it lasts as long as the video and starts with it")
         return seconds(stamps - finite.min())
@@ -82,7 +98,7 @@ def _unit(stamps: np.ndarray, clock: VideoClock, what: str, said: str) -> str:
         if said not in (*UNITS, "frames"):
             raise BadSequence(f"{what}: unit '{said}' is none of {', '.join(UNITS)}, frames")
         return said
-    span, step = float(np.ptp(stamps)), float(np.median(np.diff(np.sort(stamps))))
+    span, step = float(np.ptp(stamps)), _step_of(stamps)
     if step <= 0:
         raise BadSequence(f"{what}: its time stamps stand still")
     counted = bool(np.all(stamps == np.round(stamps))) and abs(step - 1) < 1e-9

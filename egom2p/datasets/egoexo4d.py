@@ -14,11 +14,11 @@ downscaled_takes/448 take_trajectory take_eye_gaze take_point_cloud --views ego`
   annotations/splits.json               take_uid_to_split
 Frame i of the mp4 is row timesync_start_idx + 1 + i (docs and tutorial), or without the + 1 where the mp4 has a frame
 more.
-Gaze is placed by tracking_timestamp_us against frame 0's stamp where both are there, else row k at k / 10 s, as the
-tutorial spreads it. Poses: MPS world from device @ device from camera @ rotZ(-90), which is the authors' matrix. Frames
-stay fisheye and gaze is / 1408, no crop, as EgoM2P has it; so clips carry no pinhole intrinsics. Takes in no split list
-are left out. No depth. No real take was at hand; columns and rates are what three independent readers of real ones
-agree on.
+Gaze is placed by tracking_timestamp_us against frame 0's stamp where both are there and agree (a note says when not),
+else row k at k / 10 s, as the tutorial spreads it. Poses: MPS world from device @ device from camera @ rotZ(-90), which
+is the authors' matrix. Frames stay fisheye and gaze is / 1408, no crop, as EgoM2P has it; so clips carry no pinhole
+intrinsics. Takes in no split list are left out. No depth. No real take was at hand; columns and rates are what three
+independent readers of real ones agree on.
 """
 
 import csv
@@ -62,7 +62,10 @@ class EgoExo4D(Adapter):
         return {name: by_uid[uids[name]] for name in sequences if uids[name] in by_uid}
 
     def files(self, root: Path, sequence: str) -> list[Path]:
-        return list(walk(self._folder(root, self._takes(root)[sequence])))
+        take = self._takes(root)[sequence]
+        capture = root / "captures" / take.get("capture", {}).get("capture_name", "")
+        return [*walk(self._folder(root, take)), capture / "timesync.csv",
+                *(capture / "trajectory" / name for name in ("closed_loop_trajectory.csv", "online_calibration.jsonl"))]
 
     def open(self, root: Path, sequence: str) -> Recording:
         take = self._takes(root)[sequence]
@@ -79,7 +82,7 @@ class EgoExo4D(Adapter):
         gaze = [folder / f"eye_gaze/{kind}_eye_gaze_2d.csv" for kind in ("personalized", "general")]
         if any(p.exists() for p in gaze):
             recording.gaze = recording.attempt("gaze", self._gaze, find(*[p for p in gaze if p.exists()]), side, stamps,
-                                               len(video.times) / RATE)
+                                               len(video.times) / RATE, recording.notes)
         return recording
 
     def _takes(self, root: Path) -> dict[str, dict]:
@@ -120,7 +123,8 @@ class EgoExo4D(Adapter):
         device_from_camera, _ = read_online_calibration(find(*(p / "online_calibration.jsonl" for p in places)))
         return poses_at(trajectory, stamps, times, device_from_camera)
 
-    def _gaze(self, path: Path, side: int, stamps: np.ndarray | None, seconds: float) -> Track:
+    def _gaze(self, path: Path, side: int, stamps: np.ndarray | None, seconds: float,
+              notes: list[str]) -> Track:
         table = read_table(path)
         points = np.stack([table.column("x"), table.column("y")], -1) * side / GAZE_SIDE
         number = table.get("frame_num", "frame_number")
@@ -132,6 +136,9 @@ class EgoExo4D(Adapter):
             placed = (device_us * 1000 - start_ns) / 1e9
             if len(placed) and -2 < placed[0] < 2 and placed[-1] < seconds + 2:
                 times = placed
+            else:
+                span = f"from {placed.min():.1f} to {placed.max():.1f} s of a take of {seconds:.1f}"
+                notes.append(f"{path.name}: its stamps run {span}; rows are placed a tenth of a second apart instead")
         order = np.argsort(times, kind="stable")
         return Track(times[order], points[order])
 

@@ -99,7 +99,7 @@ def _valid(table: Table) -> np.ndarray:
 
 def _tobii(table: Table, x_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool | None]:
     """A Tobii Pro Lab export of a glasses project: rows of other sensors and events lie between those of the eye
-    tracker."""
+    tracker, which alone have a word on their validity; theirs without a point are blinks."""
     if "presented stimulus name" in table.columns:
         raise BadSequence(f"{table.path} is of a screen project: its gaze is in pixels of the screen, not of a scene "
                           f"video")
@@ -110,7 +110,8 @@ def _tobii(table: Table, x_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarra
     stamp = next((n for n in table.columns if n.startswith("recording timestamp")), None)
     if stamp is None:
         raise BadSequence(f"{table.path} needs the column Recording timestamp; it has {', '.join(table.columns)}")
-    rows = np.isfinite(points).all(1) | ~np.isfinite(table.columns[stamp])
+    tracked = np.any([np.isfinite(side) for side in sides], axis=0) if sides else False
+    rows = np.isfinite(points).all(1) | tracked | ~np.isfinite(table.columns[stamp])
     return table.columns[stamp][rows], points[rows], valid[rows], "norm" in x_name
 
 

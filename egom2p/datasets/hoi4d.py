@@ -52,7 +52,8 @@ class HOI4D(Adapter):
         return need(root, sorted(found), self)
 
     def files(self, root: Path, sequence: str) -> list[Path]:
-        return [f for base in self._bases(root) for f in walk(base / sequence)]
+        camera = f"camera_params/{sequence.split('/')[0]}/intrin.npy"
+        return [f for base in self._bases(root) for f in (*walk(base / sequence), base / camera)]
 
     def open(self, root: Path, sequence: str) -> Recording:
         places = [base / sequence for base in self._bases(root)]

@@ -82,6 +82,8 @@ class Job:
 def prepare(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str, ...] = ()) -> dict[str, Any]:
     """Prepare every sequence (or those in `only`) of data set `name`. Returns the card."""
     plan = plan_jobs(name, root, out, args, only)
+    for job in plan.jobs:
+        _forget_lost(out, job)
     run_jobs(name, root, out, plan, plan.jobs)
     card = write_card(out, set_name(name), plan.skipped)
     for signal in sorted(set(args.series) - card["coverage"].keys()):
@@ -119,6 +121,8 @@ def plan_jobs(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[s
         log.warning("skipped: %s", line)
     args = _settled(out, name, args)
     _forget_renamed(out, prepared, names)
+    for sequence in unlisted:  # by an earlier list: it may be for testing now
+        _remove(out, names[sequence])
     return Plan([Job(s, args.split or (splits or {}).get(s, ""), names[s], stamp_of(adapter.files(root, s)))
                  for s in chosen if s not in unlisted], args, skipped)
 
@@ -227,6 +231,13 @@ def _prepared(out: Path) -> Iterator[tuple[Path, str]]:
         yield path, read_json(path).get("sequence", "")
 
 
+def _forget_lost(out: Path, job: Job) -> None:
+    """Drop the record of clips whose tar is gone, so that it is made again."""
+    record = _record(out, job)
+    if record and record["counts"].get("clips kept") and not (out / record["split"] / f"{job.file}.tar").exists():
+        record_path(out, job.file).unlink()
+
+
 def _remove(out: Path, file: str) -> None:
     record_path(out, file).unlink(missing_ok=True)
     for tar in out.glob(f"*/{file}.tar"):
@@ -246,10 +257,12 @@ def has_failed(out: Path, job: Job) -> bool:
 
 
 def _record(out: Path, job: Job) -> dict[str, Any] | None:
-    """The record of a job, if it is of these files and this version."""
+    """The record of a job, if it is of these files and this version, and in the split that the lists say now."""
     path = record_path(out, job.file)
     record = read_json(path) if path.exists() else {}
-    return record if record.get("version") == VERSION and record.get("stamp") == job.stamp else None
+    elsewhere = job.split and not record.get("error") and record.get("split") != job.split
+    fits = record.get("version") == VERSION and record.get("stamp") == job.stamp and not elsewhere
+    return record if fits else None
 
 
 def _run(name: str, root: Path, out: Path, args: PrepareArgs, jobs: list[Job], total: int) -> Iterator[dict]:

@@ -78,6 +78,9 @@ class VideoDepthAnything:
             raise UserError("video_depth_anything is not importable: clone "
                             "https://github.com/DepthAnything/Video-Depth-Anything, install its requirements and "
                             "put it on PYTHONPATH; or use another --model") from error
+        if "metric" in Path(weights).name:  # that network gives metres, which would be taken for their inverse
+            raise UserError(f"--model video-depth-anything:{weights}: the metric weights predict depth itself; take "
+                            "video_depth_anything_{vits,vitb,vitl}.pth")
         encoder = next((e for e in self.SIZES if e in Path(weights).name), None)
         if encoder is None or not Path(weights).is_file():
             raise UserError(f"--model video-depth-anything:{weights}: name the weights file "

@@ -2,9 +2,11 @@
 
 TUM: `time tx ty tz qx qy qz qw` a line, camera to world. Seen written by evo, ORB-SLAM2 and 3, DPVO (frame numbers as
 time) and MonST3R (frame numbers, and `qw qx qy qz` though it is called TUM); EuRoC's `data.csv` has a header and w
-first, and its poses (as those of ORB-SLAM3 with an IMU) are the IMU's: taken as the camera's, with a note. The order of
-a quaternion cannot be told from its norm: a header says it, or `{"quaternion": "wxyz"}` in NAME.cam.json, or a first
-row that is exactly the identity; else it is x y z w.
+first, and its poses (as those of ORB-SLAM3 with an IMU) are the IMU's: taken as the camera's, with a note. A header
+says what is where by names that differ in their last letter (`px py pz`, `q_w q_x q_y q_z`, `t_wo_x[m]`). Without one
+the order of a quaternion cannot be told from its norm: `{"quaternion": "wxyz"}` in NAME.cam.json says it, or a first
+row 1 0 0 0, which is the identity w first and a half turn about x w last, so a note says what it was taken for; else it
+is x y z w.
 
 COLMAP: `images.txt` / `images.bin` hold camera from world, Hamilton, w first; ids and order mean nothing, so images are
 joined to frames by the number at the end of their names.
@@ -12,6 +14,7 @@ joined to frames by the number at the end of their names.
 
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,10 @@ from typing import Any
 import numpy as np
 
 from egom2p import geometry
-from egom2p.datasets.clocks import VideoClock, seconds_of
+from egom2p.datasets.clocks import VideoClock, seconds_of, time_column
 from egom2p.datasets.recording import BadSequence, Track, find, poses_from
 from egom2p.datasets.tables import Table, read_table, read_text
 
-TRANSLATIONS = (("tx", "ty", "tz"), ("x", "y", "z"), ("p_rs_r_x [m]", "p_rs_r_y [m]", "p_rs_r_z [m]"),
-                ("px", "py", "pz"))
-QUATERNIONS = (("qx", "qy", "qz", "qw"), ("q_rs_x []", "q_rs_y []", "q_rs_z []", "q_rs_w []"))
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 PINHOLES = {"SIMPLE_PINHOLE": 0, "PINHOLE": 1}
 # Parameters of COLMAP's camera models by id (colmap/src/colmap/sensor/models.h), to step over the others in a binary
@@ -55,9 +55,9 @@ def _tum_columns(table: Table, said: dict[str, Any],
                  notes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(N,) stamps, (N, 3) translations, (N, 4) quaternions x y z w."""
     if table.has_header:
-        translation = next((t for t in TRANSLATIONS if set(t) <= table.columns.keys()), None)
-        quaternion = next((q for q in QUATERNIONS if set(q) <= table.columns.keys()), None)
-        stamp = next(iter(table.columns.values()))
+        quaternion = _letters(table.columns, "xyzw")
+        translation = _letters([n for n in table.columns if n not in quaternion], "xyz")
+        stamp = table.columns[time_column(table.columns)]
         if translation and quaternion:
             if translation[0].startswith("p_rs_r"):
                 notes.append(f"{table.path.name}: EuRoC's poses are those of the IMU; they are taken as the camera's")
@@ -72,10 +72,27 @@ def _tum_columns(table: Table, said: dict[str, Any],
         raise BadSequence(f"{table.path}: columns 5 to 8 are no unit quaternions (median norm "
                           f"{np.nanmedian(norms):.3g}); "
                           "expected time tx ty tz qx qy qz qw")
-    order = said.get("quaternion") or ("wxyz" if np.allclose(quaternions[0], [1, 0, 0, 0], atol=1e-9) else "xyzw")
+    order = said.get("quaternion")
+    if not order and np.allclose(quaternions[0], [1, 0, 0, 0], atol=1e-9):
+        order = "wxyz"
+        notes.append(f"{table.path.name}: its first quaternion is 1 0 0 0, so they are taken as w x y z; if not, say "
+                     f"{{\"quaternion\": \"xyzw\"}} in {table.path.name.removesuffix('.tum')}.json")
+    order = order or "xyzw"
     if order not in ("xyzw", "wxyz"):
         raise BadSequence(f"{table.path}: quaternion '{order}' must be xyzw or wxyz")
     return matrix[:, 0], matrix[:, 1:4], quaternions if order == "xyzw" else quaternions[:, [1, 2, 3, 0]]
+
+
+def _letters(names: Iterable[str], letters: str) -> list[str]:
+    """The first columns in a row whose names, units aside, differ in their last letters alone, which are these; in the
+    letters' order. [] when there are none."""
+    names = list(names)
+    plain = [re.sub(r"\s*\[[^\]]*\]$", "", name) for name in names]
+    for start in range(len(names) - len(letters) + 1):
+        part = plain[start : start + len(letters)]
+        if len({p[:-1] for p in part}) == 1 and sorted(p[-1:] for p in part) == sorted(letters):
+            return [names[start + next(i for i, p in enumerate(part) if p.endswith(letter))] for letter in letters]
+    return []
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,8 @@ def read_colmap(folder: Path, times: np.ndarray, said: dict[str, Any],
     poses = np.full((len(times), 4, 4), np.nan)
     for name, frame in _frames_of(model, folder, len(times), said, notes).items():
         poses[frame] = geometry.invert(model.poses[name])
+    if model.intrinsics is None:
+        notes.append(f"{folder.name}: no intrinsics, since its camera is not one single (SIMPLE_)PINHOLE")
     return Track(times, poses), model.intrinsics, model.size
 
 

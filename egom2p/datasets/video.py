@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from egom2p.config import read_json
-from egom2p.datasets.clocks import VideoClock, seconds_of
+from egom2p.datasets.clocks import VideoClock, seconds_of, time_column
 from egom2p.datasets.gaze_files import read_gaze
 from egom2p.datasets.recording import (
     RESERVED,
@@ -48,7 +48,6 @@ SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mts", ".t
 SIDES = (".cam.tum", ".cam.json", ".colmap", ".gaze.csv", ".gaze.tsv", ".gazedata.gz", ".gaze.json", ".depth.npy",
          ".depth", ".intrinsics.txt")
 TABLES = (".csv", ".tsv", ".txt")
-TIME = re.compile(r"(time|timestamp|t|stamp|recording timestamp)s?(_?(s|sec|seconds|ms|us|ns))?(?![a-z0-9_])")
 SHOWN = 20
 
 
@@ -62,8 +61,13 @@ class VideoFolder(Adapter):
         self.sides = (*SIDES, *(f".{name}{ending}" for name in series for ending in (*TABLES, ".json")))
 
     def sequences(self, root: Path) -> list[str]:
-        return need(root, sorted(p.relative_to(root).as_posix() for p in walk(root) if p.suffix.lower() in SUFFIXES),
-                    self)
+        films = [p for p in walk(root) if p.suffix.lower() in SUFFIXES]
+        known = {str(p.with_suffix("")) for p in films}
+        return need(root, sorted(p.relative_to(root).as_posix() for p in films if not self._beside(p, known)), self)
+
+    def _beside(self, film: Path, known: set[str]) -> bool:
+        """Whether a film is called as if it were a side file of another (NAME.depth.mkv beside NAME.mp4)."""
+        return film.with_suffix("").suffix in self.sides and str(film.with_suffix("").with_suffix("")) in known
 
     def files(self, root: Path, sequence: str) -> list[Path]:
         path = root / sequence
@@ -77,6 +81,9 @@ class VideoFolder(Adapter):
         rows: dict[str, str] = {}
         for path in files:
             if path.suffix.lower() in SUFFIXES:
+                if self._beside(path, videos):
+                    name = path.relative_to(root).as_posix()
+                    rows[name] = f"{name}: called as a side file, and none of those is a film (docs/data.md)"
                 continue
             base, suffix = _side_of(path, root, self.sides)
             name = path.relative_to(root).as_posix()
@@ -153,10 +160,11 @@ class _Beside:
         if path is None:
             return None
         table = read_table(path)
-        clock = next((column for column in table.columns if TIME.match(column)), next(iter(table.columns)))
+        clock = time_column(table.columns)
         values = {name: column for name, column in table.columns.items() if name != clock}
-        # Of a separator at the lines' ends; a channel that has a name and no number costs the signal.
-        nameless = [name for name, column in values.items() if not name.strip(".0123456789") and np.isnan(column).all()]
+        # Of a separator at the lines' ends, or the rows' numbers that pandas puts in front; a channel that has a name
+        # and no number costs the signal.
+        nameless = [name for name, column in values.items() if table.has_header and _is_no_channel(name, column)]
         values = [column for name, column in values.items() if name not in nameless]
         if not values:
             raise BadSequence(f"{path}: a column of times and one of numbers a channel are wanted; it has "
@@ -188,6 +196,12 @@ class _Beside:
         matrix, full = self.colmap
         return fit_intrinsics(np.diag([width / full[0], height / full[1], 1.0]) @ matrix, width, height, None,
                               self.notes)
+
+
+def _is_no_channel(name: str, column: np.ndarray) -> bool:
+    """Of a column with a header."""
+    unnamed = not name.strip(".0123456789") or name.startswith("unnamed:")
+    return unnamed and bool(np.isnan(column).all() or np.array_equal(column, np.arange(len(column))))
 
 
 def numbered_depth(folder: Path, times: np.ndarray, notes: list[str]) -> ImagePictures:

@@ -20,7 +20,9 @@ from egom2p.data.clips import ClipIndex
 from egom2p.data.video import square
 from egom2p.datasets import ADAPTERS
 from egom2p.datasets.checks import reprojection_error
-from egom2p.datasets.prepare import make_adapter
+from egom2p.datasets.prepare import PrepareArgs, make_adapter
+from egom2p.datasets.prepare import prepare as prepare_in
+from egom2p.datasets.video import VideoFolder
 from egom2p.signals.writers import write_video
 from tests.conftest import run_cli
 from tests.datasets.conventions import PSI_FROM_OPENCV, opencv_distort
@@ -343,9 +345,30 @@ def test_a_second_run_does_what_is_missing_and_any_number_of_workers_writes_the_
     prepare("video", root, tmp_path / "a")
     changed = {f.name for f in files if (tmp_path / "a" / f).stat().st_mtime_ns != times[f]}
     assert changed == {"plain.mp4".replace(".", "_") + ".tar"}
+    tar = next((tmp_path / "a").glob("*/plain_mp4.tar"))
+    whole = tar.read_bytes()
+    tar.unlink()
+    prepare("video", root, tmp_path / "a")
+    assert tar.read_bytes() == whole
     done = run_cli("prepare", "video", "--root", root, "--out", tmp_path / "a", "--size", 32, check=False)
     assert done.returncode == 2
     assert "choose another --out" in done.stderr
+
+
+def test_lists_that_changed_move_what_was_prepared(tmp_path, monkeypatch):
+    """What is for testing now must not stay among the clips that are trained on."""
+    (tmp_path / "raw").mkdir()
+    for name in "abc":
+        write_video(tmp_path / f"raw/{name}.mp4", np.zeros((60, 32, 32, 3), np.uint8), 30)
+    lists = {"a.mp4": "train", "b.mp4": "train", "c.mp4": "train"}
+    monkeypatch.setattr(VideoFolder, "splits", lambda self, root, sequences: {s: lists[s] for s in lists})
+    made = []
+    for change in ({}, {"b.mp4": "test"}, {"c.mp4": None}):
+        lists = {k: v for k, v in {**lists, **change}.items() if v}
+        prepare_in("video", tmp_path / "raw", tmp_path / "out", PrepareArgs(size=16, workers=1))
+        made.append(sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").glob("*/*.tar")))
+    assert made == [["train/a_mp4.tar", "train/b_mp4.tar", "train/c_mp4.tar"],
+                    ["test/b_mp4.tar", "train/a_mp4.tar", "train/c_mp4.tar"], ["test/b_mp4.tar", "train/a_mp4.tar"]]
 
 
 def test_wrong_axes_are_flagged(tmp_path):

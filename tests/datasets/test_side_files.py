@@ -13,7 +13,7 @@ import pytest
 from egom2p import geometry
 from egom2p.data.clips import read_clips
 from egom2p.datasets.checks import Statistics
-from egom2p.datasets.clocks import VideoClock
+from egom2p.datasets.clocks import TIME, VideoClock
 from egom2p.datasets.cutting import _depth_at, cut
 from egom2p.datasets.gaze_files import read_gaze
 from egom2p.datasets.recording import (
@@ -27,7 +27,7 @@ from egom2p.datasets.recording import (
 )
 from egom2p.datasets.tables import read_matrix, read_table
 from egom2p.datasets.trajectories import read_colmap, read_tum
-from egom2p.datasets.video import TIME, VideoFolder, _Beside, numbered_depth
+from egom2p.datasets.video import VideoFolder, _Beside, numbered_depth
 from egom2p.geometry import quaternions
 from egom2p.signals.writers import write_video
 from tests.conftest import run_cli
@@ -125,6 +125,40 @@ def test_quaternion_order(tmp_path, poses):
     rows = tum_rows(poses, np.round(TIMES * 1e9).astype(np.int64), order="wxyz")  # EuRoC's data.csv
     path = written(tmp_path / "euroc.cam.tum", [head, *(",".join(r) for r in rows)])
     assert np.abs(read_tum(path, CLOCK, {}, []).values - poses).max() < 1e-6
+
+
+@pytest.mark.parametrize("head", ["timestamp x y z q_w q_x q_y q_z", "t px py pz rot_w rot_x rot_y rot_z",
+                                  "timestamp[ns] t_wo_x[m] t_wo_y[m] t_wo_z[m] q_wo_w q_wo_x q_wo_y q_wo_z"])
+def test_a_header_says_which_number_is_w(tmp_path, poses, head):
+    path = written(tmp_path / "a.cam.tum", [head, *(" ".join(r) for r in tum_rows(poses, order="wxyz"))])
+    notes: list[str] = []
+    assert np.abs(read_tum(path, CLOCK, {}, notes).values - poses).max() < 1e-6 and not notes
+
+
+def test_rows_numbers_in_front_are_no_times(tmp_path, poses):
+    """As pandas writes them; 25 poses at 10 Hz would end after .8 s."""
+    rows = [[str(i), *row] for i, row in enumerate(tum_rows(poses[:25], np.arange(25) / 10))]
+    for head in (",timestamp,tx,ty,tz,qx,qy,qz,qw", "frame,timestamp,tx,ty,tz,qx,qy,qz,qw"):
+        path = written(tmp_path / "a.cam.tum", [head, *(",".join(r) for r in rows)])
+        track = read_tum(path, CLOCK, {}, [])
+        assert np.allclose(track.times, np.arange(25) / 10) and np.abs(track.values - poses[:25]).max() < 1e-6
+
+
+def test_a_first_quaternion_that_says_two_things_is_noted(tmp_path, poses):
+    """1 0 0 0: the identity with w first, and where an OpenGL trajectory starts, turned to OpenCV's axes, w last."""
+    opengl = geometry.relative_to_first(poses) @ np.diag([1.0, -1, -1, 1])
+    path = written(tmp_path / "a.cam.tum", [" ".join(r) for r in tum_rows(opengl)])
+    notes: list[str] = []
+    read_tum(path, CLOCK, {}, notes)
+    assert "taken as w x y z; if not, say" in notes[0] and "a.cam.json" in notes[0]
+    assert np.abs(read_tum(path, CLOCK, {"quaternion": "xyzw"}, notes).values - opengl).max() < 1e-6
+    assert len(notes) == 1
+
+
+def test_both_eyes_may_have_a_row_a_stamp(tmp_path, poses):
+    rows = [r for r in tum_rows(poses) for _ in range(2)]
+    track = read_tum(written(tmp_path / "a.cam.tum", [" ".join(r) for r in rows]), CLOCK, {}, [])
+    assert np.allclose(track.times, TIMES)
 
 
 def test_rows_that_are_no_pose_are_counted(tmp_path, poses):
@@ -273,6 +307,18 @@ def test_tobii_pro_lab(tmp_path, decimal):
     with pytest.raises(BadSequence, match="screen"):
         read_gaze(written(tmp_path / "s.gaze.tsv", [rows[0] + "\tPresented Stimulus name", rows[1] + "\tx"]), CLOCK,
                   (WIDTH, HEIGHT), "", {}, [])
+
+
+def test_a_blink_in_a_tobii_export_is_not_bridged(tmp_path):
+    """A quarter of a second of rows of the eye tracker without a point, other sensors' rows between them."""
+    rows = ["Recording timestamp [ms]\tGaze point X [MCS px]\tGaze point Y [MCS px]\tValidity left"]
+    times = np.arange(100) / 40
+    for t in times:
+        blink = 1.0 <= t < 1.25
+        rows.append(f"{t * 1000:.3f}\t{'' if blink else 40}\t{'' if blink else 30}\t{'Invalid' if blink else 'Valid'}")
+        rows.append(f"{t * 1000 + 1:.3f}\t\t\t")
+    track = read_gaze(written(tmp_path / "a.gaze.tsv", rows), CLOCK, (WIDTH, HEIGHT), "", {}, [])
+    assert np.array_equal(np.isnan(track.values[:, 0]), (times >= 1.0) & (times < 1.25))
 
 
 def test_empty_cells_at_the_ends_of_tab_separated_rows(tmp_path):
@@ -567,3 +613,21 @@ def test_a_table_without_header_is_as_wide_as_its_widest_row(tmp_path):
 def test_columns_of_one_name_are_told_apart(tmp_path):
     table = read_table(written(tmp_path / "t.csv", ["time,x,y,x,x", "0,1,2,3,4"]))
     assert list(table.columns) == ["time", "x", "y", "x.2", "x.3"] and table.column("x.3")[0] == 4
+
+
+def test_rows_numbers_are_no_channel(tmp_path):
+    table = written(tmp_path / "a.imu.csv", [",time,ax,ay", *(f"{i},{t},{t * 2},{t * 3}" for i, t in enumerate(TIMES))])
+    beside = _Beside(tmp_path / "a", TIMES, (64, 48), "", [])
+    assert np.allclose(beside.series("imu").values, np.stack([TIMES * 2, TIMES * 3], 1))
+    written(table, [",time", *(f"{i},{t}" for i, t in enumerate(TIMES))])
+    with pytest.raises(BadSequence, match="one of numbers a channel"):
+        beside.series("imu")
+
+
+def test_a_depth_film_beside_a_video_is_no_recording(tmp_path):
+    frames = np.zeros((75, 32, 32, 3), np.uint8)
+    for name in ("n.mp4", "n.depth.mkv", "alone.depth.mp4"):
+        write_video(tmp_path / name, frames, 30)
+    adapter = VideoFolder()
+    assert adapter.sequences(tmp_path) == ["alone.depth.mp4", "n.mp4"]
+    assert [line.partition(":")[0] for line in adapter.skipped(tmp_path)] == ["n.depth.mkv"]
