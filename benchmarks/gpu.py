@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -358,13 +359,37 @@ def timed(sizes: ModelArgs, micro: int, compiled: bool, steps: int, fused: bool 
     return None
 
 
-LADDER = (  # what is switched on, step by step: (name, compile, fused softmax, fill_to, elements of a chunk of logits)
-    ("small chunks of the loss (as on a CPU)", False, False, 0, CHUNK_ELEMENTS["cpu"]),
-    ("large chunks", False, False, 0, CHUNK_ELEMENTS["cuda"]),
-    ("compiled blocks", True, False, 0, CHUNK_ELEMENTS["cuda"]),
-    ("fused softmax (train.compile)", True, True, 0, CHUNK_ELEMENTS["cuda"]),
-    ("model.fill_to=2048", True, True, 2048, CHUNK_ELEMENTS["cuda"]),
+class Rung(NamedTuple):
+    """What is switched on: compiled blocks, the fused softmax, filled packs, elements of a chunk of logits, and the
+    newest FlashAttention that is installed instead of torch's own."""
+
+    name: str
+    compiled: bool = True
+    fused: bool = True
+    fill_to: int = 0
+    elements: int = CHUNK_ELEMENTS["cuda"]
+    newest: bool = False
+
+
+LADDER = (  # each with what those before it switched on
+    Rung("small chunks of the loss (as on a CPU)", False, False, elements=CHUNK_ELEMENTS["cpu"]),
+    Rung("large chunks", False, False),
+    Rung("compiled blocks", fused=False),
+    Rung("fused softmax (train.compile)"),
+    Rung("FlashAttention 3 or 4", newest=True),
+    Rung("model.fill_to=2048", newest=True, fill_to=2048),
 )
+
+
+def choose_attention(newest: bool) -> str:
+    """torch's own flash kernels, or the newest ones installed, which training takes; returns the name of those."""
+    if DEVICE.type != "cuda":
+        return ""
+    if not newest:
+        if getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)():
+            torch.nn.attention.restore_flash_attention_impl()
+        return ""
+    return newest_flash_attention(torch.cuda.get_device_capability()[0])
 
 
 def section_ladder(args) -> str:
@@ -372,20 +397,25 @@ def section_ladder(args) -> str:
     lines = ["| switched on | micro-batch | samples/s | MFU | peak GB | kernels a step | host ms of ms |",
              "|---|---|---|---|---|---|---|"]
     usual = CHUNK_ELEMENTS[DEVICE.type]
-    for name, compiled, fused, fill_to, elements in LADDER[-1:] if args.smoke else LADDER:
-        CHUNK_ELEMENTS[DEVICE.type] = elements
+    for rung in LADDER[-1:] if args.smoke else LADDER:
+        attention = choose_attention(rung.newest)
+        if rung.newest and not rung.fill_to and not attention:
+            say(f"{rung.name}: not installed for this GPU")
+            continue
+        CHUNK_ELEMENTS[DEVICE.type] = rung.elements
         torch._dynamo.reset()
         for micro in sorted(args.micro, reverse=True):
-            row = timed(replace(args.sizes, fill_to=fill_to), micro, compiled, args.steps, fused)
+            row = timed(replace(args.sizes, fill_to=rung.fill_to), micro, rung.compiled, args.steps, rung.fused)
             if row is None:
                 continue
-            lines.append(f"| {name} | {micro} | {row['samples_per_s']:.1f} | "
+            lines.append(f"| {rung.name} | {micro} | {row['samples_per_s']:.1f} | "
                          + (f"{row['mfu']:.1%}" if row["mfu"] else "-") + " | "
                          + (f"{row['peak_gb']:.1f}" if row["peak_gb"] else "-")
                          + f" | {row['launches'] or '-'} | {row['host_ms']:.0f} of {row['ms']:.0f} |")
             say(lines[-1])
             break
     CHUNK_ELEMENTS[DEVICE.type] = usual
+    choose_attention(True)
     return "\n".join(lines)
 
 
@@ -451,13 +481,18 @@ def section_generate(args) -> dict[str, float]:
 
 
 def section_train(args) -> dict[str, dict[str, float]]:
-    """The real command on random shards, {processes: figures}: medians of its logged steps, the first left out."""
+    """The real command on random shards, {processes: figures}: medians of its logged steps, the first left out. On
+    several GPUs also with gradients summed in bfloat16."""
     give_back()
     counts = sorted({1, max(1, torch.cuda.device_count())})
-    return {f"{n} process{'es' if n > 1 else ''}": train_for_a_while(args, n) for n in counts}
+    found = {f"{n} process{'es' if n > 1 else ''}": train_for_a_while(args, n) for n in counts}
+    if counts[-1] > 1:
+        found[f"{counts[-1]} processes, train.reduce=bfloat16"] = train_for_a_while(args, counts[-1],
+                                                                                    "train.reduce=bfloat16")
+    return found
 
 
-def train_for_a_while(args, processes: int) -> dict[str, float]:
+def train_for_a_while(args, processes: int, *more: str) -> dict[str, float]:
     root = args.out / "tokens"
     config = "cfgs/train/debug.yaml" if args.smoke else "cfgs/train/egom2p_base.yaml"
     if not root.exists():
@@ -474,7 +509,7 @@ def train_for_a_while(args, processes: int) -> dict[str, float]:
                            f"data.root={root}",
                            f"run.dir={args.out / f'run-{time.time_ns()}'}",
                            f"train.micro_batch_size={micro}", "checkpoint.every=0", "eval.every=0",
-                           *changes], capture_output=True, text=True, timeout=TRAIN_LIMIT_S)
+                           *changes, *more], capture_output=True, text=True, timeout=TRAIN_LIMIT_S)
     if done.returncode:
         raise RuntimeError(f"{processes} processes: {done.stderr[-1500:]}")
     newest = max(args.out.glob("run-*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
@@ -510,7 +545,7 @@ def main() -> None:
         args.sizes, args.micro, args.steps, args.recipes = ModelArgs(32, 2, 1, 1), [1], 1, ["rgb2cam"]
     heading(__doc__, size=args.size)
     if DEVICE.type == "cuda":
-        say(f"attention by {newest_flash_attention(torch.cuda.get_device_capability()[0]) or 'torch'}, as in training")
+        say(f"attention by {choose_attention(True) or 'torch'}, as in training")
     results, summary = {}, []
     for name in args.sections.split(","):
         started = time.perf_counter()

@@ -31,7 +31,8 @@ def test_flops_agree_with_torch(variant):
 @pytest.mark.parametrize("fill_to", [0, 16])
 def test_compiled_blocks_do_not_recompile_as_lengths_vary(fill_to):
     """Over 60 packs, of other lengths and numbers of samples: as many graphs as after the first three, and the plain
-    model's losses. What is traced anew is dynamo's, whatever makes code of it, so one of the two does without that."""
+    model's losses. What is traced anew is dynamo's, whatever makes code of it; trainings that are compiled whole are
+    in tests/training/test_ranks_and_waits.py."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -39,7 +40,7 @@ def test_compiled_blocks_do_not_recompile_as_lengths_vary(fill_to):
     plain = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2))
     compiled = EgoM2P(MODALITIES, ModelArgs(24, 4, 2, 2, fill_to=fill_to))
     compiled.load_state_dict(plain.state_dict())
-    compiled.compile(**({} if fill_to else {"backend": "aot_eager"}))
+    compiled.compile(backend="aot_eager")
     rng = np.random.default_rng(0)
     graphs = []
     for step in range(60):

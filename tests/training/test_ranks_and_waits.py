@@ -152,9 +152,9 @@ def test_gradients_summed_in_bfloat16_train_as_well(debug_tokens, reference, tmp
 
 @pytest.mark.slow
 def test_compiled_blocks_train_on_several_processes(debug_tokens, reference, tmp_path):
-    """What the base recipe does under torchrun: two processes with train.compile against one without. (FSDP2 was seen
-    to agree too; compiling twice takes minutes of the suite.)"""
-    run_ranks(2, *arguments(debug_tokens, tmp_path / "run", "train.compile=true"))
+    """What the base recipe does under torchrun, packs filled up: two processes with train.compile against one without.
+    (FSDP2 was seen to agree too; compiling twice takes minutes of the suite.)"""
+    run_ranks(2, *arguments(debug_tokens, tmp_path / "run", "train.compile=true", "model.fill_to=64"))
     for ours, theirs in zip(curve(tmp_path / "run"), curve(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4), ours["step"]
 
