@@ -6,6 +6,7 @@ A run that is finished is not run again, one that was stopped goes on, one that 
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 from egom2p.compare import Row, compare, comparison_text, write_comparison
 from egom2p.config import load, read_json
-from egom2p.errors import UserError
+from egom2p.errors import Preempted, UserError
 from egom2p.files import write_whole
 from egom2p.training.loop import MAY_CHANGE, what_differs
 from egom2p.training.pretraining import PretrainConfig
@@ -104,7 +105,7 @@ def ablate(sweep: SweepConfig, send: Callable[[list[PretrainConfig], list[int]],
             now = {k: asked[k] for k in changed}
             raise UserError(f"{run.folder} was run with {changed}, now {now}; choose another out or remove it")
         forced = configs[-1].resume.force
-        if known and not forced and (other := what_differs(configs[-1], run.folder, MAY_DIFFER)):
+        if not forced and (other := what_differs(configs[-1], run.folder, MAY_DIFFER)):
             raise UserError(f"{run.folder} holds another run ({other}); choose another out, or put "
                             "resume: {force: true} into the base to compare what is there")
     if send:
@@ -141,10 +142,30 @@ def _run(sweep: SweepConfig, run: Combination) -> bool:
         out = ["--out", str(run.folder / "eval")]
         commands.append(["eval", str(run.folder), "--protocol", sweep.protocol, *data, *out])
     for command in commands:
-        if subprocess.run([sys.executable, "-m", "egom2p", *command]).returncode:
+        if _call(command):
             return False
     write_whole(run.folder / FINISHED, json.dumps(_asked(sweep, run), indent=1))
     return True
+
+
+def _call(command: list[str]) -> int:
+    """Exit code of a command of ours. Ctrl-C reaches it as well, and SIGTERM is handed on; it is waited for, since it
+    saves what it has. Raises Preempted when it stopped for that."""
+    process, interrupted = subprocess.Popen([sys.executable, "-m", "egom2p", *command]), False
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while process.returncode is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                interrupted = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if process.returncode == Preempted.EXIT_CODE:
+        raise Preempted("the sweep stops here; start the same command again to go on")
+    if interrupted:
+        raise KeyboardInterrupt
+    return process.returncode
 
 
 def _trained(folder: Path, config: PretrainConfig) -> bool:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,12 +36,13 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 @dataclass
 class Subject:
     """figures {name: value}; clips {name: {key: value}} for those that are means over clips; curve (n, 3): step,
-    seconds of training, loss."""
+    seconds of training, loss; measures: how an evaluation measured."""
 
     folder: Path
     figures: dict[str, float] = field(default_factory=dict)
     clips: dict[str, dict[str, float]] = field(default_factory=dict)
     curve: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
+    measures: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def compare(folders: Sequence[Path], figures: Sequence[str] = ()) -> tuple[list[
     for folder in folders:
         groups.setdefault(_group_of(folder, folders), []).append(read_subject(folder))
     first = next(iter(groups.values()))
+    _say_what_differs([s for subjects in groups.values() for s in subjects])
     known = {name: None for subjects in groups.values() for s in subjects for name in s.figures}
     if unknown := [f for f in figures if f not in known]:
         raise UserError(f"no figure '{unknown[0]}'; there are {', '.join(known)}")
@@ -129,7 +132,19 @@ def _read_run(folder: Path, subject: Subject) -> None:
     subject.curve = np.array(points or [(r["step"], 0.0, r["loss"]) for r in rows if r.get("loss") is not None])
 
 
+def _say_what_differs(subjects: Sequence[Subject]) -> None:
+    """Figures of one name are of one kind only where they were measured alike."""
+    evaluated = [s for s in subjects if s.measures]
+    for other in evaluated[1:]:
+        if changed := [k for k, v in evaluated[0].measures.items() if other.measures.get(k) != v]:
+            log.warning("%s and %s were measured differently (%s: %s and %s), so that their differences may be of that "
+                        "alone", evaluated[0].folder, other.folder, changed[0], evaluated[0].measures[changed[0]],
+                        other.measures.get(changed[0]))
+            return
+
+
 def _read_evaluation(folder: Path, subject: Subject) -> None:
+    subject.measures = read_json(folder / RESULTS).get("protocol", {}).get("measures", {})
     for task, entry in read_json(folder / "clips.json").items():
         for metric, values in entry["rows"]["model"].items():
             name = f"{task}/{metric}"

@@ -9,6 +9,7 @@ import pytest
 from egom2p.ablate import SweepConfig, combinations
 from egom2p.compare import compare, comparison_text
 from egom2p.config import load
+from egom2p.evaluation.measures import is_better
 from tests.conftest import ROOT, run_cli
 
 
@@ -36,11 +37,19 @@ def test_paired_differences_are_found_where_means_alone_would_not_tell(tmp_path,
     assert by_group["first"].verdict == ""
 
 
+def test_figures_that_were_measured_otherwise_are_said(tmp_path, rng, caplog):
+    folders = [write_eval(tmp_path / name, rng.normal(3, 1, 20)) for name in "ab"]
+    for folder, alignment in zip(folders, ("se3", "none"), strict=True):
+        (folder / "results.json").write_text(json.dumps({"protocol": {"measures": {"pose_alignment": alignment}}}))
+    compare(folders)
+    assert "measured differently (pose_alignment: se3 and none)" in caplog.text
+
+
 def test_higher_is_better_where_it_is(tmp_path, rng):
     values = rng.normal(20, 1, 50)
     folders = [write_eval(tmp_path / name, values + more, "psnr_db") for name, more in (("a", 0), ("b", 1))]
     rows, _ = compare(folders)
-    assert rows[1].verdict == "better"
+    assert rows[1].verdict == "better" and is_better("codes_used", 0.9, 0.4) and is_better("perplexity", 90, 40)
 
 
 def test_seeds_make_a_group_and_count_in_the_interval(tmp_path, rng):

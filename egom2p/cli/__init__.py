@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import re
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_up_logging() -> None:
+    for stream in (sys.stdout, sys.stderr):  # names of files that are no UTF-8, or that this locale cannot print
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "httpx2", "matplotlib", "PIL", "fsspec"):

@@ -46,7 +46,7 @@ def _generate(args) -> int:
     from egom2p.generation.schedule import name_unknown
 
     recipe = read_recipe(args.recipe)
-    targets = [t for t in args.targets.split(",") if t] or list(recipe.targets)
+    targets = list(dict.fromkeys(t for t in args.targets.split(",") if t)) or list(recipe.targets)
     if not targets:
         raise UserError("say what to predict: --targets cam,depth or a --recipe")
     pipeline = Pipeline.from_pretrained(args.model, str(environment_world().device), args.trust_torchscript)

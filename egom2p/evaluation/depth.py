@@ -13,6 +13,11 @@ DEPTH_ALIGNMENTS = {"none": "no alignment", "median": "median of depth",
                     "scale_shift": "scale and shift in inverse depth"}
 
 
+def has_reading(reference: np.ndarray) -> np.ndarray:
+    """Where metres are known; an endless depth is no reading, as for the tokenizers."""
+    return np.isfinite(reference) & (reference > 0)
+
+
 def align_depth(predicted: np.ndarray, reference: np.ndarray, alignment: str = "scale_shift",
                 per: str = "clip") -> np.ndarray:
     """Predicted inverse depth (T, H, W) -> metres, aligned with (T, H, W) reference metres (0 = no reading).
@@ -26,7 +31,7 @@ def align_depth(predicted: np.ndarray, reference: np.ndarray, alignment: str = "
     if alignment == "scale_shift":
         return align_inverse_depth(predicted, reference)
     metres = 1 / np.maximum(predicted.astype(np.float64), MIN_INVERSE)
-    seen = reference > 0
+    seen = has_reading(reference)
     if alignment == "median" and seen.any():
         metres *= np.median(reference[seen].astype(np.float64)) / np.median(metres[seen])
     return metres
@@ -37,7 +42,7 @@ def align_inverse_depth(predicted: np.ndarray, reference: np.ndarray) -> np.ndar
 
     predicted (T, H, W) in any linear units of inverse depth; reference (T, H, W) metres, 0 = no reading.
     """
-    seen = reference > 0
+    seen = has_reading(reference)
     if not seen.any():
         return np.full(predicted.shape, 1 / MIN_INVERSE)
     x, y = predicted[seen].astype(np.float64), 1 / reference[seen].astype(np.float64)
@@ -51,7 +56,7 @@ def depth_errors(metres: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """abs_rel, rmse_m, delta_1.25^k (share of pixels whose ratio is below) and silog (scale-invariant error of the
     natural logarithm, Eigen et al. equation 1 with lambda 1: the spread of the log ratio), over pixels with a
     reading."""
-    seen = reference > 0
+    seen = has_reading(reference)
     if not seen.any():
         return dict.fromkeys(("abs_rel", "rmse_m", "delta1", "delta2", "delta3", "silog"), float("nan"))
     p, r = metres[seen].astype(np.float64), reference[seen].astype(np.float64)

@@ -20,7 +20,7 @@ def gaze_distance(predicted: np.ndarray, reference: np.ndarray) -> float:
 def gaze_angles_deg(predicted: np.ndarray, reference: np.ndarray, intrinsics: np.ndarray, side: int) -> np.ndarray:
     """Angles in degrees between predicted and true gaze rays, one a valid frame; intrinsics in pixels of a `side`
     square."""
-    valid = reference[:, 2] > 0
+    valid = (reference[:, 2] > 0) & np.isfinite(reference[:, :2]).all(1)
     inverse = np.linalg.inv(intrinsics)
 
     def rays(gaze: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from egom2p.evaluation.video import psnr_db, ssim
 from egom2p.signals.kind import Statistics
 
 POSE_ALIGNMENTS = {"se3": "a centred rigid SE(3) fit", "sim3": "a Sim(3) fit", "none": "no fit"}
-HIGHER_IS_BETTER = {"psnr_db", "ssim", "delta1", "delta2", "delta3", "gaze_hit"}
+HIGHER_IS_BETTER = {"psnr_db", "ssim", "delta1", "delta2", "delta3", "gaze_hit", "codes_used", "perplexity"}
 VARIANT = "@"
 ALL_ALIGNMENTS = ("none", "se3", "sim3", "sim3_first_s")
 HIT_DEGREES = (2, 5, 10)
@@ -81,7 +81,8 @@ def _pose_metrics(predicted: np.ndarray, truth: np.ndarray, meta: dict[str, Any]
              "rre_deg": rre(predicted, truth, args.pose_delta)}
     scaleless = degenerate(truth)
     for alignment in ALL_ALIGNMENTS:
-        meaningless = scaleless and alignment.startswith("sim3")
+        fitted = truth[: round(rate)] if alignment.endswith("first_s") else truth
+        meaningless = alignment.startswith("sim3") and (scaleless or bool(degenerate(fitted)))
         found[f"ate_m@{alignment}"] = float("nan") if meaningless else ate(ours, theirs, alignment, rate)
     for name, delta in horizons(len(truth), rate).items():
         found[f"rte_m@{name}"], found[f"rre_deg@{name}"] = rte(predicted, truth, delta), rre(predicted, truth, delta)
@@ -208,3 +209,12 @@ MEASURES: dict[str, Callable[[MeasureArgs], Measure]] = {
 def is_better(metric: str, a: float, b: float) -> bool:
     """Whether value `a` of the metric is better than `b`."""
     return a > b if metric.partition(VARIANT)[0] in HIGHER_IS_BETTER else a < b
+
+
+def without_padding(made: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """A picture without the margins that fill it up to whole patches, all around."""
+    if truth.ndim < 3 or made.shape[1:3] == truth.shape[1:3]:
+        return made
+    (top, height), (left, width) = (((have - want) // 2, want) for have, want in zip(made.shape[1:3], truth.shape[1:3],
+                                                                                    strict=True))
+    return made[:, top : top + height, left : left + width]

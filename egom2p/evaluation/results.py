@@ -15,6 +15,7 @@ from egom2p.errors import UserError
 from egom2p.evaluation.measures import VARIANT, is_better
 
 BOOTSTRAP = 2000
+DRAWN_AT_ONCE = 4_000_000
 RESULTS, CLIPS = "results.json", "clips.json"
 
 
@@ -161,8 +162,9 @@ def bootstrap(values: np.ndarray, resamples: int = BOOTSTRAP) -> list[float]:
     values = values[np.isfinite(values)]
     if not len(values):
         return [float("nan")] * 2
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
+    rng, most = np.random.default_rng(0), max(1, DRAWN_AT_ONCE // len(values))
+    means = np.concatenate([values[rng.integers(0, len(values), (min(most, resamples - start), len(values)))].mean(1)
+                            for start in range(0, resamples, most)])
     return [float(v) for v in np.percentile(means, [2.5, 97.5])]
 
 

@@ -28,7 +28,7 @@ from egom2p.config import read_json, to_plain
 from egom2p.data.clips import Clip, ClipIndex
 from egom2p.distributed import World, barrier
 from egom2p.errors import UserError
-from egom2p.evaluation.measures import MEASURES, MeasureArgs, is_better
+from egom2p.evaluation.measures import MEASURES, MeasureArgs, is_better, without_padding
 from egom2p.evaluation.results import Evaluation, TaskRows, check_same_model, summarise, write_results
 from egom2p.generation.pipeline import Pipeline
 from egom2p.generation.sampler import generate
@@ -206,7 +206,7 @@ class _Runner:
             ceiling = tokenizer.decode(ids if ids.min() >= 0 else tokenizer.encode(truth))
             guesses = {"model": mine, "shuffled": shuffled, "ceiling": ceiling,
                        **{f"baseline: {n}": g for n, g in measure.baselines(tokenizer.statistics, truth).items()}}
-            guesses = {s: _without_padding(g, truth) for s, g in guesses.items() if g is not None}
+            guesses = {s: without_padding(g, truth) for s, g in guesses.items() if g is not None}
             meta = {**clip.meta, "rate": clip.meta.get("rates", {}).get(source)}
             figures = {s: measure.metrics(g, truth, meta) for s, g in guesses.items()}
             figures.setdefault("shuffled", dict.fromkeys(figures["model"], float("nan")))
@@ -321,7 +321,7 @@ def reconstruct(tokenizer: Tokenizer, data: str, limit: int = 0) -> Reconstructi
             seconds = [seconds[0] + encoded - started, seconds[1] + time.perf_counter() - encoded]
             used.update(ids.reshape(-1).tolist())
             rows.keys.append(clip.key)
-            rows.add("ceiling", measure.metrics(_without_padding(back, truth), truth, clip.meta))
+            rows.add("ceiling", measure.metrics(without_padding(back, truth), truth, clip.meta))
     if not rows.keys:
         raise UserError(f"{data}: no clip there has a usable '{source}'")
     return Reconstruction(rows.rows["ceiling"], used, len(rows.keys), *seconds)
@@ -385,12 +385,3 @@ def _spread(total: int, limit: int) -> list[int]:
     if limit < 0:
         raise UserError(f"at most {limit} clips are none; 0 means all of them")
     return list(range(total)) if not limit or limit >= total else [i * total // limit for i in range(limit)]
-
-
-def _without_padding(made: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """A picture without the margins that fill it up to whole patches, all around."""
-    if truth.ndim < 3 or made.shape[1:3] == truth.shape[1:3]:
-        return made
-    (top, height), (left, width) = (((have - want) // 2, want) for have, want in zip(made.shape[1:3], truth.shape[1:3],
-                                                                                    strict=True))
-    return made[:, top : top + height, left : left + width]

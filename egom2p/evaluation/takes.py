@@ -4,7 +4,7 @@ import numpy as np
 
 from egom2p.data.clips import RATES, Clip
 from egom2p.evaluation.depth import align_depth
-from egom2p.evaluation.measures import MEASURES, MeasureArgs
+from egom2p.evaluation.measures import MEASURES, MeasureArgs, without_padding
 from egom2p.visualize.scene import Take
 
 
@@ -14,6 +14,8 @@ def take_of(clip: Clip, kinds: dict[str, str], predicted: dict[str, np.ndarray])
     rates = {**RATES, **clip.meta.get("rates", {})}
     length = len(clip.signals["rgb"]) / rates["rgb"] if "rgb" in clip.signals else 2.0
     rates |= {n: len(s) / length for n, s in {**clip.signals, **predicted}.items() if n not in rates}
+    predicted = {n: without_padding(made, clip.signals[n]) if n in clip.signals else made
+                 for n, made in predicted.items()}
     take = Take(f"{clip.dataset} {clip.key}".strip(), kinds, rates, dict(clip.signals), dict(predicted))
     if "intrinsics" in clip.meta and "side" in clip.meta:
         take.intrinsics = np.diag([1 / clip.meta["side"], 1 / clip.meta["side"], 1]) @ np.array(clip.meta["intrinsics"])

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 CLIP_SECONDS = 2.0
 SPREAD = "_spread"
+GREY = 8.0  # levels by which the channels of a grey film differ at most, on average
 
 
 @dataclass
@@ -136,7 +137,7 @@ class Pipeline:
 
         path, modality, overlap: as in a call.
         """
-        modality = modality or self._first_picture()
+        modality = modality or self.first_picture()
         starts, ids = [], []
         for start, _, tokens, _ in self._read(Path(path), modality, [modality], overlap):
             starts.append(start)
@@ -148,7 +149,7 @@ class Pipeline:
                 recipes: dict[str, TargetArgs] | None = None,
                 seed: int = 0, samples: int = 1, overlap: float = 0.5) -> Iterator[Window]:
         """The predicted windows of a recording, one after another; only one is held at a time."""
-        path, modality = Path(path), modality or self._first_picture()
+        path, modality = Path(path), modality or self.first_picture()
         recipes = {name: self.recipes(recipes)[name] for name in targets}
         for name in targets:
             self.tokenizer(name)
@@ -193,6 +194,9 @@ class Pipeline:
                         "begins where the one before ended", count)
         stream = FrameStream(path, count / CLIP_SECONDS, tokenizer.frame_size)
         for first, clip in cut(iter(stream), count, hop, unit):
+            if not first and tokenizer.modality.kind.colours and _is_coloured(clip):
+                log.warning("%s: is in colours; a film of '%s' is of grey levels, near is white (the %s.mp4 of `egom2p "
+                            "generate` is for looking at, its .npy holds the numbers)", path, modality, modality)
             start = first * CLIP_SECONDS / count
             # Until the stream has ended, and `seconds` is known, every window is full.
             filled = min(CLIP_SECONDS, stream.seconds - start) if stream.seconds else CLIP_SECONDS
@@ -216,7 +220,7 @@ class Pipeline:
         """An estimate, from the container's own account of its length; 0 when it gives none."""
         if path.suffix in (".npz", ".npy") or not path.is_file():
             return 1
-        count = self.tokenizer(modality or self._first_picture()).args.num_frames
+        count = self.tokenizer(modality or self.first_picture()).args.num_frames
         hop = self._hop(count, targets, overlap)[0] * CLIP_SECONDS / count
         return max(1, 1 + int(np.ceil((probe_video(path) - CLIP_SECONDS) / hop)))
 
@@ -229,11 +233,16 @@ class Pipeline:
         except DAMAGE as error:
             raise UserError(f"{path}: not a token file of '{modality}' ({error})") from error
 
-    def _first_picture(self) -> str:
+    def first_picture(self) -> str:
         for modality in self.model.modalities:
             if modality.kind.is_picture:
                 return modality.name
         raise UserError("the model has no picture modality; say what the input is with --modality")
+
+
+def _is_coloured(clip: np.ndarray) -> bool:
+    """(T, H, W, 3): channels that differ by more than compression makes of grey."""
+    return float(np.abs(np.diff(clip.astype(np.int16), axis=-1)).mean()) > GREY
 
 
 def cut(frames: Iterator[np.ndarray], length: int, hop: int, unit: int) -> Iterator[tuple[int, np.ndarray]]:

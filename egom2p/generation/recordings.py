@@ -134,7 +134,8 @@ def _write(pipeline: Pipeline, path: Path, folder: Path, args: GenerateArgs) -> 
         writer.close()
     return {"source": str(path.absolute()), "seconds": round(joined.seconds, 6), "windows": len(starts),
             "starts_s": starts[:: len(starts) // STARTS_SHOWN + 1], "overlap_s": args.overlap,
-            "targets": list(args.targets), "seed": args.seed, "samples": args.samples, "rates_hz": joined.rates,
+            "modality": args.modality or pipeline.first_picture(), "targets": list(args.targets), "seed": args.seed,
+            "samples": args.samples, "rates_hz": joined.rates,
             "units": {n: pipeline.kind(n).unit for n in args.targets},
             "kinds": {n: pipeline.model.modalities.by_name(n).signal for n in args.targets},
             "recipes": {n: to_plain(pipeline.recipes(args.recipes)[n]) for n in args.targets},
@@ -149,7 +150,8 @@ def _identity(pipeline: Pipeline, path: Path, args: GenerateArgs) -> str:
     except OSError as error:
         raise UserError(f"no input file {path}") from error
     asked = {n: to_plain(pipeline.recipes(args.recipes)[n]) for n in args.targets}
-    decoders = {n: pipeline.fingerprint(n) for n in args.targets}
+    encoded = () if path.suffix in (".npz", ".npy") else (args.modality or pipeline.first_picture(),)
+    decoders = {n: pipeline.fingerprint(n) for n in (*encoded, *args.targets)}
     said = [str(path.absolute()), stat.st_size, stat.st_mtime_ns, pipeline.model.fingerprint(), list(asked.items()),
             args.modality, args.seed, args.samples, args.overlap, decoders]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]

@@ -253,5 +253,5 @@ def _keep_nucleus(logits: Tensor, top_p: float, first_look: int = 1024) -> Tenso
 
 
 def _clip_rng(seed: int, key: str, target: int) -> np.random.Generator:
-    digest = hashlib.sha256(f"{seed}|{key}|{target}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}|{key}|{target}".encode("utf-8", "surrogateescape")).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))

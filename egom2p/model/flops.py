@@ -4,8 +4,9 @@ import numpy as np
 
 from egom2p.model.blocks import STYLES
 
-# Dense bf16 peak FLOP/s by the vendor's datasheet, matched against the device's name.
-PEAKS = {"GH200": 989e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Dense bf16 peak FLOP/s by the vendor's datasheet, matched against the device's name, longer names first.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "GH200": 989e12, "H200": 989e12,
+         "H100": 989e12, "A100": 312e12}
 
 
 def training_flops(args, vocab_sizes: list[int], input_lengths: np.ndarray, target_lengths: np.ndarray) -> float:

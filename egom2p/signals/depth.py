@@ -53,9 +53,10 @@ class DepthJoiner(Joiner):
 
     def fit(self, old: np.ndarray, window: np.ndarray) -> np.ndarray:
         x, y = window[: len(old)].ravel(), old.ravel()
-        variance = x.var()
-        scale = ((x - x.mean()) * (y - y.mean())).mean() / variance if variance > MIN_SPREAD else 1.0
-        # An overlap too flat or too noisy to tell must not collapse the rest.
+        together = ((x - x.mean()) * (y - y.mean())).mean()
+        # The ratio of spreads, not the least squares slope: noise in the window makes that one too small, and over
+        # many joins nothing would be left. An overlap too flat or too noisy to tell must not change the rest.
+        scale = y.std() / x.std() if x.var() > MIN_SPREAD and together > 0 else 1.0
         self.shift = float(np.clip(scale, *SCALES))
         return self.shift * (window - x.mean()) + y.mean()
 
@@ -63,10 +64,9 @@ class DepthJoiner(Joiner):
         return self.fit(last, window)  # neighbouring frames are nearly one
 
 
-def shown(video: np.ndarray) -> np.ndarray:
-    """Metres become relative inverse depth; what is that already stays."""
-    metric = video.dtype == np.float16 or video.max(initial=0) > 1.0 + 1e-6
-    return relative_inverse_depth(video) if metric else video
+def shown(video: np.ndarray, predicted: bool) -> np.ndarray:
+    """Metres become relative inverse depth, which predictions are already; joined ones leave [0, 1]."""
+    return np.clip(video, 0, 1) if predicted else relative_inverse_depth(video)
 
 
 DEPTH = SignalKind("depth", "relative inverse depth, in the first window's scale", check, DepthPicture, DepthJoiner,

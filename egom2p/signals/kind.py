@@ -43,7 +43,7 @@ class SignalKind:
     is among them); they are the trivial predictions that evaluation sets every model against. None: there are none.
     joiner: makes what lays overlapping windows together. spread((S, T, ...) draws) -> (T, ...).
     writers: each makes a growing file in a folder from (folder, name, rate in Hz).
-    shown: pictures only, turns a signal into what a plot draws; colours: matplotlib's colour map for it. curves: names
+    shown(signal, predicted): pictures only, what a plot draws; colours: matplotlib's colour map for it. curves: names
     of what is drawn of a series over time (of a pose: where the camera is).
     """
 
@@ -56,7 +56,7 @@ class SignalKind:
     spread: Callable[[np.ndarray], np.ndarray]
     averages: Callable[[np.ndarray], Statistics] | None = None
     is_picture: bool = False
-    shown: Callable[[np.ndarray], np.ndarray] | None = None
+    shown: Callable[[np.ndarray, bool], np.ndarray] | None = None
     colours: str | None = None
     curves: tuple[str, ...] = ()
 

@@ -42,7 +42,7 @@ class PictureJoiner(Joiner):
         return super().end().round().astype(np.uint8)
 
 
-def shown(video: np.ndarray) -> np.ndarray:
+def shown(video: np.ndarray, predicted: bool) -> np.ndarray:
     return video
 
 

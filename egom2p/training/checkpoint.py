@@ -7,6 +7,7 @@ disk and renames it, and swaps the link `latest`. No pickle. With train.ema the 
 `training.safetensors` those that training goes on from.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -76,6 +77,9 @@ class Snapshot:
                     _copy(buffers, name, whole)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # what file systems say that have none
 
 
 class Checkpoints:
@@ -156,15 +160,24 @@ class Checkpoints:
     def _write_until_done(self, step: int, export: Callable[[Path, dict[str, Tensor]], None],
                           state: dict[str, Any]) -> None:
         """The thread: try, and while the disk refuses, try again with longer and longer pauses up to retry_s."""
-        final = self.folder / f"step_{step:08d}"
+        final, written = self.folder / f"step_{step:08d}", False
         started, pause = time.monotonic(), FIRST_PAUSE_S
         while True:
             try:
-                self._write(final, step, export, state)
+                if not written:
+                    self._write(final, step, export, state)
+                    written = True
+                self._point_latest_to(final)
+                self._remove_old(step)
                 return
             except (OSError, SafetensorError) as error:
-                shutil.rmtree(self.folder / f".{final.name}.part", ignore_errors=True)
                 reason = " ".join(str(error).split())
+            except BaseException as error:  # such as MemoryError: nobody else would learn of it
+                self.failure = UserError(f"{final}: checkpoint not written ({type(error).__name__}: {error}); earlier "
+                                         "ones are untouched")
+                return
+            finally:
+                shutil.rmtree(self.folder / f".{final.name}.part", ignore_errors=True)
             left = self.args.retry_s - (time.monotonic() - started)
             if left <= 0 or self.hurry.is_set():
                 self.failure = UserError(f"{final}: checkpoint not written ({reason}); earlier ones are untouched. "
@@ -191,11 +204,29 @@ class Checkpoints:
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
-        self._point_latest_to(final)
+
+    def _remove_old(self, step: int) -> None:
+        """Those that need not be kept; one that cannot be removed is named, and tried again after the next."""
         # Later ones can only be damaged: this run went on from before them.
         for old in [s for s in self.steps() if s <= step][: -self.args.keep_last]:
             if not (self.args.milestone_every and old % self.args.milestone_every == 0):
-                shutil.rmtree(self.folder / f"step_{old:08d}")
+                try:
+                    shutil.rmtree(self.folder / f"step_{old:08d}")
+                except OSError as error:
+                    log.warning("%s cannot be removed (%s)", self.folder / f"step_{old:08d}", error.strerror)
+
+    def check_disk(self) -> None:
+        """Raises UserError on a file system without symbolic links, which `latest` is, before anything is trained."""
+        link = self.folder / ".link.part"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to("step")
+            link.unlink()
+        except OSError as error:
+            if error.errno in NO_LINKS:
+                raise UserError(f"{self.folder} is on a disk without symbolic links, which checkpoints need; choose "
+                                f"another run.dir") from error
 
     def _point_latest_to(self, folder: Path) -> None:
         link = self.folder / ".latest.part"

@@ -121,22 +121,24 @@ def start_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:
     if not note.exists():
         write_to_run(note, uuid.uuid4().hex[:12] + "\n")
     told = {"project": project, "name": run_dir.name, "dir": str(run_dir), "config": config}
-    offline = {"mode": "offline", "settings": wandb.Settings(console="off")}
+    # Without `finish_timeout` the end of a run waits for a service that went away as long as it takes.
+    usual = {"console": "off", **({"finish_timeout": 60} if "finish_timeout" in wandb.Settings.model_fields else {})}
+    offline = {"mode": "offline", "settings": wandb.Settings(**usual)}
     if "WANDB_MODE" in os.environ:
-        online: dict[str, Any] = {"settings": wandb.Settings(console="off"),
+        online: dict[str, Any] = {"settings": wandb.Settings(**usual),
                                   "resume": "allow" if os.environ["WANDB_MODE"] == "online" else None}
     elif not _has_wandb_key():
         log.warning("no Weights & Biases key (wandb login, or WANDB_API_KEY); logging offline below %s", run_dir)
         online = offline
     else:
-        online = {"settings": wandb.Settings(console="off", init_timeout=60), "resume": "allow"}
+        online = {"settings": wandb.Settings(**usual, init_timeout=60), "resume": "allow"}
     for how in (online, offline):
         try:
-            return wandb.init(**told, **how, id=note.read_text().strip())
+            # After a failed start its id stays taken in this process; the run's own is kept for the next start.
+            return wandb.init(**told, **how, id=note.read_text().strip() if how is online else uuid.uuid4().hex[:12])
         except Exception as error:
             log.warning("Weights & Biases cannot start (%s)%s", " ".join(str(error).split())[:200],
                         "; logging offline" if how is online else "; the run goes on without")
-            write_to_run(note, uuid.uuid4().hex[:12] + "\n")  # the id stays taken in this process
     return None
 
 

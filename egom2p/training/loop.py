@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from egom2p.config import dump, read_yaml, to_plain
+from egom2p.config import dump, read_json, read_yaml, to_plain
 from egom2p.data.loader import tolerated
 from egom2p.distributed import (
     World,
@@ -53,11 +53,13 @@ log = logging.getLogger(__name__)
 WAITS_TOO_LONG = 0.25  # share of a step's time that waiting for data may take before it is said
 
 GARBAGE_STEPS = 50  # steps between two collections
+REPORT_STEPS = 1000  # steps after which left out ones are counted at the latest
 WAIT_S = 5.0  # between two looks at a checkpoint that is being written
 
 # Keys that may change when a run is resumed: they move the work around or add to it, and change no step.
 MAY_CHANGE = ("run.", "data.workers", "data.cache", "train.micro_batch_size", "train.steps", "train.tokens",
               "train.timeout_s", "train.first_timeout_s", "train.parallel", "train.max_skipped", "train.profile",
+              "data.max_damaged", "data.retry_s",
               "log.", "checkpoint.", "resume.", "debug.", "generation.")
 
 
@@ -106,6 +108,10 @@ def run_training(config: Any, make_task: Any) -> Path:
                                                   "copies to the same state")
         run_dir, replaying = Path(config.run.dir), bool(config.debug.replay_step)
         _check_same_run(config, run_dir, config.resume.force)
+        if replaying and not (run_dir / "config.yaml").exists():
+            raise UserError(f"{run_dir} holds no run whose step could be replayed; correct run.dir")
+        if not replaying:
+            _check_not_longer(run_dir, config.train.num_steps(task.tokens_per_sample))
         with RunLock(run_dir, world.is_main and not replaying) as lock:
             if world.is_main and not replaying:
                 write_to_run(run_dir / "config.yaml", dump(config))
@@ -130,7 +136,11 @@ class Loop:
                                       task.tokens_per_sample * config.train.batch_size)
         replayed = config.debug.replay_step or None
         self.checkpoints = Checkpoints(run_dir, config.checkpoint, world.is_main and not replayed)
+        if world.is_main and not replayed:
+            self.checkpoints.check_disk()
         folder, state = self._find_checkpoint(before=replayed)
+        if folder is None and getattr(task, "unstarted", None):
+            raise task.unstarted
         exported = restore_weights(folder, self.model) if folder else {}
         self.forward = spread(self.model, config.train.parallel, world, config.train.precision, config.train.reduce)
         self.optimizer = make_optimizer(self.model, config.optim)
@@ -189,6 +199,8 @@ class Loop:
             self.step += 1
             collect_garbage(self.step)
             self.metrics.advance()
+            if self.step % REPORT_STEPS == 0:  # also where neither log nor checkpoint is asked for
+                self.guard.report()
             stopping = stop.agreed() and self.step < self.total
             if self._due(every.log.every) or self.step == 1:
                 stop.meet()  # a lost rank is noticed on the hosts, before this one waits for its device
@@ -414,6 +426,15 @@ def _check_same_run(config: Any, run_dir: Path, force: bool) -> None:
     if differing:
         raise UserError(f"{run_dir} holds another run ({differing}); choose another run.dir, or insist with "
                         f"resume.force=true")
+
+
+def _check_not_longer(run_dir: Path, steps: int) -> None:
+    """Refuse to call a run finished at fewer steps than it has."""
+    state = run_dir / "checkpoints/latest/state.json"
+    done = read_json(state).get("step", 0) if state.exists() else 0
+    if done > steps:
+        raise UserError(f"{run_dir} holds step {done}, beyond the {steps} asked for; choose another run.dir or more "
+                        f"steps")
 
 
 def what_differs(config: Any, run_dir: Path, may_change: tuple[str, ...] = MAY_CHANGE) -> str:

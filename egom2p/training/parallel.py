@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ def spread(model: nn.Module, mode: str, world: World, precision: str = "float32"
         return fully_shard(model, mesh=mesh, mp_policy=root)
     # Buffers are tables that never change, or are moved by every rank alike (a tokenizer's running codebook).
     on_gpu = {"device_ids": [world.local_rank], "bucket_cap_mb": BUCKET_MB} if world.device.type == "cuda" else {}
-    replicas = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **on_gpu)
+    known = signature(DistributedDataParallel).parameters  # the older name is deprecated since torch 2.14
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    replicas = DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False}, **on_gpu)
     if reduce == "bfloat16":
         replicas.register_comm_hook(None, bf16_compress_hook)
     return replicas
@@ -79,7 +82,8 @@ def full_tensor(tensor: Any) -> Any:
 
 def like_parameter(tensor: Tensor, parameter: Tensor) -> Tensor:
     """`tensor` on the parameter's device, and sharded as it is when it has its shape."""
-    tensor = tensor.to(parameter.device)
+    moved = tensor.to(parameter.device)
+    tensor = tensor.clone() if moved is tensor else moved  # a checkpoint's tensor lies in its file, which is removed
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor

@@ -58,7 +58,7 @@ class LossArgs:
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if any(weight <= 0 for weight in self.weights.values()):
+        if not all(weight > 0 for weight in self.weights.values()):
             raise ValueError("weights must be above 0; a modality that is never asked for has target: false")
         if self.near_codes < 0 or (self.near_modalities and not self.near_codes):
             raise ValueError("near_codes must not be below 0, and near_modalities need it")
@@ -137,7 +137,14 @@ class PretrainTask:
         self.model = EgoM2P(self.modalities, config.model)
         self.model.generation = {name: to_plain(recipe) for name, recipe in recipes.items()}
         self.model.origins = check_tokenizers(self.modalities, origins_of(folders))
-        start_model(self.model, config.init, config.train.seed)
+        self.unstarted: UserError | None = None
+        try:
+            start_model(self.model, config.init, config.train.seed)
+        except NotThere as error:
+            if not (Path(config.run.dir) / "checkpoints/latest").exists():
+                raise
+            self.unstarted = error  # weights come from a checkpoint then; without a whole one the loop raises this
+            log.warning("%s; the weights of the run's own checkpoint are taken", error)
         self._spread_targets(config.loss)
         self.plan = BatchPlan(config.train.batch_size, config.train.micro_batch(world.size),
                               config.loss.group_samples or config.train.batch_size, world.rank, world.size)
@@ -338,18 +345,39 @@ def code_vectors(modalities: ModalitySet, names: Iterable[str]) -> dict[str, Ten
     return {name: load_tokenizer(modalities.by_name(name).tokenizer).codes() for name in names}
 
 
+class NotThere(UserError):
+    """The model that a training starts from cannot be read."""
+
+
 def start_model(model: EgoM2P, args: InitArgs, seed: int) -> None:
-    """Starting weights and frozen parts, as `init` says."""
+    """Starting weights and frozen parts, as `init` says. Raises UserError; NotThere, and nothing else is left undone,
+    when the model to start from cannot be read."""
+    try:
+        _take_weights(model, args, seed)
+    finally:
+        _freeze(model, args)
+
+
+def _take_weights(model: EgoM2P, args: InitArgs, seed: int) -> None:
     if args.codes:
         named = [m.name for m in model.modalities if m.tokenizer]
         model.start_from_codes(code_vectors(model.modalities, named), seed)
     if args.from_:
-        start = EgoM2P.from_pretrained(args.from_)
+        try:
+            start = EgoM2P.from_pretrained(args.from_)
+        except UserError as error:
+            raise NotThere(f"init.from={args.from_}: {error}") from error
         for name in start.origins.keys() & model.origins.keys():
             if start.origins[name] != model.origins[name]:
                 raise UserError(f"init.from={args.from_}: it learnt tokens of '{name}' made by another tokenizer "
                                 f"({start.origins[name]}, here {model.origins[name]}); encode the clips with that one, "
                                 f"or rename the modality to start it fresh")
+        for name in ("dim", "num_heads", "encoder_depth", "decoder_depth", "mlp_ratio", "variant"):
+            theirs, ours = getattr(start.args, name), getattr(model.args, name)
+            if theirs != ours:  # not all of it shows in the weights' shapes
+                raise UserError(f"init.from={args.from_} does not fit this model: its {name} is {theirs}, here {ours}; "
+                                f"use the same model section")
+        model.origins = {n: o for n, o in start.origins.items() if n in model.modalities.names} | model.origins
         source = start.state_dict()
         own = model.state_dict()
         for name in own:
@@ -363,6 +391,9 @@ def start_model(model: EgoM2P, args: InitArgs, seed: int) -> None:
                 raise UserError(f"init.from={args.from_}: modality '{modality}' has another vocabulary there; rename "
                                 f"it here to start it fresh")
         model.load_state_dict(own)
+
+
+def _freeze(model: EgoM2P, args: InitArgs) -> None:
     unknown = set(args.unfreeze) - set(model.modalities.names)
     if unknown:
         raise UserError(f"init.unfreeze names an unknown modality '{sorted(unknown)[0]}'")

@@ -50,7 +50,8 @@ def write_page(path: Path, takes: list[Take], title: str) -> None:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'<!doctype html><html lang="en">{head}<title>{html.escape(title)}</title><style>{STYLE}</style>'
-                    f"<body><h1>{html.escape(title)}</h1>{LEGEND}{parts}<script>{script()}</script></body></html>")
+                    f"<body><h1>{html.escape(title)}</h1>{LEGEND}{parts}<script>{script()}</script></body></html>",
+                    encoding="utf-8", errors="replace")
 
 
 def script() -> str:
@@ -73,7 +74,7 @@ def viewer_html(take: Take) -> str:
 def _data(take: Take) -> dict[str, Any]:
     """Everything the script draws, as plain numbers and inlined pictures."""
     paths = take.paths
-    pictures = [_film(f"{name}, {side}", kind, signal, take.rates[name], _gaze(take, name))
+    pictures = [_film(name, side, kind, signal, take.rates[name], _gaze(take, name))
                 for name, kind in take.kinds.items() if KINDS[kind].is_picture
                 for side, signal in take.sides(name).items()]
     curves = [{"name": f"{name}: error, {take.units.get(name, '')}", "seconds": take.seconds,
@@ -95,6 +96,8 @@ def _data(take: Take) -> dict[str, Any]:
 
 def _points(take: Take, side: str, frame: int) -> list[list[float]]:
     places, colours = take.points(side, frame)
+    finite = np.isfinite(places).all(1)  # of a camera whose pose is not known, nowhere
+    places, colours = places[finite], colours[finite]
     kept = np.linspace(0, len(places) - 1, min(POINTS, len(places))).astype(int)
     return [[*map(float, np.round(p, 2)), int(c[0]) << 16 | int(c[1]) << 8 | int(c[2])]
             for p, c in zip(places[kept], colours[kept], strict=True)]
@@ -117,18 +120,18 @@ def _or_null(array: np.ndarray) -> list:
     return [value if known else None for value, known in zip(_plain(array), np.isfinite(array), strict=True)]
 
 
-def _film(name: str, kind: str, video: np.ndarray, rate: float, gaze: dict[str, Any]) -> dict[str, Any]:
+def _film(name: str, side: str, kind: str, video: np.ndarray, rate: float, gaze: dict[str, Any]) -> dict[str, Any]:
     """A film, of a long one every second frame, third, ..., so that they fit side by side into a JPEG."""
     step = -(-len(video) * PICTURE_SIDE // WIDEST_JPEG)
-    return {"name": name, "rate": rate / step, "sheet": _sheet(kind, video[::step]), "count": len(video[::step]),
-            "gaze": gaze}
+    return {"name": f"{name}, {side}", "rate": rate / step, "sheet": _sheet(kind, video[::step], side == "predicted"),
+            "count": len(video[::step]), "gaze": gaze}
 
 
-def _sheet(kind: str, video: np.ndarray) -> str:
+def _sheet(kind: str, video: np.ndarray, predicted: bool) -> str:
     """All frames side by side as one inlined JPEG."""
     side = min(PICTURE_SIDE, max(video.shape[1:3]))
     frames = [np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR))
-              for picture in as_images(kind, video)]
+              for picture in as_images(kind, video, predicted)]
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(frames, 1)).save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -56,6 +56,11 @@ def trajectory_3d(axis: Any, truth: np.ndarray, predicted: np.ndarray) -> None:
     axis.tick_params(labelsize=6, pad=-3)
 
 
+def printable(text: str) -> str:
+    """With file names that are no UTF-8 made so."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def clip_sheet(rgb: np.ndarray, truth: dict[str, np.ndarray], predicted: dict[str, np.ndarray], kinds: dict[str, str],
                title: str) -> plt.Figure:
     """One clip: frames with gaze drawn on them, depth and rgb rows true and predicted, the trajectory in 3-D.
@@ -68,8 +73,8 @@ def clip_sheet(rgb: np.ndarray, truth: dict[str, np.ndarray], predicted: dict[st
         name = by_kind.get(kind.name)
         if name and kind.shown:
             if name in truth and truth[name] is not rgb:
-                picture_rows.append((f"{name}, true", kind.shown(truth[name]), kind.colours))
-            picture_rows.append((f"{name}, predicted", kind.shown(predicted[name]), kind.colours))
+                picture_rows.append((f"{name}, true", kind.shown(truth[name], False), kind.colours))
+            picture_rows.append((f"{name}, predicted", kind.shown(predicted[name], True), kind.colours))
     frames = np.linspace(0, len(rgb) - 1, 5).astype(int)
     with_path = "pose" in by_kind
     fig = plt.figure(figsize=(1.7 * (5 + 2.2 * with_path), 1.75 * len(picture_rows) + 0.4))
@@ -93,7 +98,7 @@ def clip_sheet(rgb: np.ndarray, truth: dict[str, np.ndarray], predicted: dict[st
         trajectory_3d(axis, truth.get(name, predicted[name]), predicted[name])
         if name in truth:
             axis.legend(loc="upper left", fontsize=8)
-    fig.suptitle(title, x=0.02, ha="left", fontsize=10)
+    fig.suptitle(printable(title), x=0.02, ha="left", fontsize=10, parse_math=False)
     return fig
 
 
@@ -141,7 +146,7 @@ def error_figure(rows: Any, measure: Any, title: str) -> plt.Figure:
         right.axvline(value, color=colour, ls=dash, lw=1.5, label=f"{label} {value:.3g}")
     right.set(xlabel=measure.main, ylabel="clips", title=f"{len(values)} clips, means as lines")
     right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    fig.suptitle(title, fontsize=9)
+    fig.suptitle(printable(title), fontsize=9, parse_math=False)
     fig.tight_layout()
     return fig
 

@@ -87,7 +87,7 @@ def write_report(path: Path, report: Report) -> None:
     style = STYLE + (viewer.VIEWER_STYLE if report.takes else "")
     script = f"<script>{viewer.script()}</script>" if report.takes else ""
     path.write_text(f'<!doctype html><html lang="en">{head}<title>{title}</title><style>{style}</style>'
-                    f"<body>{''.join(parts)}{script}</body></html>")
+                    f"<body>{''.join(parts)}{script}</body></html>", encoding="utf-8", errors="replace")
 
 
 def _figures(sheets: Sequence[tuple[str, plt.Figure]]) -> list[str]:

@@ -99,7 +99,7 @@ def _log_take(rr: Any, take: Take, start: float) -> None:
         rr.log(f"world/{side}/path", rr.LineStrips3D([poses[:, :3, 3]], colors=[COLOURS[side]]))
     for name, kind in take.kinds.items():
         for side, signal in take.sides(name).items():
-            values = as_images(kind, signal) if KINDS[kind].is_picture else signal
+            values = as_images(kind, signal, side == "predicted") if KINDS[kind].is_picture else signal
             for index, value in enumerate(values):
                 rr.set_time("time", duration=start + index / take.rates[name])
                 _log_value(rr, take, name, kind, side, index, value)

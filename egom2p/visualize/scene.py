@@ -89,11 +89,11 @@ class Take:
         return picture[(rows * picture.shape[0]).astype(int), (columns * picture.shape[1]).astype(int)]
 
 
-def as_images(kind: str, video: np.ndarray) -> np.ndarray:
+def as_images(kind: str, video: np.ndarray, predicted: bool) -> np.ndarray:
     """(T, H, W, 3) uint8 of a picture signal."""
     if KINDS[kind].shown is None:
         return video
-    pictures = KINDS[kind].shown(video)
+    pictures = KINDS[kind].shown(video, predicted)
     if pictures.ndim == 4:
         return pictures if pictures.dtype == np.uint8 else (pictures * 255).astype(np.uint8)
     return (matplotlib.colormaps[KINDS[kind].colours or "gray"](pictures)[..., :3] * 255).astype(np.uint8)

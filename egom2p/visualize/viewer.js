@@ -137,7 +137,7 @@ function curve(parent, data) {
   make("div", parent, "soft").textContent = data.name;
   const canvas = make("canvas", parent, "curve");
   const all = data.lines.flatMap(l => l.values).filter(v => v !== null);
-  const low = Math.min(0, ...all), high = Math.max(...all, low + 1e-9);
+  const low = all.reduce((a, b) => Math.min(a, b), 0), high = all.reduce((a, b) => Math.max(a, b), low + 1e-9);
   return time => {
     const [context, width, height] = fit(canvas), pad = 38;
     const x = i => pad + (width - pad - 6) * i, y = v => height - 14 - (height - 22) * (v - low) / (high - low);

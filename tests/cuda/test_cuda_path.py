@@ -214,7 +214,7 @@ def test_ddp_takes_what_a_gpu_is_given(monkeypatch, reduce):
             model = fake_model("swiglu")
             replicas = spread(model, "ddp", World(0, 2, 0, torch.device("cuda", 0)), "bfloat16", reduce)
         assert replicas.module is model and replicas.device_ids == [0]
-        assert replicas.gradient_as_bucket_view and not replicas.broadcast_buffers
+        assert replicas.gradient_as_bucket_view and not replicas.will_sync_module_buffers()
         assert replicas.bucket_bytes_cap == BUCKET_MB << 20
         assert bool(replicas._comm_hooks) == (reduce == "bfloat16")
     finally:

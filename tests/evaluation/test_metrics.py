@@ -6,7 +6,7 @@ import pytest
 from egom2p import geometry
 from egom2p.evaluation.camera import ate, rre, rte
 from egom2p.evaluation.depth import align_inverse_depth, depth_errors
-from egom2p.evaluation.gaze import gaze_angle_deg, gaze_mse
+from egom2p.evaluation.gaze import gaze_angle_deg, gaze_hits, gaze_mse
 from egom2p.evaluation.results import bootstrap
 from egom2p.evaluation.video import psnr_db, ssim
 from tests.test_geometry import random_poses
@@ -87,6 +87,8 @@ def test_gaze_by_hand():
     assert np.isnan(gaze_mse(predicted, truth * [1, 1, 0]))
     k = np.array([[50, 0, 50], [0, 50, 50], [0, 0, 1.0]])
     assert gaze_angle_deg(np.array([[1.0, 0.5]]), np.array([[0.5, 0.5, 1]]), k, 100) == pytest.approx(45)
+    holes = np.array([[0.5, 0.5, 1], [np.nan, 0.5, 1]])
+    assert gaze_hits(holes, holes, k, 100, 5) == 1 and gaze_angle_deg(holes, holes, k, 100) == 0
 
 
 def test_depth_by_hand(rng):
@@ -98,6 +100,9 @@ def test_depth_by_hand(rng):
     assert errors["abs_rel"] == 0.5
     assert errors["rmse_m"] == pytest.approx(np.sqrt(0.5))
     assert errors["delta1"] == 0.5
+    endless = truth.copy()
+    endless[1, 0, 0] = np.inf  # no reading, as for the tokenizers
+    assert depth_errors(align_inverse_depth(3 * inverse - 2, endless), endless)["silog"] == pytest.approx(0, abs=1e-6)
 
 
 def test_pictures_by_hand(rng):

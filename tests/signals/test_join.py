@@ -76,6 +76,20 @@ def test_depth_scales_are_fitted_on_the_overlap(rng):
     assert np.isfinite(joined(DepthJoiner(), flat)).all()
 
 
+def test_noise_does_not_flatten_depth_join_by_join(rng):
+    """Five minutes of windows that agree to .97 with their neighbours, each in a scale of its own: least squares slopes
+    would leave a third of the first window's scale, at its bound."""
+    base = rng.random((1, 8, 8)) + 0.3 * rng.standard_normal((2400, 8, 8)).cumsum(0) / 50
+    noise = np.sqrt(1 / 0.97 - 1) * base.std()
+    parts = []
+    for start, window in pieces(base, 16, 12):
+        noisy = window + noise * rng.standard_normal(window.shape)
+        parts.append((start, noisy * rng.uniform(0.5, 2) + rng.uniform(-1, 1) if start else noisy))
+    back = joined(DepthJoiner(), parts)
+    slope = np.polyfit(base[-200:].ravel(), back[-200:].ravel(), 1)[0]
+    assert 0.7 < slope < 1.4, slope
+
+
 def test_gaze_pictures_and_numbers_blend(rng):
     gaze = np.concatenate([rng.random((120, 2)), np.ones((120, 1))], 1)
     assert np.allclose(joined(GazeJoiner(), pieces(gaze, 60, 30)), gaze)

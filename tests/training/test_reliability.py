@@ -1,6 +1,7 @@
 """Stops, full disks, bad numbers, other numbers of processes: what docs/reliability.md promises, through the real
 command."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from egom2p.data.tarindex import npy_bytes, write_tar
 from egom2p.distributed import World
-from egom2p.errors import Preempted
-from egom2p.training.checkpoint import CheckpointArgs, Checkpoints
+from egom2p.errors import Preempted, UserError
+from egom2p.training.checkpoint import CheckpointArgs, Checkpoints, restore_optimizer
 from egom2p.training.log import MetricsLog, read_metrics
 from egom2p.training.stop import StopRequest
 from tests.conftest import run_cli, run_ranks, start_cli, start_torchrun
@@ -136,6 +137,57 @@ def test_a_run_that_went_on_before_damaged_checkpoints_keeps_its_own(tmp_path):
     checkpoints.wait()
     assert checkpoints.steps() == [200, 300, 800, 900]
     assert (tmp_path / "checkpoints/latest").resolve().name == "step_00000300"
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch, caplog):
+    """As on NFS, where a file that somebody still has open leaves another in its folder."""
+    remove, writes = shutil.rmtree, []
+
+    def refuse(path, *args, **options):
+        if Path(path).name == "step_00000001":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path, *args, **options)
+
+    model, optimizer = _linear()
+    checkpoints = Checkpoints(tmp_path, CheckpointArgs(keep_last=1))
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for step in (1, 2, 3):
+        checkpoints.save(step, lambda folder, weights: (writes.append(folder), _export(folder, weights)), model,
+                         optimizer, {"fingerprint": ""})
+    checkpoints.wait()
+    assert len(writes) == 3 and checkpoints.steps() == [1, 3]
+    assert "step_00000001 cannot be removed" in caplog.text
+    assert (tmp_path / "checkpoints/latest").resolve().name == "step_00000003"
+
+
+def test_whatever_ends_the_writing_thread_ends_the_run(tmp_path):
+    def export(folder, weights):
+        raise MemoryError("no more")
+
+    model, optimizer = _linear()
+    checkpoints = Checkpoints(tmp_path, CheckpointArgs())
+    checkpoints.save(1, export, model, optimizer, {"fingerprint": ""})
+    with pytest.raises(UserError, match="MemoryError: no more"):
+        checkpoints.wait()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_disk_without_links_is_said_before_anything_is_trained(debug_tokens, tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    done = run_cli(*arguments(debug_tokens, tmp_path / "run", "train.steps=2"), check=False)
+    assert done.returncode == 2 and "without symbolic links" in done.stderr
+
+
+def test_what_is_loaded_no_longer_lies_in_the_checkpoints_files(tmp_path):
+    model, optimizer = _linear()
+    checkpoints = Checkpoints(tmp_path, CheckpointArgs())
+    checkpoints.save(1, _export, model, optimizer, {"fingerprint": ""})
+    checkpoints.wait()
+    restore_optimizer(tmp_path / "checkpoints/step_00000001", model, optimizer)
+    assert "step_00000001" not in Path("/proc/self/maps").read_text()
 
 
 @pytest.fixture

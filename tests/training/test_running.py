@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,48 @@ def test_a_longer_run_says_what_its_learning_rate_does(debug_tokens, tmp_path, c
     # lr 1e-3 after 5 steps of warm-up: at step 10 of 20 the cosine stands at a third, where it had ended at 0
     assert "planned for 10 steps and now has 20: from step 10 on" in caplog.text
     assert "is 0.00075 there, where the old schedule has 0" in caplog.text
+
+
+def test_a_shorter_run_is_not_called_finished(debug_tokens, tmp_path):
+    """It would rewrite the run's configuration, and print that it is at a step that it left long ago."""
+    arguments = ("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", f"run.dir={tmp_path}/run",
+                 "eval.every=0")
+    run_cli(*arguments, "train.steps=4")
+    before = (tmp_path / "run/config.yaml").read_text()
+    done = run_cli(*arguments, "train.steps=3", check=False)
+    assert done.returncode == 2 and "holds step 4, beyond the 3 asked for" in done.stderr
+    assert (tmp_path / "run/config.yaml").read_text() == before
+    assert run_cli(*arguments, "train.steps=4", "data.max_damaged=0.5").returncode == 0
+    done = run_cli(*arguments, "debug.replay_step=2", f"run.dir={tmp_path}/ruin", check=False)
+    assert done.returncode == 2 and "no run whose step could be replayed" in done.stderr
+
+
+@pytest.mark.parametrize(("change", "words"), [("model.num_heads=2", "its num_heads is 4, here 2"),
+                                               ("model.variant=swiglu_qknorm", "its variant is swiglu, here"),
+                                               ("model.encoder_depth=1", "its encoder_depth is 2, here 1")])
+def test_a_start_of_another_architecture_is_refused(debug_tokens, tmp_path_factory, change, words):
+    """Weights of the same shapes, of another function."""
+    place = tmp_path_factory.getbasetemp() / "starts"
+    arguments = ("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", "eval.every=0", "train.steps=1")
+    if not place.exists():
+        run_cli(*arguments, f"run.dir={place}")
+    done = run_cli(*arguments, f"run.dir={place}-other", f"init.from={place}", change, check=False)
+    assert done.returncode == 2 and words in done.stderr
+
+
+def test_a_run_goes_on_without_what_it_started_from(debug_tokens, tmp_path, caplog):
+    arguments = ("train", "cfgs/train/debug.yaml", f"data.root={debug_tokens}", "eval.every=0")
+    run_cli(*arguments, f"run.dir={tmp_path}/start", "train.steps=1")
+    start = f"init.from={tmp_path}/start"
+    run_cli(*arguments, f"run.dir={tmp_path}/run", start, "train.steps=2", "checkpoint.every=1")
+    shutil.rmtree(tmp_path / "start")
+    run_cli(*arguments, f"run.dir={tmp_path}/run", start, "train.steps=3")
+    assert "the weights of the run's own checkpoint are taken" in caplog.text
+    for state in (tmp_path / "run/checkpoints").glob("step_*/state.json"):
+        state.write_text("{}")
+    for again in (f"run.dir={tmp_path}/run", f"run.dir={tmp_path}/new"):
+        done = run_cli(*arguments, again, start, "train.steps=4", check=False)
+        assert done.returncode == 2 and "init.from=" in done.stderr.splitlines()[-1]
 
 
 def test_submit_of_another_command(finished, tmp_path):

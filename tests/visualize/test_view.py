@@ -1,11 +1,13 @@
 """What `egom2p view` shows: geometry by hand, the page in a real browser, the rerun recording by rerun's own reader."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
@@ -16,6 +18,7 @@ from egom2p.data.clips import Clip, write_clips
 from egom2p.evaluation.takes import take_of
 from egom2p.view import takes_of
 from egom2p.visualize.page import viewer_html
+from egom2p.visualize.scene import as_images
 from tests.conftest import run_cli, start_cli
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -78,12 +81,37 @@ def test_a_page_of_a_long_film_and_of_errors_with_gaps():
     assert None in values and 0.0 in values
 
 
+def test_joined_depth_is_shown_as_it_is_and_true_depth_as_its_inverse():
+    """Predictions joined over windows leave [0, 1]; true depth may lie within a metre. Near is bright in both."""
+    metres = np.linspace(0.2, 0.9, 12).reshape(1, 3, 4)
+    joined = np.linspace(1.4, 0.1, 12).reshape(1, 3, 4)
+    for signal, predicted in ((metres, False), (joined, True)):
+        light = as_images("depth", signal, predicted).astype(int).sum(-1).ravel()
+        assert (np.diff(light) <= 0).all() and light[0] > light[-1]
+
+
+def test_names_of_films_may_hold_anything(finished, tmp_path):
+    out, _, video, _ = finished
+    films = [tmp_path / "a$_$b.mp4", Path(os.fsdecode(bytes(tmp_path / "caf") + b"\xe9.mp4")), tmp_path / "z.mp4"]
+    for film in films:
+        shutil.copy(video, film)
+    run_cli("generate", out / "model", "--inputs", *films, "--targets", "cam,cam", "--out", tmp_path / "made")
+    assert len(list((tmp_path / "made").glob("*/preview.png"))) == 3
+    tokens = np.load(tmp_path / "made/z/cam_tokens.npy")
+    assert len(tokens) == json.loads((tmp_path / "made/z/generated.json").read_text())["windows"]
+
+
 def test_what_generate_and_eval_leave_can_be_looked_at(finished, tmp_path):
     out, _, video, _ = finished
     run_cli("generate", out / "model", "--inputs", video, "--targets", "cam,gaze,depth", "--out", tmp_path / "made")
     take = takes_of(str(tmp_path / "made/walk"))[0]
     assert take.predicted.keys() == {"cam", "gaze", "depth"} and take.truth["rgb"].shape[1:] == (24, 24, 3)
     assert take.seconds == pytest.approx(3, abs=0.1)
+    run_cli("generate", out / "model", "--inputs", video, "--modality", "depth", "--targets", "rgb", "--out",
+            tmp_path / "grey")
+    take = takes_of(str(tmp_path / "grey/walk"))[0]
+    assert take.predicted.keys() == {"rgb"} and take.truth.keys() == {"depth, as filmed"}
+    assert len(take.predicted["rgb"]) == len(take.truth["depth, as filmed"])
     run_cli("eval", out / "model", "--tasks", "rgb2cam", "--data", out / "clips/test/*.tar", "--out", tmp_path / "eval")
     takes = takes_of(str(tmp_path / "eval"), limit=2)
     assert len(takes) == 2 and all("cam" in t.errors or "cam" not in t.truth for t in takes)
