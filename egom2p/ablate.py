@@ -105,9 +105,9 @@ def ablate(sweep: SweepConfig, send: Callable[[list[PretrainConfig], list[int]],
             now = {k: asked[k] for k in changed}
             raise UserError(f"{run.folder} was run with {changed}, now {now}; choose another out or remove it")
         forced = configs[-1].resume.force
-        if not forced and (other := what_differs(configs[-1], run.folder, MAY_DIFFER)):
-            raise UserError(f"{run.folder} holds another run ({other}); choose another out, or put "
-                            "resume: {force: true} into the base to compare what is there")
+        if not forced and (other := what_differs(configs[-1], run.folder, MAY_DIFFER if known else MAY_CHANGE)):
+            forcing = ", or put resume: {force: true} into the base to compare what is there" if known else ""
+            raise UserError(f"{run.folder} holds another run ({other}); choose another out{forcing}")
     if send:
         missing = [n for n, (run, config) in enumerate(zip(runs, configs, strict=True))
                    if not _finished(run.folder) and not _trained(run.folder, config)]
@@ -150,21 +150,31 @@ def _run(sweep: SweepConfig, run: Combination) -> bool:
 
 def _call(command: list[str]) -> int:
     """Exit code of a command of ours. Ctrl-C reaches it as well, and SIGTERM is handed on; it is waited for, since it
-    saves what it has. Raises Preempted when it stopped for that."""
-    process, interrupted = subprocess.Popen([sys.executable, "-m", "egom2p", *command]), False
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    may save what it has. Then raises KeyboardInterrupt or Preempted, whatever it made of that."""
+    asked: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def hand_on(number: int, _: Any) -> None:
+        asked.append(number)
+        if process is not None:
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, hand_on)
     try:
+        process = subprocess.Popen([sys.executable, "-m", "egom2p", *command])
+        if asked:
+            process.terminate()
         while process.returncode is None:
             try:
                 process.wait()
             except KeyboardInterrupt:
-                interrupted = True
+                asked.append(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
-    if process.returncode == Preempted.EXIT_CODE:
-        raise Preempted("the sweep stops here; start the same command again to go on")
-    if interrupted:
+    if signal.SIGINT in asked:
         raise KeyboardInterrupt
+    if asked or process.returncode == Preempted.EXIT_CODE:
+        raise Preempted("the sweep stops here; start the same command again to go on")
     return process.returncode
 
 

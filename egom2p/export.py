@@ -106,10 +106,11 @@ def upload(folder: Path, repo: str, private: bool, kind: str = "model") -> str:
 
 
 def _refuse_older_tars(folder: Path, repo: str, there: list[str]) -> None:
-    """Tars of an earlier upload would stay in the folders of this one, and be read as of its tokenizer."""
-    ours = {p.relative_to(folder).as_posix() for p in folder.rglob("*.tar")}
-    filled = {os.path.dirname(name) for name in ours}
-    older = sorted(n for n in there if n.endswith(".tar") and n not in ours and os.path.dirname(n) in filled)
+    """Tars of an earlier upload would stay beside those of this one, and be read as if its note were of them too."""
+    notes = {p.parent.relative_to(folder).as_posix(): json.loads(p.read_text()).get("shards", {})
+             for p in folder.rglob("encode.json")}
+    places = [(name, *os.path.split(name)) for name in there if name.endswith(".tar")]
+    older = sorted(name for name, place, tar in places if tar not in notes.get(place, {tar: 0}))
     if older:
         raise UserError(f"{repo} holds {len(older)} tars of an earlier upload in the same folders, which would be "
                         f"mixed with these; nothing was uploaded. Remove them (`hf repos delete-files {repo} --type "

@@ -118,7 +118,7 @@ def push_data(pattern: str, repo: str, private: bool, licence: str) -> str:
     if damaged := [e for e in entries if e.damage]:
         raise UserError(f"{damaged[0].path}: {damaged[0].damage}; mend or remove it first, nothing was uploaded")
     folders = [Path(os.path.abspath(p.parent)) for p in tars]
-    are_tokens = all((folder / "encode.json").exists() for folder in folders)
+    are_tokens = all(suffix in ("npy", "npz") for entry in entries for suffix in entry.suffixes)
     # Token shards keep the two folders that `data.root` is above, ROOT/MODALITY/DATASET, also where all are of one.
     root = os.path.commonpath([folder.parents[1] if are_tokens else folder for folder in folders])
     depth = max(len(folder.relative_to(root).parts) for folder in folders)

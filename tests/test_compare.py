@@ -2,13 +2,19 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
 
-from egom2p.ablate import SweepConfig, combinations
+from egom2p.ablate import SweepConfig, _call, combinations
 from egom2p.compare import compare, comparison_text
 from egom2p.config import load
+from egom2p.errors import Preempted
 from egom2p.evaluation.measures import is_better
 from tests.conftest import ROOT, run_cli
 
@@ -219,3 +225,21 @@ def test_the_verdict_is_about_the_clips_that_both_have(tmp_path, caplog):
     _, row = compare([tmp_path / "a", tmp_path / "b"])[0]
     assert row.verdict == "better" and row.difference == pytest.approx(-0.01)
     assert "on the 50 clips that both have" in caplog.text
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_sweep_that_is_asked_to_stop_starts_no_other_run(monkeypatch, number, error):
+    """Also where the command that runs then knows nothing of saving, and dies of it."""
+    started = []
+
+    def start(words, **options):
+        started.append(words)
+        process = real([sys.executable, "-c", "import time; time.sleep(30)"], **options)
+        threading.Timer(0.3, lambda: (os.kill(os.getpid(), number), process.send_signal(number))).start()
+        return process
+
+    real = subprocess.Popen
+    monkeypatch.setattr("egom2p.ablate.subprocess.Popen", start)
+    with pytest.raises(error):
+        _call(["eval", "nothing"])
+    assert len(started) == 1

@@ -9,6 +9,7 @@ Permutations sort raw Philox words, whose stream numpy guarantees across version
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -75,8 +76,18 @@ class PassOrder:
         self.seed, self.salt = seed, salt
         self.starts = np.cumsum(shard_sizes) - shard_sizes
         self.size = int(shard_sizes.sum())
-        # Of each data set by itself: one cache of the class would be too small for a mixture.
+        self._remember()
+
+    def _remember(self) -> None:
+        """The last windows, of each data set by itself: one cache of the class would be too small for a mixture."""
         self._windows, self._window = lru_cache(4)(self._windows), lru_cache(4)(self._window)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_windows", "_window")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember()
 
     def element(self, draw: int) -> int:
         number, position = divmod(draw, self.size)

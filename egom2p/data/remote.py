@@ -217,6 +217,7 @@ def index_remote(shards: list[RemoteShard]) -> list[TarEntry]:
     stored: dict[str, dict[str, dict]] = {}
     entries: dict[int, TarEntry] = {}
     fetched: dict[int, Path] = {}
+    together = shards[0].cache.holds_all(shards) if shards else False
     for number, shard in enumerate(shards):
         folder = "" if shard.url.startswith("pipe:") else shard.url.rpartition("/")[0]
         if folder not in stored:
@@ -224,11 +225,13 @@ def index_remote(shards: list[RemoteShard]) -> list[TarEntry]:
         record = stored[folder].get(shard.name)
         if record is not None and record["size"] == shard.size:
             entries[number] = to_entry(shard, record)
-        elif shard.cache.holds_all(shards):
+        elif together:
             fetched[number] = shard.local()
         else:  # it may have to go for the next one
             entries[number] = _of(shard, index_tars([shard.local()])[0])
     for number, entry in zip(fetched, index_tars(list(fetched.values())), strict=True):
+        if entry.damage and not fetched[number].exists():  # made room for another's, since the cache is shared
+            entry = index_tars([shards[number].local()])[0]
         entries[number] = _of(shards[number], entry)
     return [entries[number] for number in range(len(shards))]
 

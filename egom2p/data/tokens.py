@@ -1,8 +1,9 @@
 """Token shards as random-access data sets.
 
 `ROOT/MODALITY/DATASET/shard-000000.tar` holds `KEY.npy` (ours) or `KEY.npz` with `arr_0` (released); a
-folder of loose `KEY.npz` / `KEY.npy` files is one shard. Modalities pair by shard name and key, and by
-nothing else. A clip that lacks a modality is simply without it.
+folder of loose `KEY.npz` / `KEY.npy` files is one shard. Modalities pair by key, whatever their shards are called; only
+where a modality holds a key in two shards do the shards' names count as well (`join_by_key`). A clip that lacks a
+modality is simply without it.
 """
 
 import ast
@@ -168,8 +169,9 @@ class TokenDataset:
     def _refuse_twice(self, known: dict[str, tuple[int, ...]], members: dict[str, tuple[int, ...]]) -> None:
         """Raises UserError for a key in two files of one name: which of them its other modalities are of is unknown."""
         for key in known.keys() & members.keys():
-            one, other = (str(self.paths[place[0]]) for place in (known[key], members[key]))
-            if one != other:
+            one, other = (self.paths[place[0]] for place in (known[key], members[key]))
+            twice = isinstance(one, Path) and isinstance(other, Path) and one.with_suffix("") == other.with_suffix("")
+            if str(one) != str(other) and not twice:  # KEY.npz beside KEY.npy is one clip
                 raise UserError(f"data set '{self.name}': {one} and {other} both hold a clip {key}; name their folders "
                                 f"as two data sets")
 
@@ -242,14 +244,19 @@ def join_by_key(shards: dict[str, dict[Any, dict[str, Any]]]) -> None:
     """{shard: {modality: {key: anything}}}: a clip whose modalities lie in shards of different names is put together in
     the first of them, in the order of their names. Where a modality holds a key in two shards, as where keys are
     counted anew in each, only shards of one name belong together and nothing is moved."""
+    every: set[str] = set()
+    clips = 0
+    for by_modality in shards.values():
+        keys = set().union(*by_modality.values())
+        clips += len(keys)
+        every |= keys
+    if clips == len(every):  # the usual case
+        return
     names: dict[Any, list[str]] = {}
     for by_modality in shards.values():
         for modality, members in by_modality.items():
             names.setdefault(modality, []).extend(members)
     if any(len(set(keys)) < len(keys) for keys in names.values()):
-        return
-    clips = sum(len(set().union(*by_modality.values())) for by_modality in shards.values())
-    if clips == len(set().union(*names.values())):
         return
     home: dict[str, str] = {}
     for shard in sorted(shards):

@@ -16,7 +16,7 @@ import numpy as np
 
 from egom2p.datasets.recording import BadSequence
 
-TIME = re.compile(r"(time|timestamp|t|stamp|recording timestamp)s?(_?(s|sec|seconds|ms|us|ns))?(?![a-z0-9_])")
+TIME = re.compile(r"(time|timestamp|t|stamp|recording timestamp)s?(_?(s|sec|seconds|ms|us|ns))?(?![a-z0-9_.])")
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 STEPS_S = (2e-4, 1.1)  # from 5 kHz to key frames a second apart
 SLACK_S = 1.0

@@ -102,7 +102,8 @@ class Plan:
 
 
 def plan_jobs(name: str, root: Path, out: Path, args: PrepareArgs, only: tuple[str, ...] = ()) -> Plan:
-    """Look through `root`, once. Raises UserError for a folder that is not there and for names that are not in it."""
+    """Look through `root`, once; what was prepared of sequences that no list holds any more goes. Raises UserError for
+    a folder that is not there and for names that are not in it."""
     adapter = make_adapter(name, args)
     if not root.is_dir():
         raise UserError(f"no folder {root}; expected {adapter.layout}")

@@ -14,7 +14,7 @@ joined to frames by the number at the end of their names.
 
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from egom2p.datasets.clocks import VideoClock, seconds_of, time_column
 from egom2p.datasets.recording import BadSequence, Track, find, poses_from
 from egom2p.datasets.tables import Table, read_table, read_text
 
+TRANSLATIONS = (("tx", "ty", "tz"), ("x", "y", "z"), ("p_rs_r_x [m]", "p_rs_r_y [m]", "p_rs_r_z [m]"),
+                ("px", "py", "pz"))
+QUATERNIONS = (("qx", "qy", "qz", "qw"), ("q_rs_x []", "q_rs_y []", "q_rs_z []", "q_rs_w []"))
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 PINHOLES = {"SIMPLE_PINHOLE": 0, "PINHOLE": 1}
 # Parameters of COLMAP's camera models by id (colmap/src/colmap/sensor/models.h), to step over the others in a binary
@@ -55,10 +58,13 @@ def _tum_columns(table: Table, said: dict[str, Any],
                  notes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(N,) stamps, (N, 3) translations, (N, 4) quaternions x y z w."""
     if table.has_header:
-        quaternion = _letters(table.columns, "xyzw")
-        translation = _letters([n for n in table.columns if n not in quaternion], "xyz")
-        stamp = table.columns[time_column(table.columns)]
+        quaternion = _named(table, QUATERNIONS, "xyzw", list(table.columns))
+        translation = _named(table, TRANSLATIONS, "xyz", [n for n in table.columns if n not in quaternion])
         if translation and quaternion:
+            rest = [n for n in table.columns if n not in translation and n not in quaternion]
+            if not rest:
+                raise BadSequence(f"{table.path} has no column of times")
+            stamp = table.columns[time_column(rest)]
             if translation[0].startswith("p_rs_r"):
                 notes.append(f"{table.path.name}: EuRoC's poses are those of the IMU; they are taken as the camera's")
             return (stamp, *(np.stack([table.columns[n] for n in names], 1) for names in (translation, quaternion)))
@@ -83,16 +89,26 @@ def _tum_columns(table: Table, said: dict[str, Any],
     return matrix[:, 0], matrix[:, 1:4], quaternions if order == "xyzw" else quaternions[:, [1, 2, 3, 0]]
 
 
-def _letters(names: Iterable[str], letters: str) -> list[str]:
-    """The first columns in a row whose names, units aside, differ in their last letters alone, which are these; in the
-    letters' order. [] when there are none."""
-    names = list(names)
+def _named(table: Table, known: Iterable[tuple[str, ...]], letters: str, names: list[str]) -> Sequence[str]:
+    """Columns by names that are known, else those in a row whose names, units aside, differ in their last letters
+    alone, which are these; in the letters' order. () when there are none; BadSequence when several could be meant."""
+    if usual := next((k for k in known if set(k) <= table.columns.keys()), None):
+        return usual
+    found = _letters(names, letters)
+    if len(found) > 1:
+        raise BadSequence(f"{table.path}: {', '.join(found[0])} and {', '.join(found[1])} could both be meant; call "
+                          f"the position tx, ty, tz and the quaternion qx, qy, qz, qw")
+    return found[0] if found else ()
+
+
+def _letters(names: list[str], letters: str) -> list[list[str]]:
     plain = [re.sub(r"\s*\[[^\]]*\]$", "", name) for name in names]
+    found = []
     for start in range(len(names) - len(letters) + 1):
         part = plain[start : start + len(letters)]
         if len({p[:-1] for p in part}) == 1 and sorted(p[-1:] for p in part) == sorted(letters):
-            return [names[start + next(i for i, p in enumerate(part) if p.endswith(letter))] for letter in letters]
-    return []
+            found.append([names[start + next(i for i, p in enumerate(part) if p.endswith(x))] for x in letters])
+    return found
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from egom2p.tokenizers.base import Tokenizer
 log = logging.getLogger(__name__)
 
 BATCH = 16
-ROWS_VERSION = 3  # of what a row holds: older ones are measured anew
+ROWS_VERSION = 4  # of what a row holds: older ones are measured anew
 
 
 @dataclass(frozen=True)

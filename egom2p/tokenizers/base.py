@@ -65,10 +65,11 @@ class Tokenizer(Exportable):
             self.check(signal)
         return self.encode_units(self.stack([self.signal.normalize(signal) for signal in signals]))
 
-    def stack(self, units: list[np.ndarray]) -> Tensor:
+    def stack(self, units: list[np.ndarray], whole_grid: bool = False) -> Tensor:
         """Clips in the network's units -> one batch. Pictures whose sides differ (46 and 48 pixels are of one grid) get
-        the margins here that `encode_normalized` would give each by itself."""
-        if len({x.shape for x in units}) > 1:
+        the margins here that `encode_normalized` would give each by itself; with whole_grid all of them do, so that
+        batches go together."""
+        if len({x.shape for x in units}) > 1 or (whole_grid and self.modality.kind.is_picture):
             sides = [cells * size for cells, size in zip(self.modality.grid[1:], self.args.patch[1:], strict=True)]
             units = [_with_margins(x, sides, self.margin) for x in units]
         return torch.from_numpy(np.stack(units))

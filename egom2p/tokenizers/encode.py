@@ -310,7 +310,7 @@ class _Reader(Dataset):
         for name in task.names:
             kept = [r for r in (self._read(number, name, chunk) for number in task.clips) if r is not None]
             if kept:
-                chunk.units[name] = self.tokenizers[name].stack([units for units, _ in kept])
+                chunk.units[name] = self.tokenizers[name].stack([units for units, _ in kept], whole_grid=True)
                 chunk.observed[name] = np.stack([observed for _, observed in kept])
         return chunk
 

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from egom2p.config import dump, read_json, read_yaml, to_plain
+from egom2p.config import dump, read_yaml, to_plain
 from egom2p.data.loader import tolerated
 from egom2p.distributed import (
     World,
@@ -430,8 +430,11 @@ def _check_same_run(config: Any, run_dir: Path, force: bool) -> None:
 
 def _check_not_longer(run_dir: Path, steps: int) -> None:
     """Refuse to call a run finished at fewer steps than it has."""
-    state = run_dir / "checkpoints/latest/state.json"
-    done = read_json(state).get("step", 0) if state.exists() else 0
+    try:
+        state = json.loads((run_dir / "checkpoints/latest/state.json").read_text())
+        done = int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: an earlier one will be taken
+        return
     if done > steps:
         raise UserError(f"{run_dir} holds step {done}, beyond the {steps} asked for; choose another run.dir or more "
                         f"steps")

@@ -41,8 +41,9 @@ class OptimArgs:
             raise ValueError("weight_decay, clip_norm, warmup_steps, warmup_tokens and lr_batch must not be below 0")
         if self.warmup_steps and self.warmup_tokens:
             raise ValueError("give warmup_steps or warmup_tokens, not both")
-        if not (0 <= self.decay_share <= 1 and 0 <= self.final_lr_share <= 1):
-            raise ValueError("decay_share and final_lr_share must lie in 0 .. 1")
+        for name in ("decay_share", "final_lr_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0 .. 1")
 
 
 def make_optimizer(model: nn.Module, args: OptimArgs) -> "torch.optim.AdamW | MuonAndAdamW":

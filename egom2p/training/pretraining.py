@@ -1,5 +1,6 @@
 """Training the masked transformer on token shards: `egom2p train`."""
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from egom2p.config import to_plain
+from egom2p.config import read_json, to_plain
 from egom2p.data.batch import PackedBatch, on_device
 from egom2p.data.loader import (
     BatchPlan,
@@ -145,6 +146,9 @@ class PretrainTask:
                 raise
             self.unstarted = error  # weights come from a checkpoint then; without a whole one the loop raises this
             log.warning("%s; the weights of the run's own checkpoint are taken", error)
+            with contextlib.suppress(UserError):  # what it had learnt from the other's tokens
+                known = read_json(Path(config.run.dir) / "checkpoints/latest/config.json").get("origins", {})
+                self.model.origins = {**known, **self.model.origins}
         self._spread_targets(config.loss)
         self.plan = BatchPlan(config.train.batch_size, config.train.micro_batch(world.size),
                               config.loss.group_samples or config.train.batch_size, world.rank, world.size)
@@ -350,8 +354,8 @@ class NotThere(UserError):
 
 
 def start_model(model: EgoM2P, args: InitArgs, seed: int) -> None:
-    """Starting weights and frozen parts, as `init` says. Raises UserError; NotThere, and nothing else is left undone,
-    when the model to start from cannot be read."""
+    """Starting weights and frozen parts, as `init` says. Raises UserError; NotThere when the model to start from cannot
+    be read, the parts being frozen all the same."""
     try:
         _take_weights(model, args, seed)
     finally:

@@ -9,10 +9,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import HfFileSystem
 
-from egom2p.data.remote import _FILESYSTEMS, RemoteShard, ShardCache, is_remote, list_shards, retry
+from egom2p.data.remote import _FILESYSTEMS, RemoteShard, ShardCache, index_remote, is_remote, list_shards, retry
+from egom2p.data.tarindex import npy_bytes, write_tar
 from egom2p.data.tokens import TokenDataset
 from egom2p.errors import UserError
 from egom2p.modalities import Modality, ModalitySet
@@ -145,6 +147,24 @@ def test_the_cache_touches_nothing_of_the_users(tmp_path):
     for number in range(3):
         cache.fetch(RemoteShard(f"pipe:cat {tmp_path / '0.bin'} # {number}", 1000, cache))
     assert all(path.exists() for path in own) and len(list(cache.folder.glob("[0-9a-f]*-*"))) == 1
+
+
+def test_a_shard_that_goes_for_another_while_it_is_indexed_is_fetched_again(tmp_path, monkeypatch):
+    """Others share the cache: what one data set needs is not all that is in it."""
+    for number in range(3):
+        ids = npy_bytes(np.zeros(30, np.uint16))
+        write_tar(tmp_path / f"there/{number}.tar", [{"__key__": f"k{number}", "npy": ids}])
+    cache = ShardCache(tmp_path / "cache", 1e9, 1.0)
+    shards = list_shards(f"file://{tmp_path}/there/*.tar", cache)
+    fetch = ShardCache.fetch
+
+    def fetch_and_lose(self, shard):
+        if shard is shards[2]:
+            self.path(shards[0]).unlink(missing_ok=True)
+        return fetch(self, shard)
+
+    monkeypatch.setattr(ShardCache, "fetch", fetch_and_lose)
+    assert [entry.keys for entry in index_remote(shards)] == [["k0"], ["k1"], ["k2"]]
 
 
 @pytest.mark.parametrize(("url", "name"), [

@@ -108,6 +108,16 @@ def test_one_key_in_two_folders_of_a_data_set_is_refused(tmp_path, rng):
     assert len(open_set(tmp_path, pattern="[rgb,cam]/{a,a}/shard-000000.tar").keys) == 6
 
 
+def test_a_loose_file_in_two_forms_is_one_clip(tmp_path, rng):
+    """As a conversion in place leaves them."""
+    ids = rng.integers(0, 256, 30).astype(np.uint16)
+    (tmp_path / "cam/set").mkdir(parents=True)
+    (tmp_path / "cam/set/k1.npz").write_bytes(npz(ids))
+    (tmp_path / "cam/set/k1.npy").write_bytes(npy(ids))
+    dataset = open_set(tmp_path)
+    assert dataset.keys == ["k1"] and np.array_equal(dataset.read(0).tokens[1], ids)
+
+
 def test_modalities_of_no_common_clip_are_said(tmp_path, rng, caplog):
     samples = grids(rng)
     write_parts(tmp_path, samples, rgb__a=["k0", "k1"], cam__a=["k2", "k3"])

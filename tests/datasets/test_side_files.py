@@ -144,6 +144,18 @@ def test_rows_numbers_in_front_are_no_times(tmp_path, poses):
         assert np.allclose(track.times, np.arange(25) / 10) and np.abs(track.values - poses[:25]).max() < 1e-6
 
 
+def test_speeds_beside_the_position_are_not_taken_for_it(tmp_path, poses):
+    rows = [[r[0], "0", "9.81", "0", *r[1:]] for r in tum_rows(poses)]
+    head = "timestamp,ax,ay,az,{0}x,{0}y,{0}z,q_x,q_y,q_z,q_w"
+    path = written(tmp_path / "a.cam.tum", [head.format("t"), *(",".join(r) for r in rows)])
+    assert np.abs(read_tum(path, CLOCK, {}, []).values - poses).max() < 1e-6
+    with pytest.raises(BadSequence, match="could both be meant; call the position tx"):
+        read_tum(written(path, [head.format("c."), *(",".join(r) for r in rows)]), CLOCK, {}, [])
+    rows = tum_rows(poses, range(FRAMES))
+    dotted = written(path, ["frame,t.x,t.y,t.z,q.x,q.y,q.z,q.w", *(",".join(r) for r in rows)])
+    assert np.allclose(read_tum(dotted, CLOCK, {}, []).times, TIMES, atol=1e-6)
+
+
 def test_a_first_quaternion_that_says_two_things_is_noted(tmp_path, poses):
     """1 0 0 0: the identity with w first, and where an OpenGL trajectory starts, turned to OpenCV's axes, w last."""
     opengl = geometry.relative_to_first(poses) @ np.diag([1.0, -1, -1, 1])

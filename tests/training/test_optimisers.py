@@ -208,7 +208,8 @@ def test_both_halves_follow_the_rate_and_lose_their_gradients():
 @pytest.mark.parametrize(("wrong", "words"), [
     ({"betas": (0.9,)}, "betas must be two numbers"), ({"lr": 0.0}, "lr above 0"),
     ({"warmup_steps": 1, "warmup_tokens": 1}, "give warmup_steps or warmup_tokens"),
-    ({"decay_share": -0.1}, "decay_share must lie in 0 .. 1"), ({"decay_share": 1.1}, "decay_share must lie")])
+    ({"decay_share": -0.1}, "decay_share must lie in 0 .. 1"), ({"decay_share": 1.1}, "decay_share must lie"),
+    ({"final_lr_share": -3.0}, "final_lr_share must lie in 0 .. 1")])
 def test_arguments_that_cannot_be(wrong, words):
     with pytest.raises(ValueError, match=words):
         OptimArgs(**wrong)

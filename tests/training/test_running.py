@@ -292,8 +292,9 @@ def test_a_run_goes_on_without_what_it_started_from(debug_tokens, tmp_path, capl
     shutil.rmtree(tmp_path / "start")
     run_cli(*arguments, f"run.dir={tmp_path}/run", start, "train.steps=3")
     assert "the weights of the run's own checkpoint are taken" in caplog.text
-    for state in (tmp_path / "run/checkpoints").glob("step_*/state.json"):
-        state.write_text("{}")
+    for state, damage in zip((tmp_path / "run/checkpoints").glob("step_*/state.json"), (bytes(100), b"{}", b"[]"),
+                             strict=False):
+        state.write_bytes(damage)
     for again in (f"run.dir={tmp_path}/run", f"run.dir={tmp_path}/new"):
         done = run_cli(*arguments, again, start, "train.steps=4", check=False)
         assert done.returncode == 2 and "init.from=" in done.stderr.splitlines()[-1]
