@@ -347,3 +347,20 @@ def test_a_motion_network_whose_tokens_are_not_the_grids_is_refused(wrong, words
     with pytest.raises(ValueError, match=words):
         MotionTokenizer(Modality("imu", 240, (30,)), MotionArgs(**{**args, **wrong}))
     MotionTokenizer(Modality("imu", 240, (40,)), MotionArgs(**{**args, "num_frames": 400, "stride": 10, "kernel": 10}))
+
+
+def test_clips_of_slightly_different_sides_are_encoded_together(rng):
+    """22 to 24 pixels are of one grid of three cells; each has the ids that it has by itself, whatever is beside it."""
+    torch.manual_seed(0)
+    tokenizer = VideoTokenizer(Modality("rgb", 512, (5, 3, 3), "rgb"), VideoArgs(dim=16, depth=1)).eval()
+    clips = [rng.integers(0, 256, (16, side, side, 3)).astype(np.uint8) for side in (24, 22, 24, 23)]
+    alone = [tokenizer.encode(clip) for clip in clips]
+    assert np.array_equal(tokenizer.encode_many(clips), np.stack(alone))
+    units = [tokenizer.signal.normalize(clip) for clip in clips]
+    chunks = [tokenizer.stack(part, whole_grid=True) for part in (units[1:2], units[2:])]
+    assert np.array_equal(tokenizer.encode_units(torch.cat(chunks)), np.stack(alone[1:]))
+
+
+def test_a_grid_that_the_frames_do_not_make_is_refused():
+    with pytest.raises(ValueError, match="make 5 steps in time, but the grid"):
+        VideoTokenizer(Modality("rgb", 512, (4, 3, 3), "rgb"), VideoArgs(dim=16, depth=1))
