@@ -118,6 +118,9 @@ def _members(groups: list[str], folds: int) -> list[np.ndarray]:
     return [np.array(clips) for clips in found.values()]
 
 
+NOTHING = ("na", "n/a", "nan", "inf", "-inf")  # what programs write where there is no label
+
+
 def _read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """{key: label} and {key: group}."""
     try:
@@ -125,12 +128,16 @@ def _read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no UTF-8; save it as CSV in UTF-8") from error
     if not rows or not {"key", "label"} <= rows[0].keys():
         raise UserError(f"{path}: expected a CSV with the columns key and label")
     found: tuple[dict[str, str], dict[str, str]] = {}, {}
     for row in rows:
         for name, values in zip(("label", "group"), found, strict=True):
-            if row.get(name) and values.setdefault(row["key"], row[name]) != row[name]:
+            if (row.get(name) or "na").strip().lower() in NOTHING:
+                continue
+            if values.setdefault(row["key"], row[name]) != row[name]:
                 raise UserError(f"{path}: clip {row['key']} has two {name}s, {values[row['key']]} and {row[name]}")
     return found
 

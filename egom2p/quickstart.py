@@ -91,6 +91,8 @@ def quickstart(out: Path, config_path: Path, inputs: list[Path], recordings: Pat
     for path in inputs:
         if not path.is_file():
             raise UserError(f"--inputs: there is no file {path}")
+    if recordings and not recordings.is_dir():
+        raise UserError(f"--recordings: there is no folder {recordings}")
     out.mkdir(parents=True, exist_ok=True)
     asked = {"recordings": str(recordings.resolve())} if recordings else {}
     stages = Stages(out / "stages.json", {**to_plain(config), **asked})

@@ -50,6 +50,10 @@ def _of_clips(pattern: str, limit: int, model: str, targets: Sequence[str], trus
     index = ClipIndex(pattern)
     chosen = np.unique(np.linspace(0, len(index) - 1, max(1, min(limit, len(index)))).astype(int))
     clips = [index.read(int(number)) for number in chosen]
+    clips = [clip for clip in clips if clip.signals]
+    if not clips:
+        raise UserError(f"{pattern}: its clips hold no signal to show; token shards are shown as `egom2p generate` "
+                        f"decodes them")
     if not model:
         return [take_of(clip, {n: _kind_of(n, s) for n, s in clip.signals.items()}, {}) for clip in clips]
     pipeline = Pipeline(EgoM2P.from_pretrained(model), trust)

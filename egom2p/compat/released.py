@@ -72,6 +72,8 @@ def import_released(path: Path, out: Path, num_heads: int | None = None, tokeniz
     config; ema: take the averaged weights (`model_ema`) instead. Raises UserError for files that are not what they
     should be.
     """
+    if any((out / name).exists() for name in ("config.yaml", "checkpoints")):
+        raise UserError(f"{out} holds a run, which could not be loaded any more; choose another --out")
     state, args = read_checkpoint(path, ema)
     if "causal" in str(getattr(args, "model", "")):
         raise UserError(f"{path}: a model of causal decoders ({args.model}); here the decoder sees all targets")

@@ -197,6 +197,7 @@ def _tar_jobs(pattern: str, out: Path, names: set[str]) -> Iterator[_Job]:
         place = placed(entry.path, names)
         rows = sorted((key, (entry.path, offset, size)) for key, _, offset, size in entry.token_files())
         if rows:
+            _refuse_encoded(out / place.modality / place.dataset)
             yield _Job(out / place.modality / place.dataset / entry.path.name, [k for k, _ in rows],
                        [source for _, source in rows])
 
@@ -220,11 +221,18 @@ def _loose_jobs(pattern: str, out: Path, names: set[str]) -> Iterator[_Job]:
 
 
 def _refuse_others(folder: Path, targets: Iterable[Path]) -> None:
-    """Raises UserError when shards lie in `folder` that are not written now: they would be read with the new ones."""
+    """Raises UserError when shards lie in `folder` that are not written now: they would be read with the new ones; and
+    when a note says that a tokenizer made what is there: it would vouch for the new ones."""
+    _refuse_encoded(folder)
     others = sorted(set(folder.glob("shard-*.tar")) - set(targets))
     if others:
         raise UserError(f"{others[0]} is of an earlier, longer set and would be mixed in; choose another --out or "
                         "remove it")
+
+
+def _refuse_encoded(folder: Path) -> None:
+    if (folder / "encode.json").exists():
+        raise UserError(f"{folder} holds tokens that `tokenizer encode` made, with its note; choose another --out")
 
 
 def _refuse_loss(jobs: list[_Job]) -> None:

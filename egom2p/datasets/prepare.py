@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -158,12 +159,12 @@ def file_names(sequences: Sequence[str]) -> dict[str, str]:
     """{sequence: its name as a file name and clip key}; those that come out equal, or too long for a file system with
     what is put behind them, get a hash of their own name."""
     taken = Counter(safe(s) for s in sequences)
-    return {s: safe(s) if taken[safe(s)] == 1 and len(safe(s).encode()) <= LONGEST_NAME else
-            f"{_shortened(safe(s))}-{hashlib.sha256(s.encode()).hexdigest()[:6]}" for s in sequences}
+    return {s: safe(s) if taken[safe(s)] == 1 and len(os.fsencode(safe(s))) <= LONGEST_NAME else
+            f"{_shortened(safe(s))}-{hashlib.sha256(os.fsencode(s)).hexdigest()[:6]}" for s in sequences}
 
 
 def _shortened(name: str) -> str:
-    return name.encode()[:LONGEST_NAME].decode(errors="ignore")
+    return os.fsencode(name)[:LONGEST_NAME].decode(errors="ignore")
 
 
 def make_adapter(name: str, args: PrepareArgs | None = None) -> Adapter:

@@ -303,9 +303,10 @@ def stamp_of(files: Iterable[Path]) -> str:
     for path in files:
         try:
             stat = path.stat()
-            digest.update(f"{path}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+            line = f"{path}|{stat.st_size}|{stat.st_mtime_ns}\n"
         except OSError:
-            digest.update(f"{path}|gone\n".encode())
+            line = f"{path}|gone\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 

@@ -5,6 +5,7 @@ never lie beside each other. One that holds just these results already is kept, 
 was.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from egom2p.generation.pipeline import SPREAD, Joined, Pipeline, Window
 from egom2p.generation.schedule import TargetArgs
 from egom2p.signals.writers import NpyWriter, npy_file
 
+OF_ONE_FILE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE)  # the others may be done
 log = logging.getLogger(__name__)
 
 NOTE = "generated.json"
@@ -55,6 +57,10 @@ def generate_files(pipeline: Pipeline, inputs: Sequence[Path], out: Path,
             folders.append(_generate_file(pipeline, path, out / name, args))
         except UserError as error:
             failed[path] = str(error)
+        except OSError as error:
+            if error.errno not in OF_ONE_FILE:
+                raise
+            failed[path] = f"{path}: {error.strerror}"
     return folders, failed
 
 

@@ -35,6 +35,7 @@ from egom2p.distributed import (
     sum_over_ranks,
 )
 from egom2p.errors import Preempted, UserError
+from egom2p.export import CONFIG
 from egom2p.lock import RunLock
 from egom2p.model.attention import newest_flash_attention
 from egom2p.model.flops import peak_flops
@@ -110,6 +111,9 @@ def run_training(config: Any, make_task: Any) -> Path:
         _check_same_run(config, run_dir, config.resume.force)
         if replaying and not (run_dir / "config.yaml").exists():
             raise UserError(f"{run_dir} holds no run whose step could be replayed; correct run.dir")
+        if (run_dir / CONFIG).is_file():
+            raise UserError(f"{run_dir} holds an export, which would be taken for the run's result; choose another "
+                            f"run.dir")
         if not replaying:
             _check_not_longer(run_dir, config.train.num_steps(task.tokens_per_sample))
         with RunLock(run_dir, world.is_main and not replaying) as lock:

@@ -1,6 +1,8 @@
 """Takes as a rerun recording (rerun.io, extra `viewer`): one timeline, one view for each thing there is."""
 
+import os
 import socket
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ def show(takes: list[Take], save: Path | None = None) -> None:
         save.parent.mkdir(parents=True, exist_ok=True)
         rr.save(str(save), default_blueprint=_blueprint(takes))
     else:
+        if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
+            raise UserError("there is no display here for rerun's viewer; --html FILE or --save FILE.rrd writes a "
+                            "file, --web serves to a browser")
         rr.spawn(default_blueprint=_blueprint(takes))
     _log(rr, takes)
     rr.disconnect()
