@@ -75,11 +75,10 @@ def write_features(model: EgoM2P, pattern: str, out: Path, args: FeatureArgs, wo
 
 def _refuse_equal_keys(index: ClipIndex) -> None:
     """Features and labels are paired by key, so that two clips of one key would get each other's."""
-    first: dict[str, int] = {}
-    for number, key in enumerate(index.keys):
-        if (other := first.setdefault(key, number)) != number:
-            raise UserError(f"{index.path(other)} and {index.path(number)} both hold a clip {key}; write the features "
-                            f"of each data set by themselves, with its own --clips and --out")
+    if twice := index.first_twice(range(len(index))):
+        one, other = twice
+        raise UserError(f"{index.path(one)} and {index.path(other)} both hold a clip {index.keys[one]}; write the "
+                        f"features of each data set by themselves, with its own --clips and --out")
 
 
 def _is_written(out: Path, model: EgoM2P, loaded: dict, index: ClipIndex, group: range, args: FeatureArgs,

@@ -120,7 +120,7 @@ def push_data(pattern: str, repo: str, private: bool, licence: str) -> str:
     folders = [Path(os.path.abspath(p.parent)) for p in tars]
     are_tokens = all(suffix in ("npy", "npz") for entry in entries for suffix in entry.suffixes)
     # Token shards keep the two folders that `data.root` is above, ROOT/MODALITY/DATASET, also where all are of one.
-    root = os.path.commonpath([folder.parents[1] if are_tokens else folder for folder in folders])
+    root = os.path.commonpath([(folder, *folder.parents)[:3][-1] if are_tokens else folder for folder in folders])
     depth = max(len(folder.relative_to(root).parts) for folder in folders)
     use = f"root: \"hf://datasets/{repo}\"" if are_tokens else f"clips: \"hf://datasets/{repo}{'/*' * depth}/*.tar\""
     notes = {folder / name for folder in {p.parent for p in tars} for name in NOTES if (folder / name).exists()}

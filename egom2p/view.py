@@ -98,8 +98,9 @@ def _generated(folder: Path) -> Take:
     source, truth, notes = Path(note.get("source", "")), {}, []
     seconds = note["seconds"]
     rates = {n: len(signal) / seconds for n, signal in predicted.items()}
-    shown = note.get("modality", "rgb")  # a film in colours, whatever was taken for grey levels
-    shown = shown if shown == "rgb" else f"{shown}, as filmed"
+    shown = note.get("modality", "rgb")
+    if KINDS[{**CLIP_KINDS, **note.get("kinds", {})}.get(shown, "rgb")].colours:
+        shown = f"{shown}, as filmed"  # grey levels for the model, and a film in colours all the same
     if source.is_file() and source.suffix not in (".npy", ".npz") and kinds.get(shown) is None:
         side = next((s.shape[1] for n, s in predicted.items() if KINDS[kinds[n]].is_picture), 128)
         truth[shown] = np.stack(list(FrameStream(source, RATES["rgb"], side)))

@@ -252,7 +252,6 @@ def convert_motion(state: dict[str, Tensor], num_heads: int | None, path: Path |
     with _sizes_of(path):
         args = MotionArgs(tokens * stride, mean, std, dim, depth, num_heads or max(1, dim // 64), ratio, codes.shape[1],
                           stride, stride)
-    with _sizes_of(path):
         tokenizer = MotionTokenizer(Modality(name, len(codes), (tokens,), kind), args)
     renamed = {}
     for key, value in state.items():

@@ -151,6 +151,14 @@ class ClipIndex:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def first_twice(self, numbers: Iterable[int]) -> tuple[int, int] | None:
+        """The first two of some clips that have one key, None when each has its own."""
+        seen: dict[str, int] = {}
+        for number in numbers:
+            if (other := seen.setdefault(self.keys[number], number)) != number:
+                return other, number
+        return None
+
     def stamps(self) -> list[tuple[str, int, int]]:
         """Name, size and modification time of each tar: what tells clips that were replaced from the old ones."""
         tars = {tar.path: tar for _, tar, _ in self.rows}

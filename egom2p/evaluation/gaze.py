@@ -3,16 +3,21 @@
 import numpy as np
 
 
+def _seen(reference: np.ndarray) -> np.ndarray:
+    """(T,) bool: frames whose gaze is valid and a number."""
+    return (reference[:, 2] > 0) & np.isfinite(reference[:, :2]).all(1)
+
+
 def gaze_mse(predicted: np.ndarray, reference: np.ndarray) -> float:
     """Mean squared error of the coordinates in [0, 1], over x and y of the reference's valid frames; nan if none."""
-    valid = (reference[:, 2] > 0) & np.isfinite(reference[:, :2]).all(1)
+    valid = _seen(reference)
     return float(((predicted[valid, :2] - reference[valid, :2]) ** 2).mean()) if valid.any() else float("nan")
 
 
 def gaze_distance(predicted: np.ndarray, reference: np.ndarray) -> float:
     """Mean Euclidean distance over valid frames, in units of the square frame's side (times the side: pixels); nan if
     none."""
-    valid = (reference[:, 2] > 0) & np.isfinite(reference[:, :2]).all(1)
+    valid = _seen(reference)
     return float(np.linalg.norm(predicted[valid, :2] - reference[valid, :2],
                                 axis=1).mean()) if valid.any() else float("nan")
 
@@ -20,7 +25,7 @@ def gaze_distance(predicted: np.ndarray, reference: np.ndarray) -> float:
 def gaze_angles_deg(predicted: np.ndarray, reference: np.ndarray, intrinsics: np.ndarray, side: int) -> np.ndarray:
     """Angles in degrees between predicted and true gaze rays, one a valid frame; intrinsics in pixels of a `side`
     square."""
-    valid = (reference[:, 2] > 0) & np.isfinite(reference[:, :2]).all(1)
+    valid = _seen(reference)
     inverse = np.linalg.inv(intrinsics)
 
     def rays(gaze: np.ndarray) -> np.ndarray:

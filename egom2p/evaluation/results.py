@@ -1,6 +1,7 @@
 """What an evaluation leaves: rows of single clips, their summary with intervals, tables and files."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from egom2p.config import read_json
 from egom2p.data.clips import Clip
 from egom2p.errors import UserError
 from egom2p.evaluation.measures import VARIANT, is_better
+
+log = logging.getLogger(__name__)
 
 BOOTSTRAP = 2000
 DRAWN_AT_ONCE = 4_000_000
@@ -179,13 +182,18 @@ def write_results(out: Path, evaluation: Evaluation, extra: dict | None = None) 
     (out / CLIPS).write_text(json.dumps(rows))
 
 
-def check_same_model(out: Path, about: dict[str, Any]) -> None:
-    """Raises UserError when `out` holds results of another model. Those of another step of the same run give way."""
+def check_same_model(out: Path, about: dict[str, Any], protocol: dict[str, Any]) -> None:
+    """Raises UserError when `out` holds results of another model. Those of another step of the same run give way, and
+    those of another protocol, which is said."""
     path = out / RESULTS
-    before = read_json(path).get("about", {}) if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
+    before, asked = known.get("about", {}), known.get("protocol", {})
     if before and about["weights"] != before["weights"] and about["model"] != before["model"]:
         raise UserError(f"{out} holds results of another model ({before['model']}, step {before['step']}); choose "
                         f"another --out or remove it")
+    if other := [key for key in ("tasks", "data", "limit", "measures") if asked and asked.get(key) != protocol[key]]:
+        log.warning("%s holds an evaluation with %s %s, which gives way to this one; another --out keeps both", out,
+                    other[0], asked.get(other[0]))
 
 
 def table(summary: dict[str, dict[str, dict]], published: dict[str, dict[str, float]] | None = None) -> str:

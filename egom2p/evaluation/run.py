@@ -29,7 +29,7 @@ from egom2p.data.clips import Clip, ClipIndex
 from egom2p.distributed import World, barrier
 from egom2p.errors import UserError
 from egom2p.evaluation.measures import MEASURES, MeasureArgs, is_better, without_padding
-from egom2p.evaluation.results import RESULTS, Evaluation, TaskRows, check_same_model, summarise, write_results
+from egom2p.evaluation.results import Evaluation, TaskRows, check_same_model, summarise, write_results
 from egom2p.generation.pipeline import Pipeline
 from egom2p.generation.sampler import generate
 from egom2p.generation.schedule import TargetArgs, name_unknown, recipes_of
@@ -251,26 +251,16 @@ class _Runner:
         return rows
 
 
-def _say_what_gives_way(out: Path, protocol: dict[str, Any]) -> None:
-    before = read_json(out / RESULTS).get("protocol", {}) if (out / RESULTS).exists() else {}
-    for key in ("tasks", "data", "limit", "measures"):
-        if before and before.get(key) != protocol[key]:
-            log.warning("%s held an evaluation with %s %s, which gives way to this one; --out keeps both", out, key,
-                        before.get(key))
-            return
-
-
 def evaluate_to(out: Path, model: EgoM2P, protocol: ProtocolConfig, world: World | None = None,
                 trust_torchscript: bool = False) -> Evaluation:
     """Evaluate as a protocol says, resuming what `out` holds; results.json, clips.json and plots go there."""
     runner = _Runner(model, list(protocol.tasks), protocol.data, protocol.recipes, protocol.limit, protocol.seed, 0,
                      out, protocol.measures, world, trust_torchscript)
-    check_same_model(out, runner.about)
+    check_same_model(out, runner.about, to_plain(protocol))
     evaluation = runner.run()
     if runner.rank == 0:
         from egom2p.visualize import plots
 
-        _say_what_gives_way(out, to_plain(protocol))
         write_results(out, evaluation, {"protocol": to_plain(protocol)})
         kinds = {m.name: m.signal for m in model.modalities}
         for task in runner.tasks:

@@ -138,12 +138,13 @@ def _write(pipeline: Pipeline, path: Path, folder: Path, args: GenerateArgs) -> 
     files.append(joined.end())
     for writer in (*tokens.values(), files):
         writer.close()
+    shown = args.modality or pipeline.first_picture()
     return {"source": str(path.absolute()), "seconds": round(joined.seconds, 6), "windows": len(starts),
             "starts_s": starts[:: len(starts) // STARTS_SHOWN + 1], "overlap_s": args.overlap,
-            "modality": args.modality or pipeline.first_picture(), "targets": list(args.targets), "seed": args.seed,
+            "modality": shown, "targets": list(args.targets), "seed": args.seed,
             "samples": args.samples, "rates_hz": joined.rates,
             "units": {n: pipeline.kind(n).unit for n in args.targets},
-            "kinds": {n: pipeline.model.modalities.by_name(n).signal for n in args.targets},
+            "kinds": {n: pipeline.model.modalities.by_name(n).signal for n in (shown, *args.targets)},
             "recipes": {n: to_plain(pipeline.recipes(args.recipes)[n]) for n in args.targets},
             "mean_confidence": {n: c / len(starts) for n, c in confidence.items()},
             "drift": {n: _drift(j) for n, j in joined.drift().items()}}

@@ -52,6 +52,7 @@ class CosmosTokenizer(Tokenizer):
     """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) ids and back. bfloat16 on CUDA, float32 on the CPU."""
 
     kind = "cosmos"
+    margin = BLACK
 
     def __init__(self, modality: Modality, args: CosmosArgs) -> None:
         super().__init__(modality, args)
@@ -134,8 +135,6 @@ class CosmosTokenizer(Tokenizer):
 
     def check_size(self, signal: np.ndarray) -> None:
         check_picture(signal, self.modality, self.args.num_frames, self.args.patch)
-
-    margin = BLACK
 
     def encode_normalized(self, video: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) int64 ids, the windows' latent frames one after the other."""

@@ -138,12 +138,10 @@ def shards_of(index: ClipIndex, dataset: str = "") -> list[Shard]:
 
 def _refuse_equal_keys(index: ClipIndex, dataset: str, numbers: list[int]) -> None:
     """Modalities are paired by key, so that two clips of one key would be mixed."""
-    first: dict[str, int] = {}
-    for number in numbers:
-        other = first.setdefault(index.keys[number], number)
-        if other != number:
-            raise UserError(f"{index.path(other)} and {index.path(number)} both hold a clip {index.keys[number]} of "
-                            f"'{dataset}'; encode them as two data sets, each with its own --dataset")
+    if twice := index.first_twice(numbers):
+        one, other = twice
+        raise UserError(f"{index.path(one)} and {index.path(other)} both hold a clip {index.keys[one]} of '{dataset}'; "
+                        f"encode them as two data sets, each with its own --dataset")
 
 
 def _refuse_left_over(tokenizers: list[Tokenizer], plan: list[Shard], root: Path) -> None:

@@ -65,13 +65,10 @@ class EmaCodebook(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             unit = F.normalize(latents.to(self.embed.dtype), dim=-1)
             ids = (unit @ F.normalize(self.embed, dim=-1).T).argmax(-1)
-            return self._coded(unit, ids)
-
-    def _coded(self, unit: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes = F.embedding(ids, self.embed)
+            codes = F.embedding(ids, self.embed)
+            commitment = F.mse_loss(unit, codes)
         if self.training:
             self.pending.append((unit.detach().flatten(0, 1), ids.flatten()))
-        commitment = F.mse_loss(unit, codes)
         return unit + (codes - unit).detach(), ids, commitment
 
     def codes(self) -> Tensor:
